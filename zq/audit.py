@@ -1,0 +1,127 @@
+"""The audit: read the output back as a stranger would, and compare it with what the run measured.
+
+Streaming, one layer at a time: every planned tensor is there with its dtype and shape and nothing else
+is; every layer that the plan quantizes unpacks to exactly the weight that was measured; scales are
+finite and positive; untouched tensors are byte-identical to the source; and the `quantization_config`
+that will be published, read by its own rules, gives every layer the planned scheme and no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from zq.checkpoint.index import read_header
+from zq.checkpoint.reader import reader
+from zq.errors import AuditError, ZqError
+from zq.numerics.metrics import tensor_hash
+from zq.plan import Plan, PlannedLayer
+from zq.spec import Scheme
+
+
+def audit(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Check the shards in `folder` against the plan and the reports. Raises AuditError naming the tensor."""
+    places = _check_headers(plan, folder)
+    measured = {name: m for report in done.values() for name, m in report["layers"].items()}
+    written = {name: digest for report in done.values() for name, digest in report["tensors"].items()}
+    _check_config(plan)
+    seen: set[str] = set()
+    for layer in plan.layers:
+        if layer.scheme:
+            names = [slot.name for slot in plan.layer_slots(layer)]
+            tensors = {name: _read(places[name], name) for name in names}
+            _check_layer(plan, layer, tensors, measured)
+            _check_hashes(tensors, written)
+            seen.update(names)
+    for name in places:
+        if name not in seen:
+            tensor = _read(places[name], name)
+            _check_hashes({name: tensor}, written)
+            _check_copy(plan, name, tensor)
+    return {
+        "passed": True,
+        "tensors": len(places),
+        "quantized_layers": len(plan.assigned),
+        "untouched_tensors": len(places) - len(seen),
+    }
+
+
+def _check_headers(plan: Plan, folder: Path) -> dict[str, Path]:
+    places: dict[str, Path] = {}
+    for shard in plan.shards:
+        try:
+            entries = {info.name: info for info in read_header(folder / shard.file)}
+        except ZqError as error:
+            raise AuditError(f"audit: {error}") from None
+        promised = {slot.name: slot for slot in shard.slots}
+        for name in sorted(set(entries) ^ set(promised)):
+            state = "is missing from" if name in promised else "should not be in"
+            raise AuditError(f"audit: tensor '{name}' {state} {shard.file}; run again into a new folder")
+        for name, slot in promised.items():
+            info = entries[name]
+            if (info.dtype, info.shape) != (slot.dtype, slot.shape):
+                raise AuditError(
+                    f"audit: tensor '{name}' is {info.dtype} {info.shape}, planned {slot.dtype} {slot.shape}"
+                )
+            places[name] = folder / shard.file
+    return places
+
+
+def _check_layer(
+    plan: Plan, layer: PlannedLayer, tensors: dict[str, Tensor], measured: dict[str, dict[str, Any]]
+) -> None:
+    assert layer.scheme is not None
+    for name, tensor in tensors.items():
+        is_scale = name.endswith("_scale")
+        if is_scale and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+            raise AuditError(f"audit: '{name}' holds a scale that is zero, negative, NaN or Inf")
+    if layer.name not in measured:
+        raise AuditError(f"audit: layer '{layer.name}' was planned but never measured")
+    try:
+        q = plan.exporter.unpack(layer.name, tensors.__getitem__, layer.scheme, layer.shape)
+    except ZqError as error:
+        raise AuditError(f"audit: layer '{layer.name}' does not unpack: {error}") from None
+    if tensor_hash(q.dequantize(plan.dtype)) != measured[layer.name]["dequantized_sha256"]:
+        raise AuditError(
+            f"audit: the weight of '{layer.name}' read from disk is not the weight that was measured; "
+            "the disk or memory is unreliable, run again into a new folder"
+        )
+
+
+def _check_hashes(tensors: dict[str, Tensor], written: dict[str, str]) -> None:
+    for name, tensor in tensors.items():
+        if tensor_hash(tensor) != written.get(name):
+            raise AuditError(f"audit: the bytes of tensor '{name}' on disk are not those that were written")
+
+
+def _check_copy(plan: Plan, name: str, tensor: Tensor) -> None:
+    key = plan.skeleton.param_keys[name]
+    original = reader(plan.index)([key])[key]
+    if not torch.equal(original.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
+        raise AuditError(f"audit: tensor '{name}' was to be copied unchanged but differs from '{key}'")
+
+
+def _check_config(plan: Plan) -> None:
+    config = plan.quantization_config
+    read_back = plan.exporter.schemes(config, [layer.name for layer in plan.layers])
+    for layer in plan.layers:
+        if _stored(read_back.get(layer.name)) != _stored(layer.scheme):
+            raise AuditError(
+                f"audit: config.json would give '{layer.name}' the scheme {read_back.get(layer.name)} "
+                f"instead of {layer.scheme}"
+            )
+
+
+def _stored(scheme: Scheme | None) -> Scheme | None:
+    """The scheme as every config can say it: a narrow range shows in the codes only."""
+    return scheme and replace(scheme, weights=replace(scheme.weights, narrow=False))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as shard:
+        return shard.get_tensor(name).clone()

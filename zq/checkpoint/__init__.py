@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers first, tensors lazily, output atomically, progress resumably."""

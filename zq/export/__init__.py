@@ -1,0 +1,28 @@
+"""Output formats. Each module offers the same six functions:
+
+refuse(scheme, shape, transposed, dtype) -> why the format cannot hold this layer, or None
+slots(name, scheme, shape, dtype)        -> the tensors it will write, before any work
+pack(name, qtensor, scheme)              -> those tensors
+unpack(name, read, scheme, shape)        -> the QTensor again; exact inverse of pack
+config(assigned, skipped)                -> "quantization_config" of config.json
+schemes(config, names)                   -> which scheme that config gives to each named linear layer
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from zq.errors import ZqError
+from zq.export import compressed_tensors, native
+
+EXPORTERS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "zq": native}
+
+
+def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:
+    """The exporter whose checkpoint this `quantization_config` describes. Raises ZqError."""
+    method = (config or {}).get("quant_method")
+    if method not in EXPORTERS:
+        has = f"is quantized with '{method}'" if method else "is not quantized"
+        raise ZqError(f"{where} {has}; zq reads checkpoints of: {', '.join(EXPORTERS)}")
+    return EXPORTERS[method]

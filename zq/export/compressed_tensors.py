@@ -1,0 +1,232 @@
+"""compressed-tensors checkpoints, as vLLM, SGLang and transformers read them. Written without the library.
+
+    format           when                                   tensors of layer NAME, weight [N, K]
+    pack-quantized   int2..8, weight-only or with 8-bit     weight_packed I32 [N, ceil(K*b/32)],
+                     activations (int8 with int8            weight_scale [N, G], weight_shape I64 [2],
+                     activations excepted)                  asym: weight_zero_point I32 [ceil(N*b/32), G]
+    int-quantized    int8 weights, int8 activations         weight I8 [N, K], weight_scale [N, G]
+    float-quantized  e4m3 weights, e4m3 or no activations   weight F8_E4M3 [N, K], weight_scale [N, 1]
+
+Codes are offset binary, zero points stay in the signed domain plus the same offset and are packed along
+N. W4A8 must be pack-quantized: the library would infer int-quantized, one byte per weight, which no
+CUDA server loads. Spec: compressed-tensors 0.17 to 0.20, and vLLM 0.33's loader.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zq.checkpoint.writer import CODES, Slot
+from zq.errors import ZqError
+from zq.export.native import from_unsigned, to_unsigned
+from zq.numerics.packing import pack as pack_bits
+from zq.numerics.packing import packed_words
+from zq.numerics.packing import unpack as unpack_bits
+from zq.numerics.qtensor import QTensor
+from zq.spec import Layout, Scheme, TensorSpec, scale_shape
+
+CONFIG_VERSION = "0.17.0"
+Read = Callable[[str], Tensor]
+
+
+def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> str | None:
+    """Why compressed-tensors cannot hold this layer, or None."""
+    w, a = scheme.weights, scheme.activations
+    problems = [
+        (transposed, "its layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
+        (w.layout.kind == "block", "compressed-tensors has no flat blocks"),
+        (w.two_level, "compressed-tensors has no two-level scales"),
+        (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
+        (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),
+        (a is not None and a.format not in ("int8", "e4m3fn"), f"it has no {a and a.format} activations"),
+        (
+            w.format == "e4m3fn" and (w.layout.kind == "group" or (a and a.format == "int8")),
+            "its FP8 weights need a channel or tensor scale and no INT8 activations",
+        ),
+        (w.format == "int8" and a is not None and a.format != "int8", "it has no INT8 x FP8 scheme"),
+        (w.layout.kind == "tensor" and w.bits != 8, "its packed weights need channel or group scales"),
+        (
+            w.format == "int8" and w.layout.kind == "tensor" and a is None,
+            "packed weights need channel scales",
+        ),
+        (not w.symmetric and w.format == "int8" and a is not None, "W8A8 weights have no zero point"),
+        (
+            w.layout.kind == "group" and bool(shape[1] % (w.layout.size or 1)),
+            f"groups of {w.layout.size} do not divide K={shape[1]}",
+        ),
+    ]
+    return next((reason for hit, reason in problems if hit), None)
+
+
+def format_of(scheme: Scheme) -> str:
+    """pack-quantized, int-quantized or float-quantized."""
+    if not scheme.weights.info.is_int:
+        return "float-quantized"
+    return "int-quantized" if scheme.weights.bits == 8 and scheme.activations else "pack-quantized"
+
+
+def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> list[Slot]:
+    spec, (n, k) = scheme.weights, shape
+    scales = scale_shape(spec, shape)
+    scale = Slot(f"{name}.weight_scale", CODES[dtype], scales)
+    kind = format_of(scheme)
+    if kind != "pack-quantized":
+        return [Slot(f"{name}.weight", "I8" if kind == "int-quantized" else "F8_E4M3", shape), scale]
+    result = [
+        Slot(f"{name}.weight_packed", "I32", (n, packed_words(k, spec.bits))),
+        scale,
+        Slot(f"{name}.weight_shape", "I64", (2,)),
+    ]
+    if not spec.symmetric:
+        zero = (packed_words(n, spec.bits), scales[1])
+        result.append(Slot(f"{name}.weight_zero_point", "I32", zero))
+    return result
+
+
+def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
+    kind = format_of(scheme)
+    scale = {f"{name}.weight_scale": q.scale}
+    if kind == "int-quantized":
+        return {f"{name}.weight": q.codes, **scale}
+    if kind == "float-quantized":
+        return {f"{name}.weight": q.codes.view(torch.float8_e4m3fn), **scale}
+    bits = q.spec.bits
+    tensors = {
+        f"{name}.weight_packed": pack_bits(to_unsigned(q.codes, q.spec), bits),
+        f"{name}.weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        **scale,
+    }
+    if q.zero is not None:
+        zero = pack_bits(to_unsigned(q.zero, q.spec).T.contiguous(), bits).T.contiguous()
+        tensors[f"{name}.weight_zero_point"] = zero
+    return tensors
+
+
+def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    """Raises ZqError when the packed tensors disagree with the shape of the layer."""
+    spec, kind = scheme.weights, format_of(scheme)
+    scale = read(f"{name}.weight_scale")
+    if kind == "int-quantized":
+        return QTensor(read(f"{name}.weight"), scale, None, None, spec)
+    if kind == "float-quantized":
+        return QTensor(read(f"{name}.weight").view(torch.uint8), scale, None, None, spec)
+    stored = tuple(read(f"{name}.weight_shape").tolist())
+    if stored != tuple(shape):
+        raise ZqError(f"'{name}.weight_shape' says {stored} but the model has {tuple(shape)}")
+    codes = from_unsigned(unpack_bits(read(f"{name}.weight_packed"), spec.bits, shape[1]), spec)
+    zero = None
+    if not spec.symmetric:
+        packed = read(f"{name}.weight_zero_point").T.contiguous()
+        zero = from_unsigned(unpack_bits(packed, spec.bits, shape[0]), spec).T.contiguous()
+    return QTensor(codes, scale, zero, None, spec)
+
+
+def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
+    """`assigned`: every quantized layer; `skipped`: every other linear layer of the model."""
+    by_scheme: dict[Scheme, list[str]] = defaultdict(list)
+    for name, scheme in assigned.items():
+        by_scheme[scheme].append(name)
+    single = len(by_scheme) == 1
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if single else _targets(names, assigned, scheme),
+            "weights": _weight_args(scheme.weights),
+            "input_activations": _activation_args(scheme.activations),
+            "output_activations": None,
+            "format": format_of(scheme),
+        }
+        for i, (scheme, names) in enumerate(by_scheme.items())
+    }
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": sorted(skipped),
+        "version": CONFIG_VERSION,
+        "config_groups": groups,
+    }
+
+
+def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Which scheme the config gives to each linear layer, by compressed-tensors' own rules: `ignore`
+    first, then exact names and regexes, then the class name. Raises ZqError for what zq cannot read."""
+    groups = config.get("config_groups") or {}
+    parsed = [(group.get("targets") or [], _scheme(group)) for group in groups.values()]
+    ignore = config.get("ignore") or []
+    result: dict[str, Scheme] = {}
+    for name in names:
+        if any(_hits(target, name) for target in ignore):
+            continue
+        named = [s for targets, s in parsed if any(_hits(t, name) for t in targets)]
+        generic = [s for targets, s in parsed if "Linear" in targets]
+        found = named or generic
+        if found:
+            result[name] = found[0]
+    return result
+
+
+def _hits(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target == name
+
+
+def _targets(names: list[str], assigned: dict[str, Scheme], scheme: Scheme) -> list[str]:
+    """One regex per layer position where all blocks agree, else full names."""
+    uses: dict[str, set[Scheme]] = defaultdict(set)
+    for name, other in assigned.items():
+        uses[_position(name)].add(other)
+    targets = [_position(name) if uses[_position(name)] == {scheme} else name for name in names]
+    return list(dict.fromkeys(targets))
+
+
+def _position(name: str) -> str:
+    """The same layer in every block, as a regex; engines differ in what stands before the block list."""
+    found = re.match(r"(?:.*?\.)?([^.]+)\.\d+\.(.+)", name)
+    return f"re:.*{re.escape(found[1])}\\.\\d+\\.{re.escape(found[2])}$" if found else name
+
+
+def _weight_args(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "num_bits": spec.bits,
+        "type": "int" if spec.info.is_int else "float",
+        "symmetric": spec.symmetric,
+        "strategy": spec.layout.kind,
+        "group_size": spec.layout.size if spec.layout.kind == "group" else None,
+        "dynamic": False,
+    }
+
+
+def _activation_args(spec: TensorSpec | None) -> dict[str, Any] | None:
+    return spec and {
+        "num_bits": 8,
+        "type": "int" if spec.info.is_int else "float",
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+    }
+
+
+def _scheme(group: dict[str, Any]) -> Scheme:
+    weights, acts = group.get("weights"), group.get("input_activations")
+    try:
+        return Scheme(_spec(weights), _spec(acts) if acts else None)
+    except (KeyError, TypeError, ZqError) as error:
+        raise ZqError(f"zq cannot read this compressed-tensors scheme ({error}): {group}") from None
+
+
+def _spec(args: dict[str, Any]) -> TensorSpec:
+    bits, is_int, strategy = args["num_bits"], args["type"] == "int", args["strategy"]
+    layout = Layout("group", args["group_size"]) if strategy == "group" else Layout.parse(strategy)
+    name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")
+    return TensorSpec(format=name, layout=layout, symmetric=bool(args.get("symmetric", True)))

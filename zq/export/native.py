@@ -1,0 +1,111 @@
+"""zq's own format, for everything that no common format expresses. `quant_method: zq`.
+
+For a linear layer NAME with an [N, K] weight, whatever the layout of its scales:
+
+    NAME.weight_packed  int32 [N, ceil(K*bits/32)]   codes, dense (numerics/packing.py)
+    NAME.weight_scale   model dtype or s=...         zq.spec.scale_shape; two-level: [N, 1]
+    NAME.weight_zero    int8, shape of the scales    asymmetric only
+    NAME.weight_sub     uint8 [N, G]                 two-level only
+
+Integer codes are offset binary, u = q + 2^(bits-1); float codes are the format's bit pattern.
+config.json lists the layers of each scheme by name, so nothing is quantized or skipped by a pattern.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zq.checkpoint.writer import CODES, Slot
+from zq.errors import ZqError
+from zq.numerics.packing import pack as pack_bits
+from zq.numerics.packing import packed_words
+from zq.numerics.packing import unpack as unpack_bits
+from zq.numerics.qtensor import QTensor
+from zq.numerics.scales import DTYPES
+from zq.spec import Scheme, TensorSpec, scale_shape
+
+FORMAT_VERSION = 1
+Read = Callable[[str], Tensor]
+
+
+def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> str | None:
+    """The native format holds every scheme."""
+    return None
+
+
+def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> list[Slot]:
+    spec = scheme.weights
+    n, k = shape
+    scale_dtype = DTYPES[spec.scale_dtype] if spec.scale_dtype else dtype
+    scales = scale_shape(spec, shape)
+    result = [
+        Slot(f"{name}.weight_packed", "I32", (n, packed_words(k, spec.bits))),
+        Slot(f"{name}.weight_scale", CODES[scale_dtype], (n, 1) if spec.two_level else scales),
+    ]
+    if not spec.symmetric:
+        result.append(Slot(f"{name}.weight_zero", "I8", scales))
+    if spec.two_level:
+        result.append(Slot(f"{name}.weight_sub", "U8", scales))
+    return result
+
+
+def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
+    tensors = {
+        f"{name}.weight_packed": pack_bits(to_unsigned(q.codes, q.spec), q.spec.bits),
+        f"{name}.weight_scale": q.scale,
+    }
+    if q.zero is not None:
+        tensors[f"{name}.weight_zero"] = q.zero
+    if q.sub is not None:
+        tensors[f"{name}.weight_sub"] = q.sub
+    return tensors
+
+
+def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    spec = scheme.weights
+    codes = from_unsigned(unpack_bits(read(f"{name}.weight_packed"), spec.bits, shape[1]), spec)
+    zero = None if spec.symmetric else read(f"{name}.weight_zero")
+    sub = read(f"{name}.weight_sub") if spec.two_level else None
+    return QTensor(codes, read(f"{name}.weight_scale"), zero, sub, spec)
+
+
+def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
+    by_scheme: dict[str, list[str]] = defaultdict(list)
+    for name, scheme in assigned.items():
+        by_scheme[str(scheme)].append(name)
+    return {"quant_method": "zq", "format_version": FORMAT_VERSION, "schemes": dict(by_scheme)}
+
+
+def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Raises ZqError for a config from a newer format or with layers that the model does not have."""
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ZqError(f"zq format version {version} is unknown (this zq reads {FORMAT_VERSION}); upgrade zq")
+    known = set(names)
+    result: dict[str, Scheme] = {}
+    for text, layers in config["schemes"].items():
+        scheme = Scheme.parse(text)
+        for layer in layers:
+            if layer not in known:
+                raise ZqError(f"config.json quantizes '{layer}', which this model does not have")
+            result[layer] = scheme
+    return result
+
+
+def to_unsigned(codes: Tensor, spec: TensorSpec) -> Tensor:
+    """int8 q -> offset binary uint8; float bit patterns stay."""
+    if not spec.info.is_int:
+        return codes
+    return (codes.to(torch.int16) + (1 << (spec.bits - 1))).to(torch.uint8)
+
+
+def from_unsigned(codes: Tensor, spec: TensorSpec) -> Tensor:
+    """Inverse of `to_unsigned`."""
+    if not spec.info.is_int:
+        return codes
+    return (codes.to(torch.int16) - (1 << (spec.bits - 1))).to(torch.int8)

@@ -1,0 +1,81 @@
+"""Build a transformers model without its weights, and put single tensors into it and out again.
+
+Parameters live on the meta device (a shape and a dtype, no memory); buffers are real, because
+nothing in a checkpoint restores them: rotary frequencies, GPT-J's sinusoids, BERT's position ids.
+They are computed in float32 mode, as `from_pretrained` does, whatever the weights' dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Device = torch.device | str
+
+
+def empty_model(
+    cls: type, config: PretrainedConfig, *, dtype: torch.dtype, device: Device, pooler: bool = True
+) -> PreTrainedModel:
+    """The model in eval mode: meta parameters of `dtype`, real buffers on `device`, nothing tied.
+
+    Attention is "sdpa" where the class supports it, else "eager": what transformers itself picks,
+    so that the outputs of a block are bit-equal to those in a normally loaded model.
+    pooler=False leaves out the pooling layer where the class allows that (plain encoders).
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+    optional = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    options = {"add_pooling_layer": False} if optional and not pooler else {}
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = cls._from_config(  # type: ignore[attr-defined]
+            copy.deepcopy(config),  # _from_config writes the dtype into the config it is given
+            dtype=torch.float32,
+            attn_implementation=attention,
+            **options,
+        )
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        put(model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
+    for name, buffer in list(model.named_buffers()):
+        put(model, name, buffer.to(device))
+    return model.eval()
+
+
+def put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the parameter or buffer at this full name; parameters never require a gradient."""
+    owner, leaf = _owner(model, name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    elif isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
+    else:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def drop(model: nn.Module, name: str) -> None:
+    """Put the parameter at this full name back on meta; buffers stay."""
+    owner, leaf = _owner(model, name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(
+            owner._parameters[leaf].to("meta"),  # type: ignore[union-attr]
+            requires_grad=False,
+        )
+
+
+def get(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer at this full name."""
+    owner, leaf = _owner(model, name)
+    return getattr(owner, leaf)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

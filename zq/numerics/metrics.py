@@ -1,0 +1,25 @@
+"""How far a tensor is from another, and which tensor it is."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(||x||^2 / ||x - y||^2), in dB; 200 when they are equal."""
+    x = reference.float()
+    noise = float((x - candidate.float()).square().sum(dtype=torch.float64))
+    signal = float(x.square().sum(dtype=torch.float64))
+    if noise == 0:
+        return 200.0
+    return round(10 * math.log10(max(signal, 1e-300) / noise), 3)
+
+
+def tensor_hash(x: Tensor) -> str:
+    """sha256 of the bytes of a tensor, in row-major order."""
+    flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()

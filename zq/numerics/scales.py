@@ -1,0 +1,136 @@
+"""Normalise, second half: choosing the scale of each group.
+
+absmax. The largest magnitude of the group lands on the end of the range:
+    full range    s = max|x| / ((2^b - 1) / 2)   (compressed-tensors' convention: /7.5 for 4 bits)
+    narrow range  s = max|x| / (2^(b-1) - 1)
+    float         s = max|x| / largest code value
+    asymmetric    s = (max - min) / (2^b - 1), z = round(qmin - min/s); min <= 0 <= max, so 0 is exact
+mse. Among s * f for a grid of factors f, the one with the least sum of squared errors of the group,
+each candidate rounded to the dtype it will be stored in. f > 1 covers codes whose ends are not
+symmetric (int4: 7.5/7), f < 1 clips outliers.
+
+Scales are rounded to their stored dtype *before* codes are computed, so what is measured in the run
+is what a reader of the file gets. An all-zero group gets scale 1 (its codes are all zero); a scale
+that would underflow its dtype is raised to the smallest normal number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zq.numerics.codebook import codebook
+from zq.spec import TensorSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MSE_FACTORS = (1.0, *(i / 40 for i in range(48, 11, -1)))  # 1 first: ties keep absmax; 1.2 .. 0.3
+TWO_LEVEL_MAX = 15
+
+
+@dataclass(frozen=True)
+class Scale:
+    """scale [R, G] float32 holding values of the stored dtype; zero [R, G] int32 or None.
+
+    Two-level: `scale` is the channel scale [R, 1] and `sub` [R, G] int32 in 1..15 multiplies it.
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    sub: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """Effective size of one quantization step, [R, G] float32."""
+        return self.scale if self.sub is None else self.scale * self.sub
+
+
+def int_range(spec: TensorSpec) -> tuple[int, int]:
+    """(qmin, qmax) of an integer spec."""
+    half = 1 << (spec.bits - 1)
+    return (-half + 1 if spec.narrow else -half), half - 1
+
+
+def reach(spec: TensorSpec) -> float:
+    """The normalised magnitude on which absmax puts the largest value of a group."""
+    if not spec.info.is_int:
+        return codebook(spec.format).max
+    qmin, qmax = int_range(spec)
+    return (qmax - qmin) / 2
+
+
+def absmax(x: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Scale:
+    """x [R, G, S] float32 -> Scale. `dtype` is the stored dtype of the floating-point scale."""
+    return _derive(x, spec, dtype, 1.0, _bounds(x, spec))
+
+
+def mse(x: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Scale:
+    """x [R, G, S] float32 -> the Scale with the least squared error per group over MSE_FACTORS."""
+    from zq.numerics.qtensor import fake_groups  # rounding belongs there; it needs Scale from here
+
+    bounds = _bounds(x, spec)
+    best: Scale | None = None
+    least = torch.empty(0)
+    for candidate in _candidates(x, spec, dtype, bounds):
+        error = (fake_groups(x, spec, candidate) - x).square_().sum(-1)  # [R, G]
+        if best is None:
+            best, least = candidate, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = _merge(better, candidate, best)
+    return best  # type: ignore[return-value]
+
+
+def _candidates(x: Tensor, spec: TensorSpec, dtype: torch.dtype, bounds) -> Iterator[Scale]:
+    if spec.two_level:  # the channel scale stays; every group scale that it can express is tried
+        first = _derive(x, spec, dtype, 1.0, bounds)
+        yield first
+        assert first.sub is not None
+        for sub in range(1, TWO_LEVEL_MAX + 1):
+            yield Scale(first.scale, sub=torch.full_like(first.sub, sub))
+        return
+    for factor in MSE_FACTORS:
+        yield _derive(x, spec, dtype, factor, bounds)
+
+
+def _merge(better: Tensor, new: Scale, old: Scale) -> Scale:
+    def pick(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.where(better, a, b)
+
+    if old.sub is not None:
+        return Scale(old.scale, sub=pick(new.sub, old.sub))
+    return Scale(torch.where(better, new.scale, old.scale), zero=pick(new.zero, old.zero))
+
+
+def _bounds(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """(low, high) [R, G] of every group, 0 included; symmetric: both are +-max|x|."""
+    if spec.symmetric:
+        high = x.abs().amax(-1)
+        return -high, high
+    low, high = torch.aminmax(x, dim=-1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, bounds) -> Scale:
+    low, high = (b * factor for b in bounds)
+    if not spec.symmetric:
+        qmin, qmax = int_range(spec)
+        scale = _store((high - low) / (qmax - qmin), dtype)
+        zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
+        return Scale(scale, zero=zero)
+    scale = high / reach(spec)
+    if not spec.two_level:
+        return Scale(_store(scale, dtype))
+    channel = _store(scale.amax(-1, keepdim=True) / TWO_LEVEL_MAX, dtype)
+    sub = torch.ceil(scale / channel - 1e-3).clamp(1, TWO_LEVEL_MAX).to(torch.int32)
+    return Scale(channel, sub=sub)
+
+
+def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the stored dtype; 1 for an all-zero group; never 0, subnormal or infinite."""
+    info = torch.finfo(dtype)
+    stored = scale.clamp(info.tiny, info.max).to(dtype).float()
+    return torch.where(scale == 0, torch.ones_like(stored), stored)

@@ -1,0 +1,290 @@
+"""The loop: one block in memory, quantized, measured, written, committed.
+
+    result = quantize(make_plan(folder, recipe), out)
+
+Two streams of hidden states run through the model: the float stream through the blocks as they were,
+the quantized stream through the blocks as they became, activations quantized where the scheme says so.
+Their relative distance after each block is the error that is shown. Both streams are saved with every
+block, so a resumed run continues with the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zq
+from zq.audit import audit
+from zq.checkpoint.job import Job
+from zq.checkpoint.reader import Read, reader
+from zq.checkpoint.writer import ShardWriter
+from zq.data import calibration_windows, describe
+from zq.errors import AuditError, OutputError, ZqError
+from zq.models.capture import Captured, capture_inputs, run_block
+from zq.numerics.metrics import sqnr_db, tensor_hash
+from zq.numerics.qtensor import fake_quantize_tokens
+from zq.plan import Plan
+from zq.publish import publish
+from zq.quantizers.method import Block, Layer
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """`report` is what zq_report.json holds."""
+
+    out: Path
+    report: dict[str, Any]
+
+
+def quantize(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda event: None,
+    command: str = "",
+) -> Result:
+    """Carry out a plan into the folder `out`.
+
+    `progress` gets {"unit", "error", "seconds", ...} after every unit. Raises ZqError (nothing is left
+    behind), OutputError (disk; what is done is kept) or AuditError (the output is not published).
+    """
+    started = time.monotonic()
+    job = (Job.resume if resume else Job.begin)(out, _fingerprint(plan))
+    writer = ShardWriter(job.shards, plan.shards)
+    try:
+        if resume and job.shards.is_dir():
+            writer.recall(out)
+        else:
+            writer.create()
+        facts = _run_units(plan, job, writer, progress)
+        facts["audit"] = audit(plan, job.shards, job.done)
+        report = _report(plan, job, facts, time.monotonic() - started, command)
+        publish(plan, writer, out, report)
+    except (AuditError, OutputError):
+        raise
+    except ZqError:
+        job.discard()
+        raise
+    job.finish()
+    return Result(out, report)
+
+
+@torch.no_grad()
+def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
+    read = reader(plan.index)
+    captured, facts = _capture(plan, read)
+    float_stream, quant_stream = _streams(job, captured)
+    for unit in plan.units:
+        if str(unit) in job.done:
+            continue
+        begun = time.monotonic()
+        block = _load(plan, unit, read)
+        running = captured is not None and isinstance(unit, int)
+        if running:
+            float_stream = _forward(block, float_stream, captured, unit)
+        for method, options in plan.steps:
+            method.run(block, options)
+        tensors, report = _collect(plan, unit, block, read)
+        if running:
+            with _quantized_inputs(block.layers):
+                quant_stream = _forward(block, quant_stream, captured, unit)
+            report["output_error"] = _relative_error(quant_stream, float_stream)
+        report["tensors"] = writer.write(tensors)
+        report["seconds"] = round(time.monotonic() - begun, 3)
+        job.commit(str(unit), report, _carry(float_stream, quant_stream) if running else None)
+        _unload(plan, unit)
+        progress({"unit": block.name, **report})
+    return facts
+
+
+def _capture(plan: Plan, read: Read) -> tuple[Captured | None, dict[str, Any]]:
+    """Calibration tokens as inputs of the first block, and facts about them; None when there are none."""
+    wanted = plan.recipe.calibration
+    if wanted.source == "none":
+        return None, {"calibration": {"source": "none"}}
+    tokenizer = None if wanted.source == "random" else load_tokenizer(plan.folder)
+    windows = calibration_windows(
+        wanted.source,
+        tokenizer,
+        plan.skeleton.config.vocab_size,
+        wanted.samples,
+        wanted.length,
+        plan.recipe.seed,
+    )
+    plan.skeleton.load_outside(read)
+    captured = capture_inputs(plan.skeleton, list(windows.split(4)))
+    plan.skeleton.unload_outside()
+    return captured, {"calibration": {"source": wanted.source, **describe(windows)}}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
+        why = " ".join(str(error).split())[:160]
+        raise ZqError(
+            f"{folder} has no tokenizer that transformers can read ({why}); add it, or use --calib random"
+        ) from None
+
+
+def _streams(job: Job, captured: Captured | None) -> tuple[list[Tensor], list[Tensor]]:
+    if captured is None:
+        return [], []
+    carried = job.carried()
+    if not carried:
+        return list(captured.hidden), list(captured.hidden)
+    device = captured.hidden[0].device
+    n = len(captured.hidden)
+    return (
+        [carried[f"float.{i}"].to(device) for i in range(n)],
+        [carried[f"quant.{i}"].to(device) for i in range(n)],
+    )
+
+
+def _carry(float_stream: list[Tensor], quant_stream: list[Tensor]) -> dict[str, Tensor]:
+    return {
+        **{f"float.{i}": h for i, h in enumerate(float_stream)},
+        **{f"quant.{i}": h for i, h in enumerate(quant_stream)},
+    }
+
+
+def _load(plan: Plan, unit: int | str, read: Read) -> Block:
+    """Materialise a unit. Outside of the blocks only layers that a rule names are worked on."""
+    skeleton = plan.skeleton
+    planned = [layer for layer in plan.layers if layer.unit == unit and layer.scheme]
+    if isinstance(unit, int):
+        skeleton.load_block(unit, read)
+    elif planned:
+        (skeleton.load_tail if unit == "tail" else skeleton.load_outside)(read)
+    layers = [
+        Layer(p.name, p.kind, skeleton.model.get_submodule(p.name), p.transposed, p.scheme)
+        for p in planned
+        if p.scheme
+    ]
+    name = skeleton.block_prefix(unit) if isinstance(unit, int) else unit
+    module = skeleton.block(unit) if isinstance(unit, int) else None
+    return Block(name, module, layers, plan.dtype, plan.recipe.seed)
+
+
+def _unload(plan: Plan, unit: int | str) -> None:
+    if isinstance(unit, int):
+        plan.skeleton.unload_block(unit)
+    else:
+        (plan.skeleton.unload_tail if unit == "tail" else plan.skeleton.unload_outside)()
+
+
+def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dict[str, Tensor], dict]:
+    """The output tensors of a unit, and what was measured on its layers.
+
+    Tensors that no step touches are copied as they are in the checkpoint, in their own dtype.
+    """
+    tensors: dict[str, Tensor] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    skeleton = plan.skeleton
+    for layer in block.layers:
+        q = layer.quantized
+        if q is None:
+            raise ZqError(
+                f"no step of recipe {plan.recipe.name} quantized '{layer.name}'; add a step such as rtn"
+            )
+        tensors.update(plan.exporter.pack(layer.name, q, layer.scheme))
+        key = skeleton.key_of(f"{layer.name}.weight")
+        original = read([key])[key].to(q.codes.device)
+        dense = q.dequantize(plan.dtype)
+        measured[layer.name] = {
+            "scheme": str(layer.scheme),
+            "kind": layer.kind or "other",
+            "sqnr_db": sqnr_db(original.T if layer.transposed else original, dense),
+            "dequantized_sha256": tensor_hash(dense),
+        }
+    promised = [slot.name for slot in plan.units[unit] if slot.name not in tensors]
+    keys = {name: skeleton.param_keys[name] for name in promised}
+    originals = read(keys.values())
+    for name, key in keys.items():
+        tensors[name] = originals[key]
+    return tensors, {"layers": measured}
+
+
+def _forward(block: Block, hidden: list[Tensor], captured: Captured | None, index: int | str) -> list[Tensor]:
+    assert captured is not None
+    assert block.module is not None
+    assert isinstance(index, int)
+    calls = captured.calls[index]
+    return [run_block(block.module, h, call) for h, call in zip(hidden, calls, strict=True)]
+
+
+@contextmanager
+def _quantized_inputs(layers: list[Layer]) -> Iterator[None]:
+    """Inside, the layers quantize their input as their scheme says."""
+
+    def hook_for(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
+        spec = layer.scheme.activations
+        return spec and (lambda module, args: (fake_quantize_tokens(args[0], spec), *args[1:]))
+
+    hooks = [
+        layer.module.register_forward_pre_hook(hook)
+        for layer in layers
+        if (hook := hook_for(layer)) is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float:
+    """||candidate - reference||^2 / ||reference||^2 over all tokens."""
+    pairs = list(zip(candidate, reference, strict=True))
+    error = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
+    return error / max(sum(float(b.float().square().sum()) for _, b in pairs), 1e-30)
+
+
+def _fingerprint(plan: Plan) -> dict[str, str]:
+    """What must be the same for a job to be continued."""
+    return {
+        "model": plan.index.fingerprint(),
+        "recipe": plan.recipe.digest,
+        "zq version": zq.__version__,
+        "torch version": torch.__version__,
+        "device": str(plan.skeleton.device),
+    }
+
+
+def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command: str) -> dict[str, Any]:
+    layers = {name: m for unit in job.done.values() for name, m in unit["layers"].items()}
+    kinds: dict[str, list[float]] = {}
+    for measured in layers.values():
+        kinds.setdefault(measured["kind"], []).append(measured["sqnr_db"])
+    errors = {u: r["output_error"] for u, r in job.done.items() if "output_error" in r}
+    return {
+        "zq": zq.__version__,
+        "torch": torch.__version__,
+        "command": command,
+        "format": plan.format,
+        "recipe": str(plan.recipe),
+        "source_fingerprint": plan.index.fingerprint(),
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bits_per_weight": plan.bits_per_weight,
+        "weight_sqnr_db": {kind: sum(v) / len(v) for kind, v in sorted(kinds.items())},
+        "output_error": errors,
+        "seconds": round(seconds, 2),
+        "notes": plan.notes,
+        **facts,
+        "layers": layers,
+        "tensors": {name: h for unit in job.done.values() for name, h in unit["tensors"].items()},
+    }

@@ -1,0 +1,281 @@
+"""The plan: what will happen to every tensor, checked completely before any work.
+
+    plan = make_plan(folder, recipe)     raises one ZqError that lists everything wrong
+    plan.layers                          every linear layer, its scheme or why it stays
+    plan.shards                          every byte of the output, by file, in order
+
+Only headers are read, so a plan of a 70B model takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_index
+from zq.checkpoint.writer import Shard, Slot, plan_shards
+from zq.errors import ZqError
+from zq.export import EXPORTERS
+from zq.models.find import find_arch, load_config
+from zq.models.skeleton import Skeleton, build_skeleton
+from zq.quantizers import resolve
+from zq.quantizers.method import Method
+from zq.recipe import Recipe, Rule
+from zq.runtime.linear import is_linear, linear_shape
+from zq.spec import AUTO, Layout, Scheme, choose_group_size
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """One linear layer. `unit` is the block index, "outside" or "tail"; kind None: not in a block."""
+
+    name: str
+    unit: int | str
+    kind: str | None
+    shape: tuple[int, int]
+    transposed: bool
+    scheme: Scheme | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    folder: Path
+    recipe: Recipe
+    index: CheckpointIndex
+    skeleton: Skeleton
+    dtype: torch.dtype
+    format: str
+    layers: list[PlannedLayer]
+    steps: list[tuple[Method, Any]]
+    units: dict[int | str, list[Slot]]
+    shards: list[Shard]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exporter(self) -> ModuleType:
+        return EXPORTERS[self.format]
+
+    @property
+    def assigned(self) -> dict[str, Scheme]:
+        return {layer.name: layer.scheme for layer in self.layers if layer.scheme}
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        skipped = [layer.name for layer in self.layers if not layer.scheme]
+        return self.exporter.config(self.assigned, skipped)
+
+    def layer_slots(self, layer: PlannedLayer) -> list[Slot]:
+        """The output tensors of a quantized layer's weight."""
+        assert layer.scheme is not None
+        return self.exporter.slots(layer.name, layer.scheme, layer.shape, self.dtype)
+
+    def source(self, name: str) -> TensorInfo:
+        """The checkpoint entry of a parameter of the model."""
+        return self.index.tensors[self.skeleton.param_keys[name]]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(self.source(name).nbytes for name in self.skeleton.param_keys)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(slot.nbytes for shard in self.shards for slot in shard.slots)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits written per quantized weight: codes, scales and whatever else the format needs."""
+        quantized = [layer for layer in self.layers if layer.scheme]
+        written = sum(slot.nbytes for layer in quantized for slot in self.layer_slots(layer))
+        return 8 * written / sum(math.prod(layer.shape) for layer in quantized)
+
+    @property
+    def memory_estimate(self) -> int:
+        """Bytes: torch and transformers themselves, the largest unit twice (as it was, as it becomes),
+        and six float32 copies of the largest quantized layer while its scales are searched."""
+        unit = max(sum(self.source(n).nbytes for n in self.skeleton.zone(u) if n in self.skeleton.param_keys)
+                   for u in self.units)  # fmt: skip
+        layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
+        return 500_000_000 + 2 * unit + 6 * 4 * layer
+
+
+def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
+    """Raises ZqError when the checkpoint, the recipe and the format do not fit together."""
+    where = str(folder / "config.json")
+    steps = [resolve(step, f"recipe {recipe.name}") for step in recipe.steps]
+    config = load_config(folder)
+    arch = find_arch(config, where)
+    index = read_index(folder)
+    dtype = main_dtype(index)
+    skeleton = build_skeleton(config, arch, index.shapes, dtype, device=device, where=str(folder))
+    notes: list[str] = []
+    layers, recipe = _assign(skeleton, recipe, notes)
+    format_name = _choose_format(recipe, layers, dtype, notes)
+    _check_dtypes(skeleton, index, layers)
+    if skeleton.extra:
+        count, cls = len(skeleton.extra), type(skeleton.model).__name__
+        notes.append(f"{count} tensors that {cls} does not use are left out, first {skeleton.extra[0]}")
+    units = _units(skeleton, index, layers, EXPORTERS[format_name], dtype)
+    shards = plan_shards([slot for slots in units.values() for slot in slots], shard_bytes)
+    return Plan(
+        folder=folder,
+        recipe=recipe,
+        index=index,
+        skeleton=skeleton,
+        dtype=dtype,
+        format=format_name,
+        layers=layers,
+        steps=steps,
+        units=units,
+        shards=shards,
+        notes=notes,
+    )
+
+
+def _check_dtypes(skeleton: Skeleton, index: CheckpointIndex, layers: list[PlannedLayer]) -> None:
+    bad = []
+    for layer in layers:
+        info = index.tensors[skeleton.key_of(f"{layer.name}.weight")]
+        if layer.scheme and info.dtype not in ("BF16", "F16", "F32"):
+            bad.append(f"{info.name} is {info.dtype}")
+    if bad:
+        raise ZqError(
+            f"{index.root}: {bad[0]} ({len(bad)} such tensors); zq quantizes BF16, F16 and F32 weights; "
+            "start from the original floating-point checkpoint"
+        )
+
+
+def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[PlannedLayer], Recipe]:
+    """Give every linear layer its scheme by the first rule that matches, automatic groups resolved."""
+    found: list[tuple[str, int | str, str | None, tuple[int, int], bool]] = []
+    for i in range(skeleton.n_blocks):
+        for info in skeleton.linears(i):
+            found.append((info.name, i, info.kind, (info.n, info.k), info.transposed))
+    tail = set(skeleton.zone("tail"))
+    for name in skeleton.other_linears():
+        module = skeleton.model.get_submodule(name)
+        unit = "tail" if f"{name}.weight" in tail else "outside"
+        transposed = is_linear(module) and type(module).__name__ == "Conv1D"
+        found.append((name, unit, None, linear_shape(module), transposed))
+
+    rules = [recipe.rule_for(name, kind) for name, _, kind, _, _ in found]
+    where = f"recipe {recipe.name}"
+    for rule in recipe.rules:
+        if not any(rule.matches(name, kind) for name, _, kind, _, _ in found):
+            spot = f"{where}:{rule.line}" if rule.line else where
+            raise ZqError(
+                f"{spot}: rule '{rule.match}' matches no linear layer of this model; layers are named like "
+                f"{found[0][0]}; `zq quantize --dry-run` lists them"
+            )
+    size = _auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
+    layers = []
+    for (name, unit, kind, shape, transposed), rule in zip(found, rules, strict=True):
+        scheme = rule.scheme and rule.scheme.with_group(size) if rule else None
+        why = f"rule '{rule.match}'" if rule else ("no rule names it" if kind is None else "no rule matches")
+        if scheme and f"{name}.weight" in skeleton.tied:
+            raise ZqError(
+                f"{where}: '{name}' shares its weight with {skeleton.tied[name + '.weight']} and stays as it "
+                "is; drop the rule that names it"
+            )
+        if not scheme and f"{name}.weight" in skeleton.tied:
+            why = f"tied to {skeleton.tied[name + '.weight']}"
+        layers.append(
+            PlannedLayer(
+                name=name,
+                unit=unit,
+                kind=kind,
+                shape=shape,
+                transposed=transposed,
+                scheme=scheme,
+                why=("skipped by " if rule and not scheme else "") + why,
+            )
+        )
+    if not any(layer.scheme for layer in layers):
+        raise ZqError(f"{where} quantizes nothing: every rule skips; see `zq recipes show w4a8`")
+    fixed = tuple(replace(r, scheme=r.scheme and r.scheme.with_group(size)) for r in recipe.rules)
+    return layers, replace(recipe, rules=fixed)
+
+
+def _auto_group(rules: list[Rule | None], shapes: list[tuple[int, int]], notes: list[str]) -> int:
+    """The size of automatic groups; AUTO when no rule in use has any."""
+    auto = Layout("group", AUTO)
+    ks = {
+        shape[1]
+        for rule, shape in zip(rules, shapes, strict=True)
+        if rule and rule.scheme and rule.scheme.weights.layout == auto
+    }
+    if not ks:
+        return AUTO
+    size = choose_group_size(ks)
+    if size is None:
+        raise ZqError(
+            f"no group size of 128, 64 or 32 divides every input size of the layers to quantize "
+            f"({', '.join(map(str, sorted(ks)))}); give --group-size, or int4:channel in a recipe"
+        )
+    if size != 128:
+        odd = next(k for k in sorted(ks) if k % 128)
+        notes.append(f"group size {size}: 128 does not divide {odd}, an input size of this model")
+    return size
+
+
+def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtype, notes: list[str]) -> str:
+    """compressed-tensors wherever it can hold every layer, else zq's own; said in the notes."""
+    if recipe.format == "zq":
+        return "zq"
+    for layer in layers:
+        spec = layer.scheme and layer.scheme.weights
+        if spec and spec.layout.kind == "group" and layer.shape[1] % (spec.layout.size or 1):
+            k = layer.shape[1]
+            fits = [
+                g
+                for g in (16, 32, 64, 96, 128, 192, 256)
+                if all(x.shape[1] % g == 0 for x in layers if x.scheme)
+            ]
+            raise ZqError(
+                f"'{layer.name}' has {k} inputs, which groups of {spec.layout.size} do not divide; sizes that "
+                f"fit every layer: {', '.join(map(str, fits)) or 'none of the usual ones'}; or use format: zq, "
+                "whose last group may be shorter"
+            )
+    for layer in layers:
+        exporter = EXPORTERS["compressed-tensors"]
+        reason = layer.scheme and exporter.refuse(layer.scheme, layer.shape, layer.transposed, dtype)
+        if reason and recipe.format == "compressed-tensors":
+            raise ZqError(
+                f"compressed-tensors cannot hold '{layer.name}' as {layer.scheme}: {reason}; use format: zq"
+            )
+        if reason:
+            notes.append(f"zq's own format (loads with `import zq`): {layer.name}: {reason}")
+            return "zq"
+    return "compressed-tensors"
+
+
+def _units(
+    skeleton: Skeleton,
+    index: CheckpointIndex,
+    layers: list[PlannedLayer],
+    exporter: ModuleType,
+    dtype: torch.dtype,
+) -> dict[int | str, list[Slot]]:
+    """The output tensors of every unit, in the order of writing."""
+    by_weight = {f"{layer.name}.weight": layer for layer in layers if layer.scheme}
+    units: dict[int | str, list[Slot]] = {}
+    for unit in ("outside", *range(skeleton.n_blocks), "tail"):
+        slots: list[Slot] = []
+        for name in skeleton.zone(unit):
+            if name in skeleton.tied:
+                continue
+            layer = by_weight.get(name)
+            if layer and layer.scheme:
+                slots += exporter.slots(layer.name, layer.scheme, layer.shape, dtype)
+            else:
+                info = index.tensors[skeleton.param_keys[name]]
+                slots.append(Slot(name, info.dtype, info.shape))
+        units[unit] = slots
+    return units

@@ -1,0 +1,1 @@
+"""Bridges into other libraries; each module is imported only when its library is."""

@@ -1,0 +1,57 @@
+"""transformers loads and saves `quant_method: zq` through this quantizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from zq.export import native
+from zq.runtime.linear import is_linear, replace_linear
+
+METHOD = "zq"
+
+
+class ZqConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: {"quant_method": "zq", "schemes": {scheme: [layer, ...]}}."""
+
+    def __init__(
+        self, schemes: dict[str, list[str]] | None = None, format_version: int = 1, **_: Any
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.schemes = schemes or {}
+        self.format_version = format_version
+
+
+class ZqQuantizer(HfQuantizer):
+    """Puts QuantLinear modules on meta before the weights are loaded into their buffers."""
+
+    requires_calibration = True  # never quantizes while loading; `zq quantize` does that
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        linears = [name for name, module in model.named_modules() if is_linear(module)]
+        config = {
+            "format_version": self.quantization_config.format_version,
+            "schemes": self.quantization_config.schemes,
+        }
+        for name, scheme in native.schemes(config, linears).items():
+            dtype = model.get_submodule(name).weight.dtype
+            replace_linear(model, name, scheme, dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # transformers raises when a name is registered twice
+    register_quantization_config(METHOD)(ZqConfig)
+    register_quantizer(METHOD)(ZqQuantizer)

@@ -1,0 +1,114 @@
+"""Everything in an output folder beside the weights: config, tokenizer, report, model card.
+
+The weights are moved last, so a folder that has them is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zq.checkpoint.index import INDEX
+from zq.checkpoint.writer import ShardWriter, write_atomic
+from zq.plan import Plan
+
+REPORT = "zq_report.json"
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*/config.json")
+NOT_COMPANIONS = ("config.json", INDEX, REPORT)
+
+
+def publish(plan: Plan, writer: ShardWriter, out: Path, report: dict[str, Any]) -> None:
+    """Write the companions, then move the shards into `out`."""
+    for file in companions(plan.folder):
+        target = out / file.relative_to(plan.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = plan.quantization_config
+    write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / REPORT, json.dumps(report, indent=1) + "\n")
+    write_atomic(out / "README.md", model_card(plan, report))
+    writer.publish(out)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Tokenizer, generation config, chat template, licence: what travels with a checkpoint unchanged."""
+    found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
+    return sorted(
+        file
+        for file in found
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.relative_to(folder).as_posix() not in NOT_COMPANIONS
+    )
+
+
+def model_card(plan: Plan, report: dict[str, Any]) -> str:
+    """README.md of the output: what it is, what it cost, how to load it, how to make it again."""
+    front = {"base_model": plan.folder.name, "library_name": "transformers", "tags": ["zq", plan.format]}
+    front = {**_front_matter(plan.folder), **front}
+    schemes = sorted({str(scheme) for scheme in plan.assigned.values()})
+    errors = list(report["output_error"].values())
+    rows = [
+        ("linear layers quantized", f"{len(plan.assigned)} of {len(plan.layers)}"),
+        ("schemes", ", ".join(f"`{s}`" for s in schemes)),
+        (
+            "size of the weights",
+            f"{report['bytes_before'] / 1e6:.1f} MB → {report['bytes_after'] / 1e6:.1f} MB",
+        ),
+        ("bits per quantized weight, as written", f"{report['bits_per_weight']:.3f}"),
+        *((f"weight SQNR, {kind}", f"{db:.2f} dB") for kind, db in report["weight_sqnr_db"].items()),
+    ]
+    if errors:
+        rows.append(("relative squared error after the last block", f"{errors[-1]:.4f}"))
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    extra = "import zq  # registers the format\n" if plan.format == "zq" else ""
+    auto = "AutoModel" if plan.skeleton.arch.encoder else "AutoModelForCausalLM"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip()}
+---
+# {plan.folder.name}, quantized by zq {report["zq"]}
+
+| | |
+|---|---|
+{table}
+
+The figures are of the run that made this folder; `{REPORT}` has those of every layer, and hashes.
+
+```python
+{extra}from transformers import {auto}
+model = {auto}.from_pretrained("THIS FOLDER")
+```
+
+Made by
+
+```
+{report["command"] or "zq.pipeline.quantize"}
+```
+
+with the recipe
+
+```yaml
+{report["recipe"].strip()}
+```
+"""
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """The licence that the source's card states; a quantized model keeps it."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        data = yaml.safe_load(text[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    kept = ("license", "license_name", "license_link", "language")
+    return {key: data[key] for key in kept if isinstance(data, dict) and key in data}

@@ -1,0 +1,328 @@
+"""Recipes: YAML files that say which linear layers become what, and by which steps.
+
+    about: INT4 weights in groups, INT8 activations per token.
+    rules:                                  # the first rule that matches a layer wins
+      - match: "*.down_proj"                # glob; "re:..." is a regex; "@attention", "@mlp" are kinds
+        weights: int8:channel
+        activations: int8:token
+      - match: "*"                          # every linear layer inside the transformer blocks
+        weights: int4:gauto
+        activations: int8:token
+    steps:
+      - rtn: {scale: mse}
+    calibration: {source: bundled, samples: 8, length: 256}
+
+Strict: an unknown key, a wrong type or a rule that matches nothing is an error naming the line. Layers
+outside the blocks (lm_head, poolers) are touched only by a pattern that names them. `extends: NAME`
+takes another recipe (one level) and puts this one's rules before its rules. `Recipe.parse(str(r)) == r`.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zq.errors import ZqError
+from zq.spec import Scheme, TensorSpec
+
+KEYS = ("name", "about", "extends", "rules", "steps", "calibration", "seed", "format")
+OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq")
+KINDS = ("@attention", "@mlp")
+EVERYTHING = ("*", "**", "re:.*")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers that `match` get `scheme`, or stay as they are when it is None (skip)."""
+
+    match: str
+    scheme: Scheme | None
+    line: int = field(default=0, compare=False)
+
+    def matches(self, name: str, kind: str | None) -> bool:
+        """`kind` is "attention" or "mlp" inside a block and None outside of the blocks."""
+        if kind is None and self.match in EVERYTHING:
+            return False
+        if self.match in KINDS:
+            return kind == self.match[1:]
+        if self.match.startswith("re:"):
+            return re.fullmatch(self.match[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One algorithm and its options, checked by the algorithm itself (`zq.quantizers`)."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    line: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Tokens that run through the blocks: `samples` windows of `length` tokens from `source`
+    ("bundled", "random", "none", a file, or "hf:dataset")."""
+
+    source: str = "bundled"
+    samples: int = 8
+    length: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    rules: tuple[Rule, ...]
+    steps: tuple[Step, ...] = (Step("rtn", (("scale", "mse"),)),)
+    calibration: Calibration = Calibration()
+    about: str = ""
+    seed: int = 0
+    format: str = "auto"
+
+    @classmethod
+    def parse(cls, text: str, where: str = "recipe", name: str = "recipe") -> Recipe:
+        """YAML text -> Recipe. Raises ZqError `where:line: what is wrong`."""
+        return _build(_read(text, where), where, name)
+
+    def __str__(self) -> str:
+        rules: list[dict[str, Any]] = []
+        for rule in self.rules:
+            if rule.scheme is None:
+                rules.append({"match": rule.match, "skip": True})
+                continue
+            entry = {"match": rule.match, "weights": str(rule.scheme.weights)}
+            if rule.scheme.activations:
+                entry["activations"] = str(rule.scheme.activations)
+            rules.append(entry)
+        data = {
+            "name": self.name,
+            "about": self.about,
+            "rules": rules,
+            "steps": [{s.name: dict(s.options)} for s in self.steps],
+            "calibration": vars(self.calibration),
+            "seed": self.seed,
+            "format": self.format,
+        }
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that can change the result; not of name and description."""
+        data = yaml.safe_load(str(self))
+        del data["name"], data["about"]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def rule_for(self, name: str, kind: str | None) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(name, kind)), None)
+
+    def with_group_size(self, size: int) -> Recipe:
+        """Every group-wise weight spec with groups of `size`."""
+
+        def resize(spec: TensorSpec) -> TensorSpec:
+            same = spec.layout.kind == "group"
+            return replace(spec, layout=replace(spec.layout, size=size)) if same else spec
+
+        rules = tuple(
+            replace(r, scheme=r.scheme and replace(r.scheme, weights=resize(r.scheme.weights)))
+            for r in self.rules
+        )
+        return replace(self, rules=rules)
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes lie: inside an installed package, or beside `zq/` in a source tree."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def source_text(name_or_file: str) -> tuple[str, str]:
+    """(text, where) of a shipped recipe by name, or of a YAML file. Raises ZqError."""
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml") and "/" not in name_or_file:
+        if name_or_file not in shipped():
+            raise ZqError(
+                f"recipe '{name_or_file}' is unknown; shipped: {', '.join(shipped())}; or give a .yaml file"
+            )
+        path = recipe_folder() / f"{name_or_file}.yaml"
+        return path.read_text(encoding="utf-8"), f"recipe {name_or_file}"
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ZqError(f"cannot read recipe {path}: {reason}; give a readable .yaml file") from None
+
+
+def load(name_or_file: str) -> Recipe:
+    """A shipped recipe by name, or a YAML file."""
+    text, where = source_text(name_or_file)
+    return Recipe.parse(text, where, Path(name_or_file).stem)
+
+
+class _Map(dict):
+    """A mapping that remembers the line of each key."""
+
+    lines: dict[str, int]
+    line: int
+
+
+def _read(text: str, where: str) -> _Map:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ZqError(f"{where}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+    value = _convert(node, where) if node is not None else None
+    if not isinstance(value, _Map):
+        raise ZqError(
+            f"{where}:1: a recipe is a mapping with 'rules' and 'steps'; see `zq recipes show w4a8`"
+        )
+    return value
+
+
+def _convert(node: yaml.Node, where: str) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        result = _Map()
+        result.lines, result.line = {}, node.start_mark.line + 1
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in result:
+                raise ZqError(f"{where}:{line}: key '{key}' is given twice; drop one")
+            result[key] = _convert(value_node, where)
+            result.lines[key] = line
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_convert(child, where) for child in node.value]
+    if not node.tag.startswith("tag:yaml.org,2002:"):
+        raise ZqError(f"{where}:{node.start_mark.line + 1}: tag '{node.tag}' is not allowed; plain YAML only")
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError):
+        raise ZqError(f"{where}:{node.start_mark.line + 1}: cannot read value '{node.value}'") from None
+
+
+def _build(data: _Map, where: str, name: str) -> Recipe:
+    _known(data, KEYS, where)
+    base = None
+    if "extends" in data:
+        base = _extended(_typed(data, "extends", str, where), f"{where}:{data.lines['extends']}")
+    rules = tuple(_rule(r, where, data.lines["rules"]) for r in _typed(data, "rules", list, where, []))
+    values: dict[str, Any] = {}
+    if "steps" in data:
+        values["steps"] = tuple(
+            _step(s, where, data.lines["steps"]) for s in _typed(data, "steps", list, where)
+        )
+        if not values["steps"]:
+            raise ZqError(f"{where}:{data.lines['steps']}: 'steps' is empty; the simplest is: - rtn: {{}}")
+    if "calibration" in data:
+        values["calibration"] = _calibration(data, where, base)
+    values["name"] = _typed(data, "name", str, where, name)
+    for key, kind in (("about", str), ("seed", int), ("format", str)):
+        if key in data:
+            values[key] = _typed(data, key, kind, where)
+    if values.get("format", "auto") not in OUTPUT_FORMATS:
+        raise ZqError(
+            f"{where}:{data.lines['format']}: format '{values['format']}' is unknown; allowed: "
+            f"{', '.join(OUTPUT_FORMATS)}"
+        )
+    rules += base.rules if base else ()
+    if not rules:
+        raise ZqError(f"{where}:1: no 'rules': say which layers become what, see `zq recipes show w4a8`")
+    return replace(base, rules=rules, **values) if base else Recipe(rules=rules, **values)
+
+
+def _extended(name: str, where: str) -> Recipe:
+    text, source = source_text(name)
+    data = _read(text, source)
+    if "extends" in data:
+        raise ZqError(f"{where}: '{name}' itself extends '{data['extends']}'; only one level is allowed")
+    return _build(data, source, Path(name).stem)
+
+
+def _rule(entry: Any, where: str, line: int) -> Rule:
+    if not isinstance(entry, _Map):
+        raise ZqError(f"{where}:{line}: a rule is a mapping such as {{match: '*', weights: int4:g128}}")
+    _known(entry, ("match", "weights", "activations", "skip"), where)
+    spot = f"{where}:{entry.line}"
+    match = _typed(entry, "match", str, where)
+    if match.startswith("@") and match not in KINDS:
+        raise ZqError(f"{spot}: kind '{match}' is unknown; allowed: {', '.join(KINDS)}")
+    if match.startswith("re:"):
+        try:
+            re.compile(match[3:])
+        except re.error as error:
+            raise ZqError(f"{spot}: '{match[3:]}' is not a regular expression: {error}") from None
+    if _typed(entry, "skip", bool, where, False):
+        if "weights" in entry or "activations" in entry:
+            raise ZqError(f"{spot}: a rule either skips or gives weights, not both")
+        return Rule(match, None, entry.line)
+    try:
+        weights = TensorSpec.parse(_typed(entry, "weights", str, where))
+        acts = _typed(entry, "activations", str, where, None)
+        scheme = Scheme(weights, TensorSpec.parse(acts) if acts is not None else None)
+    except ZqError as error:
+        message = str(error)
+        raise ZqError(message if message.startswith(where) else f"{spot}: {message}") from None
+    return Rule(match, scheme, entry.line)
+
+
+def _step(entry: Any, where: str, line: int) -> Step:
+    if isinstance(entry, str):
+        return Step(entry, (), line)
+    if not isinstance(entry, _Map) or len(entry) != 1:
+        raise ZqError(f"{where}:{line}: a step is one name with options, for example - rtn: {{scale: mse}}")
+    ((name, options),) = entry.items()
+    if options is None:
+        options = _Map()
+    if not isinstance(options, _Map):
+        raise ZqError(f"{where}:{entry.line}: the options of step '{name}' must be a mapping")
+    return Step(name, tuple(sorted(options.items())), entry.line)
+
+
+def _calibration(data: _Map, where: str, base: Recipe | None) -> Calibration:
+    entry = _typed(data, "calibration", _Map, where)
+    _known(entry, ("source", "samples", "length"), where)
+    values = dict(vars(base.calibration)) if base else {}
+    for key, kind in (("source", str), ("samples", int), ("length", int)):
+        if key in entry:
+            values[key] = _typed(entry, key, kind, where)
+            if kind is int and values[key] < 1:
+                raise ZqError(f"{where}:{entry.lines[key]}: '{key}' must be at least 1, not {values[key]}")
+    return Calibration(**values)
+
+
+_MISSING: Any = object()
+_NAMES = {str: "text", int: "a whole number", bool: "true or false", list: "a list", _Map: "a mapping"}
+
+
+def _typed(data: _Map, key: str, kind: type, where: str, default: Any = _MISSING) -> Any:
+    if key not in data:
+        if default is _MISSING:
+            raise ZqError(f"{where}:{data.line}: '{key}' is missing")
+        return default
+    value = data[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ZqError(f"{where}:{data.lines[key]}: '{key}' must be {_NAMES[kind]}, not {value!r}")
+    return value
+
+
+def _known(data: _Map, keys: tuple[str, ...], where: str) -> None:
+    for key in data:
+        if key not in keys:
+            raise ZqError(
+                f"{where}:{data.lines[key]}: key '{key}' is unknown; allowed here: {', '.join(keys)}"
+            )

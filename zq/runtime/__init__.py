@@ -1,0 +1,1 @@
+"""Quantized checkpoints as running models."""

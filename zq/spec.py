@@ -1,0 +1,218 @@
+"""What a tensor is quantized to, as one value with one spelling: `parse(str(x)) == x`.
+
+    int4:g128            4-bit integers, one scale per 128 consecutive inputs of a row (group along K)
+    int4:gauto           a group size that fits the model: the largest of 128, 64, 32 that divides every K
+    int8:channel         one scale per output channel (row of an [N, K] weight)
+    int8:token           one scale per token (row of a [tokens, K] activation), measured at run time
+    int4:g64:asym        with an integer zero point
+    int4:g64:narrow      restricted range [-7, 7] instead of [-8, 7]
+    int4:g128:two-level  integer group scale (1..15) under a floating-point channel scale
+    e2m1fn:b64           4-bit floats in flat blocks of 64 values
+    int4:g64:s=fp32      scales stored in fp32 (default: the dtype of the checkpoint)
+
+A `Scheme` is a weight spec and, when activations are quantized too, an activation spec:
+`int4:g128 @ int8:token`.
+
+This module is pure data and imports no torch, so that `zq --help` is instant.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from zq.errors import ZqError
+
+LayoutKind = Literal["tensor", "channel", "token", "group", "block"]
+SCALE_DTYPES = ("fp32", "bf16", "fp16")
+AUTO = 0  # group size still to be chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatInfo:
+    """A set of code values. Integers: two's complement of `bits`. Floats: sign, `exponent`, `mantissa`.
+
+    The name says the flavour, after ml_dtypes: `fn` = finite only (no infinities). e4m3fn keeps one
+    NaN pattern per sign, the narrower ones have none; e5m2 is IEEE-like (infinities and NaNs).
+    Source: OCP 8-bit Floating Point (OFP8) 1.0 and OCP Microscaling (MX) 1.0; e3m0fn follows the same
+    rules with bias 3 (values 0, +-0.25 .. +-16).
+    """
+
+    name: str
+    bits: int
+    exponent: int = 0
+    mantissa: int = 0
+    bias: int = 0
+    top_reserved: Literal["none", "nan", "ieee"] = "none"
+
+    @property
+    def is_int(self) -> bool:
+        return self.exponent == 0
+
+
+FORMATS: dict[str, FormatInfo] = {
+    f.name: f
+    for f in (
+        *(FormatInfo(name=f"int{k}", bits=k) for k in range(2, 9)),
+        FormatInfo(name="e4m3fn", bits=8, exponent=4, mantissa=3, bias=7, top_reserved="nan"),
+        FormatInfo(name="e5m2", bits=8, exponent=5, mantissa=2, bias=15, top_reserved="ieee"),
+        FormatInfo(name="e3m2fn", bits=6, exponent=3, mantissa=2, bias=3),
+        FormatInfo(name="e2m3fn", bits=6, exponent=2, mantissa=3, bias=1),
+        FormatInfo(name="e2m1fn", bits=4, exponent=2, mantissa=1, bias=1),
+        FormatInfo(name="e3m0fn", bits=4, exponent=3, mantissa=0, bias=3),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which values share a scale. `size` is the group or block length (AUTO = 0: to be chosen)."""
+
+    kind: LayoutKind
+    size: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind in ("group", "block"):
+            return self.kind[0] + (str(self.size) if self.size else "auto")
+        return self.kind
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Raises ZqError when `text` is not a layout."""
+        if text in ("tensor", "channel", "token"):
+            return cls(text)  # type: ignore[arg-type]
+        if text == "gauto":
+            return cls("group", AUTO)
+        found = re.fullmatch(r"([gb])(\d{1,7})", text)
+        if not found or int(found[2]) < 2:
+            raise ZqError(
+                f"scale layout '{text}' is unknown; allowed: tensor, channel, token, gauto, "
+                "gN (group of N >= 2 inputs), bN (flat block of N >= 2 values)"
+            )
+        return cls("group" if found[1] == "g" else "block", int(found[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Format + scale layout + how the range is used. See the module docstring for the spelling."""
+
+    format: str
+    layout: Layout
+    symmetric: bool = True
+    narrow: bool = False
+    two_level: bool = False
+    scale_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ZqError(f"format '{self.format}' is unknown; allowed: {', '.join(FORMATS)}")
+        if not self.info.is_int and not self.symmetric:
+            raise ZqError(f"'{self}': floating-point formats have no zero point; drop 'asym'")
+        if self.narrow and not (self.info.is_int and self.symmetric):
+            raise ZqError(f"'{self}': 'narrow' is for symmetric integers only; drop it")
+        if self.two_level and self.layout.kind != "group":
+            raise ZqError(f"'{self}': 'two-level' needs groups along K, for example int4:g128")
+        if self.two_level and not (self.info.is_int and self.symmetric):
+            raise ZqError(f"'{self}': 'two-level' is for symmetric integers only")
+        if self.scale_dtype is not None and self.scale_dtype not in SCALE_DTYPES:
+            raise ZqError(f"scale dtype '{self.scale_dtype}' is unknown; allowed: {', '.join(SCALE_DTYPES)}")
+
+    @property
+    def info(self) -> FormatInfo:
+        return FORMATS[self.format]
+
+    @property
+    def bits(self) -> int:
+        return self.info.bits
+
+    def __str__(self) -> str:
+        parts = [self.format, str(self.layout)]
+        parts += ["asym"] * (not self.symmetric) + ["narrow"] * self.narrow
+        parts += ["two-level"] * self.two_level
+        parts += [f"s={self.scale_dtype}"] if self.scale_dtype else []
+        return ":".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> TensorSpec:
+        """Inverse of `str`. Raises ZqError naming the part that is wrong."""
+        name, *rest = str(text).strip().split(":")
+        if not rest:
+            raise ZqError(
+                f"'{text}' says no scale layout; write FORMAT:LAYOUT, for example int4:g128 or int8:channel"
+            )
+        options: dict[str, object] = {}
+        for part in rest[1:]:
+            key, value = _option(part, text)
+            if key in options:
+                raise ZqError(f"'{text}' says '{part}' twice; drop one")
+            options[key] = value
+        return cls(format=name, layout=Layout.parse(rest[0]), **options)  # type: ignore[arg-type]
+
+    def with_group(self, size: int) -> TensorSpec:
+        """The same spec with `size` in place of an automatic group size."""
+        auto = self.layout == Layout("group", AUTO)
+        return replace(self, layout=Layout("group", size)) if auto else self
+
+
+def _option(part: str, text: str) -> tuple[str, object]:
+    flags: dict[str, tuple[str, object]] = {
+        "asym": ("symmetric", False),
+        "narrow": ("narrow", True),
+        "two-level": ("two_level", True),
+    }
+    if part in flags:
+        return flags[part]
+    if part.startswith("s="):
+        return "scale_dtype", part[2:]
+    raise ZqError(f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, s=fp32|bf16|fp16")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What happens to one linear layer: its weight, and its input when activations are quantized."""
+
+    weights: TensorSpec
+    activations: TensorSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights.layout.kind == "token":
+            raise ZqError(f"weights '{self.weights}': 'token' is for activations; use 'channel'")
+        act = self.activations
+        if act is None:
+            return
+        if act.layout.kind != "token" or not act.symmetric or act.bits != 8:
+            raise ZqError(
+                f"activations '{act}' are not supported; allowed: int8:token, e4m3fn:token, e5m2:token"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.weights} @ {self.activations}" if self.activations else str(self.weights)
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        weights, _, acts = text.partition("@")
+        return cls(TensorSpec.parse(weights.strip()), TensorSpec.parse(acts.strip()) if acts else None)
+
+    def with_group(self, size: int) -> Scheme:
+        return replace(self, weights=self.weights.with_group(size))
+
+
+def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scale tensor of an [N, K] tensor: tensor [1], channel/token [N, 1], group [N, G],
+    block [B]. A ragged last group or block counts as one."""
+    n, k = shape
+    kind, size = spec.layout.kind, spec.layout.size or 0
+    if kind == "tensor":
+        return (1,)
+    if kind in ("channel", "token"):
+        return (n, 1)
+    if kind == "group":
+        return (n, math.ceil(k / size))
+    return (math.ceil(n * k / size),)
+
+
+def choose_group_size(ks: set[int]) -> int | None:
+    """The largest of 128, 64 and 32 that divides every input size; None when none does."""
+    return next((g for g in (128, 64, 32) if all(k % g == 0 for k in ks)), None)
