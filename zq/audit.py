@@ -8,6 +8,7 @@ that will be published, read by its own rules, gives every layer the planned sch
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from zq.checkpoint.index import read_header
+from zq.checkpoint.index import read_header, read_index
 from zq.checkpoint.reader import reader
 from zq.errors import AuditError, ZqError
 from zq.numerics.metrics import tensor_hash
 from zq.plan import Plan, PlannedLayer
 from zq.spec import Scheme
+
+REPORT = "zq_report.json"
 
 
 def audit(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -49,6 +52,23 @@ def audit(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> dict[str
         "quantized_layers": len(plan.assigned),
         "untouched_tensors": len(places) - len(seen),
     }
+
+
+def audit_folder(folder: Path) -> dict[str, Any]:
+    """Compare a published folder with the hashes of the run that made it. Raises AuditError or ZqError."""
+    path = folder / REPORT
+    try:
+        hashes = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+    except (OSError, ValueError, KeyError):
+        raise ZqError(f"{folder} has no readable {REPORT}, so there is nothing to compare with") from None
+    index = read_index(folder)
+    for name in sorted(set(hashes) ^ set(index.tensors)):
+        state = "is missing" if name in hashes else "was not written by the run"
+        raise AuditError(f"audit: tensor '{name}' {state}; quantize again")
+    read = reader(index)
+    for name in index.tensors:
+        _check_hashes(read([name]), hashes)
+    return {"passed": True, "tensors": len(hashes)}
 
 
 def _check_headers(plan: Plan, folder: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ block, so a resumed run continues with the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 import zq
 from zq.audit import audit
+from zq.checkpoint.index import FLOATS
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read, reader
 from zq.checkpoint.writer import ShardWriter
-from zq.data import calibration_windows, describe
+from zq.data import describe
 from zq.errors import AuditError, OutputError, ZqError
 from zq.models.capture import Captured, capture_inputs, run_block
 from zq.numerics.metrics import sqnr_db, tensor_hash
@@ -62,9 +64,9 @@ def quantize(
     job = (Job.resume if resume else Job.begin)(out, _fingerprint(plan))
     writer = ShardWriter(job.shards, plan.shards)
     try:
-        if resume and job.shards.is_dir():
+        if job.done:
             writer.recall(out)
-        else:
+        else:  # also when a resumed job was killed before its files were all there
             writer.create()
         facts = _run_units(plan, job, writer, progress)
         facts["audit"] = audit(plan, job.shards, job.done)
@@ -103,41 +105,19 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
         report["seconds"] = round(time.monotonic() - begun, 3)
         job.commit(str(unit), report, _carry(float_stream, quant_stream) if running else None)
         _unload(plan, unit)
-        progress({"unit": block.name, **report})
+        progress({"unit": block.name, "done": len(job.done), **report})
     return facts
 
 
 def _capture(plan: Plan, read: Read) -> tuple[Captured | None, dict[str, Any]]:
     """Calibration tokens as inputs of the first block, and facts about them; None when there are none."""
-    wanted = plan.recipe.calibration
-    if wanted.source == "none":
-        return None, {"calibration": {"source": "none"}}
-    tokenizer = None if wanted.source == "random" else load_tokenizer(plan.folder)
-    windows = calibration_windows(
-        wanted.source,
-        tokenizer,
-        plan.skeleton.config.vocab_size,
-        wanted.samples,
-        wanted.length,
-        plan.recipe.seed,
-    )
+    source = plan.recipe.calibration.source
+    if plan.windows is None:
+        return None, {"calibration": {"source": source}}
     plan.skeleton.load_outside(read)
-    captured = capture_inputs(plan.skeleton, list(windows.split(4)))
+    captured = capture_inputs(plan.skeleton, list(plan.windows.split(4)))
     plan.skeleton.unload_outside()
-    return captured, {"calibration": {"source": wanted.source, **describe(windows)}}
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
-        why = " ".join(str(error).split())[:160]
-        raise ZqError(
-            f"{folder} has no tokenizer that transformers can read ({why}); add it, or use --calib random"
-        ) from None
+    return captured, {"calibration": {"source": source, **describe(plan.windows)}}
 
 
 def _streams(job: Job, captured: Captured | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -214,6 +194,8 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     keys = {name: skeleton.param_keys[name] for name in promised}
     originals = read(keys.values())
     for name, key in keys.items():
+        if plan.index.tensors[key].dtype in FLOATS and not bool(torch.isfinite(originals[key]).all()):
+            raise ZqError(f"'{key}' holds NaN or Inf; repair the checkpoint first")
         tensors[name] = originals[key]
     return tensors, {"layers": measured}
 
@@ -255,9 +237,14 @@ def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float:
 
 def _fingerprint(plan: Plan) -> dict[str, str]:
     """What must be the same for a job to be continued."""
+    layout = hashlib.sha256()
+    for shard in plan.shards:
+        layout.update(shard.file.encode() + shard.header())
     return {
         "model": plan.index.fingerprint(),
         "recipe": plan.recipe.digest,
+        "calibration text": "none" if plan.windows is None else tensor_hash(plan.windows),
+        "shard size": layout.hexdigest(),
         "zq version": zq.__version__,
         "torch version": torch.__version__,
         "device": str(plan.skeleton.device),

@@ -16,12 +16,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_index
 from zq.checkpoint.writer import Shard, Slot, plan_shards
+from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
-from zq.models.find import find_arch, load_config
+from zq.models.capture import positions
+from zq.models.find import find_arch, load_config, one_line
 from zq.models.skeleton import Skeleton, build_skeleton
 from zq.quantizers import resolve
 from zq.quantizers.method import Method
@@ -57,6 +60,7 @@ class Plan:
     steps: list[tuple[Method, Any]]
     units: dict[int | str, list[Slot]]
     shards: list[Shard]
+    windows: Tensor | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -80,6 +84,23 @@ class Plan:
     def source(self, name: str) -> TensorInfo:
         """The checkpoint entry of a parameter of the model."""
         return self.index.tensors[self.skeleton.param_keys[name]]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per tensor of the source: what it becomes, why, and the bytes that it will take."""
+        layers = {f"{layer.name}.weight": layer for layer in self.layers}
+        rows = []
+        for unit in self.units:
+            for name in self.skeleton.zone(unit):
+                if name in self.skeleton.tied:
+                    continue
+                info, layer = self.source(name), layers.get(name)
+                becomes, nbytes = info.dtype, info.nbytes
+                if layer and layer.scheme:
+                    becomes, nbytes = str(layer.scheme), sum(s.nbytes for s in self.layer_slots(layer))
+                why = layer.why if layer else "not a linear layer"
+                shape = list(info.shape)
+                rows.append({"name": name, "shape": shape, "becomes": becomes, "why": why, "bytes": nbytes})
+        return rows
 
     @property
     def bytes_before(self) -> int:
@@ -135,6 +156,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         steps=steps,
         units=units,
         shards=shards,
+        windows=_windows(folder, skeleton, recipe, notes),
         notes=notes,
     )
 
@@ -229,20 +251,7 @@ def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtyp
     """compressed-tensors wherever it can hold every layer, else zq's own; said in the notes."""
     if recipe.format == "zq":
         return "zq"
-    for layer in layers:
-        spec = layer.scheme and layer.scheme.weights
-        if spec and spec.layout.kind == "group" and layer.shape[1] % (spec.layout.size or 1):
-            k = layer.shape[1]
-            fits = [
-                g
-                for g in (16, 32, 64, 96, 128, 192, 256)
-                if all(x.shape[1] % g == 0 for x in layers if x.scheme)
-            ]
-            raise ZqError(
-                f"'{layer.name}' has {k} inputs, which groups of {spec.layout.size} do not divide; sizes that "
-                f"fit every layer: {', '.join(map(str, fits)) or 'none of the usual ones'}; or use format: zq, "
-                "whose last group may be shorter"
-            )
+    _refuse_ragged(layers)
     for layer in layers:
         exporter = EXPORTERS["compressed-tensors"]
         reason = layer.scheme and exporter.refuse(layer.scheme, layer.shape, layer.transposed, dtype)
@@ -254,6 +263,20 @@ def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtyp
             notes.append(f"zq's own format (loads with `import zq`): {layer.name}: {reason}")
             return "zq"
     return "compressed-tensors"
+
+
+def _refuse_ragged(layers: list[PlannedLayer]) -> None:
+    quantized = [(layer, layer.scheme.weights.layout) for layer in layers if layer.scheme]
+    for layer, layout in quantized:
+        k = layer.shape[1]
+        if layout.kind != "group" or k % (layout.size or 1) == 0:
+            continue
+        fits = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(x.shape[1] % g == 0 for x, _ in quantized)]
+        raise ZqError(
+            f"'{layer.name}' has {k} inputs, which groups of {layout.size} do not divide; sizes that fit "
+            f"every layer: {', '.join(map(str, fits)) or 'none of the usual ones'}; or use format: zq, whose "
+            "last group may be shorter"
+        )
 
 
 def _units(
@@ -279,3 +302,31 @@ def _units(
                 slots.append(Slot(name, info.dtype, info.shape))
         units[unit] = slots
     return units
+
+
+def _windows(folder: Path, skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> Tensor | None:
+    """Calibration tokens [samples, length]; None when the recipe wants none."""
+    wanted = recipe.calibration
+    if wanted.source == "none":
+        if any(method.needs for method, _ in (resolve(s, recipe.name) for s in recipe.steps)):
+            raise ZqError(f"recipe {recipe.name} has steps that need calibration tokens; drop --calib none")
+        return None
+    length = min(wanted.length, positions(skeleton) or wanted.length)
+    if length < wanted.length:
+        notes.append(f"calibration windows of {length} tokens: the model has no more positions")
+    tokenizer = None if wanted.source == "random" else load_tokenizer(folder)
+    vocabulary = skeleton.config.vocab_size
+    return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
+        raise ZqError(
+            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it, or calibrate "
+            "with --calib random"
+        ) from None

@@ -12,21 +12,23 @@ from typing import Any
 
 import yaml
 
-from zq.checkpoint.index import INDEX
-from zq.checkpoint.writer import ShardWriter, write_atomic
+from zq.audit import REPORT
+from zq.checkpoint.writer import ShardWriter, disk_error, write_atomic
 from zq.plan import Plan
 
-REPORT = "zq_report.json"
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*/config.json")
-NOT_COMPANIONS = ("config.json", INDEX, REPORT)
+NOT_COMPANIONS = ("config.json", REPORT)
 
 
 def publish(plan: Plan, writer: ShardWriter, out: Path, report: dict[str, Any]) -> None:
     """Write the companions, then move the shards into `out`."""
     for file in companions(plan.folder):
         target = out / file.relative_to(plan.folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        try:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+        except OSError as error:
+            raise disk_error(error, target, 0) from None
     config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = plan.quantization_config
     write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -43,6 +45,7 @@ def companions(folder: Path) -> list[Path]:
         for file in found
         if file.is_file()
         and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")  # of weights that do not travel along
         and file.relative_to(folder).as_posix() not in NOT_COMPANIONS
     )
 

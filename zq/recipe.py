@@ -38,6 +38,7 @@ KEYS = ("name", "about", "extends", "rules", "steps", "calibration", "seed", "fo
 OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq")
 KINDS = ("@attention", "@mlp")
 EVERYTHING = ("*", "**", "re:.*")
+PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,11 @@ class _Map(dict):
 
 def _read(text: str, where: str) -> _Map:
     try:
+        alias = next((e for e in yaml.parse(text, yaml.SafeLoader) if isinstance(e, yaml.AliasEvent)), None)
+        if alias is not None:  # aliases can be recursive, or blow up when expanded
+            raise ZqError(
+                f"{where}:{alias.start_mark.line + 1}: alias '*{alias.anchor}' is not allowed; write it out"
+            )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -195,6 +201,8 @@ def _read(text: str, where: str) -> _Map:
 
 
 def _convert(node: yaml.Node, where: str) -> Any:
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
+        raise ZqError(f"{where}:{node.start_mark.line + 1}: tag '{node.tag}' is not allowed; plain YAML only")
     if isinstance(node, yaml.MappingNode):
         result = _Map()
         result.lines, result.line = {}, node.start_mark.line + 1
@@ -207,8 +215,6 @@ def _convert(node: yaml.Node, where: str) -> Any:
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_convert(child, where) for child in node.value]
-    if not node.tag.startswith("tag:yaml.org,2002:"):
-        raise ZqError(f"{where}:{node.start_mark.line + 1}: tag '{node.tag}' is not allowed; plain YAML only")
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError):
@@ -234,6 +240,10 @@ def _build(data: _Map, where: str, name: str) -> Recipe:
     for key, kind in (("about", str), ("seed", int), ("format", str)):
         if key in data:
             values[key] = _typed(data, key, kind, where)
+    if not 0 <= values.get("seed", 0) < 1 << 63:
+        raise ZqError(
+            f"{where}:{data.lines['seed']}: 'seed' must be from 0 to 2**63 - 1, not {values['seed']}"
+        )
     if values.get("format", "auto") not in OUTPUT_FORMATS:
         raise ZqError(
             f"{where}:{data.lines['format']}: format '{values['format']}' is unknown; allowed: "

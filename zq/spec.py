@@ -182,7 +182,8 @@ class Scheme:
         act = self.activations
         if act is None:
             return
-        if act.layout.kind != "token" or not act.symmetric or act.bits != 8:
+        plain = act.symmetric and act.scale_dtype is None  # scales made at run time are float32
+        if act.layout.kind != "token" or not plain or act.bits != 8:
             raise ZqError(
                 f"activations '{act}' are not supported; allowed: int8:token, e4m3fn:token, e5m2:token"
             )
@@ -192,8 +193,9 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        weights, _, acts = text.partition("@")
-        return cls(TensorSpec.parse(weights.strip()), TensorSpec.parse(acts.strip()) if acts else None)
+        """Inverse of `str`. Raises ZqError naming the part that is wrong."""
+        weights, at, acts = text.partition("@")
+        return cls(TensorSpec.parse(weights.strip()), TensorSpec.parse(acts.strip()) if at else None)
 
     def with_group(self, size: int) -> Scheme:
         return replace(self, weights=self.weights.with_group(size))

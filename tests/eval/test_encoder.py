@@ -12,13 +12,6 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from zq.errors import ZqError
 from zq.eval.adapt import encode_sentences, encoder_states, split_sentences
 from zq.eval.encoder import encoder_agreement, mean_pool, sentence_cosine
-    encode_sentences,
-    encoder_agreement,
-    encoder_states,
-    mean_pool,
-    sentence_cosine,
-    split_sentences,
-)
 
 N, L, H = 7, 10, 16
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from zq.checkpoint.writer import write_atomic
+from zq.checkpoint.writer import CODES, Shard, ShardWriter, Slot, write_atomic
 from zq.errors import ZqError
 
 FOLDER = ".zq-job"
+STATE = "job.json"
 
 
 class Job:
@@ -42,7 +43,7 @@ class Job:
         check_output(out)
         job = cls(out, fingerprint)
         try:
-            job.folder.mkdir(parents=True)
+            job.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ZqError(
                 f"cannot create {job.folder}: {error.strerror}; choose a writable folder with -o"
@@ -53,7 +54,7 @@ class Job:
     @classmethod
     def resume(cls, out: Path, fingerprint: dict[str, str]) -> Job:
         """Continue the job in `out`. Raises ZqError when there is none or it was begun differently."""
-        path = out / FOLDER / "job.json"
+        path = out / FOLDER / STATE
         if not path.is_file():
             raise ZqError(f"{out} holds no interrupted job to resume; run without --resume")
         try:
@@ -76,9 +77,7 @@ class Job:
         previous = self._carry
         if carry is not None:
             self._carry = f"carry-{len(self.done):05d}.safetensors"
-            temporary = self.folder / (self._carry + ".tmp")
-            save_file({k: v.cpu().contiguous() for k, v in carry.items()}, temporary)
-            temporary.replace(self.folder / self._carry)
+            _save_tensors(self.folder / self._carry, carry)
         self.done[unit] = report
         self._save()
         if previous is not None and previous != self._carry:
@@ -89,7 +88,9 @@ class Job:
         return load_file(self.folder / self._carry) if self._carry else {}
 
     def finish(self) -> None:
-        """Remove the job folder: the output is complete."""
+        """Remove the job folder: the output is complete. Its state goes first, so that a kill in between
+        does not leave what looks like a job."""
+        (self.folder / STATE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard(self) -> None:
@@ -100,14 +101,23 @@ class Job:
 
     def _save(self) -> None:
         state = {"fingerprint": self.fingerprint, "carry": self._carry, "done": self.done}
-        write_atomic(self.folder / "job.json", json.dumps(state, indent=1) + "\n")
+        write_atomic(self.folder / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def _save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file: on disk, whole, when this returns. Raises OutputError."""
+    slots = tuple(Slot(name, CODES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
+    temporary = ShardWriter(file.parent, [Shard(file.name + ".tmp", slots)])
+    temporary.create()
+    temporary.write(tensors)
+    (file.parent / (file.name + ".tmp")).replace(file)
 
 
 def check_output(out: Path) -> None:
     """Raises ZqError unless `out` can be created or is an empty folder."""
     if out.exists() and not out.is_dir():
         raise ZqError(f"output {out} is a file; give a folder that does not exist yet with -o")
-    if (out / FOLDER).is_dir():
+    if (out / FOLDER / STATE).is_file():
         raise ZqError(f"{out} holds an interrupted job; continue it with --resume or delete {out / FOLDER}")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != FOLDER for path in out.iterdir()):
         raise ZqError(f"output {out} exists and is not empty; choose another -o or delete it")

@@ -130,7 +130,7 @@ class ShardWriter:
                     os.posix_fallocate(out.fileno(), 0, size)
                     os.fsync(out.fileno())
             except OSError as error:
-                raise _disk(error, self.folder / shard.file, size) from None
+                raise disk_error(error, self.folder / shard.file, size) from None
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Write whole tensors in place and return the sha256 of each; they are on disk on return.
@@ -155,14 +155,17 @@ class ShardWriter:
                     out.flush()
                     os.fsync(out.fileno())
             except OSError as error:
-                raise _disk(error, file, sum(slot.nbytes for _, slot in places)) from None
+                raise disk_error(error, file, sum(slot.nbytes for _, slot in places)) from None
         return hashes
 
     def publish(self, target: Path) -> list[Path]:
         """Rename the shards into `target`, then write the index (several shards only)."""
         done = []
         for shard in self.shards:
-            os.replace(self.folder / shard.file, target / shard.file)
+            try:
+                os.replace(self.folder / shard.file, target / shard.file)
+            except OSError as error:
+                raise disk_error(error, target / shard.file, 0) from None
             done.append(target / shard.file)
         if len(self.shards) > 1:
             total = sum(slot.nbytes for shard in self.shards for slot in shard.slots)
@@ -174,20 +177,24 @@ class ShardWriter:
         return done
 
     def recall(self, target: Path) -> None:
-        """Take back the shards that an interrupted `publish` had already moved."""
+        """Take back the index and the shards that an interrupted `publish` had already moved."""
+        (target / INDEX).unlink(missing_ok=True)
         for shard in self.shards:
             if (target / shard.file).exists() and not (self.folder / shard.file).exists():
                 os.replace(target / shard.file, self.folder / shard.file)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never half."""
+    """Write a text file so that a reader sees the old content or the new, never half. Raises OutputError."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path, len(text)) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -210,7 +217,8 @@ def _bytes(tensor: torch.Tensor, slot: Slot) -> memoryview:
     return memoryview(flat.numpy())
 
 
-def _disk(error: OSError, file: Path, size: int) -> OutputError:
+def disk_error(error: OSError, file: Path, size: int) -> OutputError:
+    """What the user is told when writing `size` bytes to `file` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             f"no space left for {file} ({size / 1e9:.2f} GB needed); free the space or choose another -o"

@@ -45,6 +45,7 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
         (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),
         (a is not None and a.format not in ("int8", "e4m3fn"), f"it has no {a and a.format} activations"),
+        (a is not None and a.narrow, "it has no narrow activations"),
         (
             w.format == "e4m3fn" and (w.layout.kind == "group" or (a and a.format == "int8")),
             "its FP8 weights need a channel or tensor scale and no INT8 activations",

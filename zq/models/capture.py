@@ -155,13 +155,19 @@ class _Recorder:
         return value
 
 
+def positions(skeleton: Skeleton) -> int | None:
+    """The longest sequence that the model has positions for; None with alibi (BLOOM)."""
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit is not None and skeleton.arch.positions_after_pad:
+        limit -= skeleton.config.pad_token_id + 1
+    return limit
+
+
 def _check_ids(skeleton: Skeleton, ids: torch.Tensor) -> None:
     config = skeleton.config
     if ids.ndim != 2 or ids.numel() == 0:
         raise ZqError(f"token ids have shape {list(ids.shape)}; give a non-empty [batch, length]")
-    limit = getattr(config, "max_position_embeddings", None)  # none with alibi (BLOOM)
-    if limit is not None and skeleton.arch.positions_after_pad:
-        limit -= config.pad_token_id + 1
+    limit = positions(skeleton)
     if limit is not None and ids.shape[-1] > limit:
         raise ZqError(
             f"sequence length {ids.shape[-1]} exceeds the model's {limit} positions "

@@ -49,6 +49,11 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ZqError(f"{where}: transformers rejects it ({one_line(error)}); correct the value") from error
 
 
+def find_family(folder: Path) -> Arch:
+    """The description of a local checkpoint's architecture, quantized or not. Raises ZqError."""
+    return _supported(load_config(folder).model_type, str(Path(folder) / "config.json"))
+
+
 def find_arch(config: PretrainedConfig, where: str) -> Arch:
     """The description of this config's architecture.
 

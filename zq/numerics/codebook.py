@@ -29,7 +29,7 @@ class Codebook:
 
     @property
     def max(self) -> float:
-        """Largest magnitude that both signs can represent... the top positive value."""
+        """The top positive value."""
         return float(self.values[-1])
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -52,8 +52,11 @@ class Codebook:
         return codes[index]
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes [...] uint8 -> values [...] float32; a code with no value (NaN pattern) gives NaN."""
+        """codes [...] uint8 -> values [...] float32; minus zero is read as zero (other writers use it), and
+        a pattern that stands for Inf or NaN gives NaN."""
         table = torch.full((1 << self.bits,), torch.nan)
+        if not FORMATS[self.name].is_int:
+            table[1 << (self.bits - 1)] = 0.0
         table[self.codes.long()] = self.values
         return table.to(codes.device)[codes.long()]
 

@@ -11,7 +11,7 @@ symmetric (int4: 7.5/7), f < 1 clips outliers.
 
 Scales are rounded to their stored dtype *before* codes are computed, so what is measured in the run
 is what a reader of the file gets. An all-zero group gets scale 1 (its codes are all zero); a scale
-that would underflow its dtype is raised to the smallest normal number.
+that would underflow its dtype is raised to the smallest number of that dtype that is normal in float32.
 """
 
 from __future__ import annotations
@@ -118,7 +118,10 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
     low, high = (b * factor for b in bounds)
     if not spec.symmetric:
         qmin, qmax = int_range(spec)
-        scale = _store((high - low) / (qmax - qmin), dtype)
+        scale = (high - low) / (qmax - qmin)
+        if bool(torch.isinf(scale).any()):  # the range, not its values, exceeds float32
+            scale = high / (qmax - qmin) - low / (qmax - qmin)
+        scale = _store(scale, dtype)
         zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
         return Scale(scale, zero=zero)
     scale = high / reach(spec)
@@ -130,7 +133,10 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
 
 
 def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype; 1 for an all-zero group; never 0, subnormal or infinite."""
-    info = torch.finfo(dtype)
-    stored = scale.clamp(info.tiny, info.max).to(dtype).float()
+    """Round to the stored dtype; 1 for an all-zero group; never 0, infinite or subnormal in float32.
+
+    Subnormal fp16 is allowed: int8 weights below 127.5 * 6.1e-5 = 0.008 would lose codes without it.
+    """
+    info, least = torch.finfo(dtype), torch.finfo(torch.float32).tiny
+    stored = scale.clamp(max(info.smallest_normal * info.eps, least), info.max).to(dtype).float()
     return torch.where(scale == 0, torch.ones_like(stored), stored)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from zq.errors import ZqError
 from zq.numerics.qtensor import quantize
 from zq.quantizers.method import Block, Method, Needs
 
@@ -27,9 +28,12 @@ def run(block: Block, options: Options) -> None:
     """Quantize every layer of the block on its own."""
     for layer in block.layers:
         generator = block.generator(layer) if options.rounding == "stochastic" else None
-        layer.replace(
-            quantize(layer.weight, layer.scheme.weights, options.scale, block.scale_dtype, generator)
-        )
+        spec = layer.scheme.weights
+        try:
+            quantized = quantize(layer.weight, spec, options.scale, block.scale_dtype, generator)
+        except ZqError as error:
+            raise ZqError(f"'{layer.name}.weight': {error}") from None
+        layer.replace(quantized)
 
 
 METHOD = Method(name="rtn", options=Options, needs=Needs.NOTHING, run=run)

@@ -1,0 +1,237 @@
+"""zq quantize: from a checkpoint and a recipe to a smaller checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zq.cli.console import command, err, note, out, peak_memory, print_json, resumable, size, torch_device
+from zq.errors import ZqError
+
+if TYPE_CHECKING:
+    from zq.plan import Plan
+    from zq.recipe import Recipe
+
+SHORTCUTS = ("w8a8", "w4a8", "w4a16", "w8a16", "fp8", "w4afp8", "w4w8a8")
+SCHEMES = "Scheme (one of them, or --recipe)"
+RUN = "Run"
+
+
+def _shortcut(name: str, text: str) -> Any:
+    return typer.Option(f"--{name}", help=text, rich_help_panel=SCHEMES)
+
+
+def quantize(  # noqa: PLR0913 (a command line is its options)
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a Hugging Face hub id, or `demo`.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to create. Needed unless --dry-run.")
+    ] = None,
+    w8a8: Annotated[bool, _shortcut("w8a8", "INT8 weights, INT8 activations.")] = False,
+    w4a8: Annotated[bool, _shortcut("w4a8", "INT4 weights in groups, INT8 activations.")] = False,
+    w4a16: Annotated[bool, _shortcut("w4a16", "INT4 weights in groups.")] = False,
+    w8a16: Annotated[bool, _shortcut("w8a16", "INT8 weights.")] = False,
+    fp8: Annotated[bool, _shortcut("fp8", "FP8 e4m3 weights and activations.")] = False,
+    w4afp8: Annotated[bool, _shortcut("w4afp8", "INT4 weights in groups, FP8 activations.")] = False,
+    w4w8a8: Annotated[
+        bool, _shortcut("w4w8a8", "INT4 feed-forward, INT8 attention, INT8 activations.")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="A shipped recipe by name or a .yaml file.", rich_help_panel=SCHEMES),
+    ] = None,
+    group_size: Annotated[
+        str,
+        typer.Option(
+            "--group-size",
+            help="Weights that share a scale. auto: what the recipe says; there, `gauto` is the largest of "
+            "128, 64 and 32 that divides every input size.",
+        ),
+    ] = "auto",
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            "--calib",
+            help="Calibration text: bundled, random, none, a file, or hf:DATASET. Default: the recipe's.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's.")] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.", rich_help_panel=RUN)
+    ] = "auto",
+    shard_size: Annotated[
+        float, typer.Option("--shard-size", help="Largest output file in GB.", rich_help_panel=RUN)
+    ] = 5.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.", rich_help_panel=RUN)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=RUN)
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RUN)
+    ] = False,
+) -> None:
+    """Quantize a checkpoint into a new folder that transformers and vLLM load.
+
+    zq quantize demo --w4a8 -o smol-w4a8
+
+    Every layer is planned before work begins, written atomically, and read back and compared at the end.
+    """
+    flags = {"w8a8": w8a8, "w4a8": w4a8, "w4a16": w4a16, "w8a16": w8a16, "fp8": fp8, "w4afp8": w4afp8}
+    flags["w4w8a8"] = w4w8a8
+    with command(json):
+        started = time.monotonic()
+        chosen = _recipe(flags, recipe, group_size, calib, seed)
+        if output is None and not dry_run:
+            raise ZqError("no output folder; give one with -o, or use --dry-run")
+        if shard_size < 0.05:
+            raise ZqError(f"--shard-size {shard_size} is too small; give at least 0.05 (GB)")
+        if output is not None and not dry_run:
+            _check_output(output, resume)
+        from zq.source import resolve as resolve_model
+
+        folder = resolve_model(model, note)
+        place = torch_device(device)
+        from zq.plan import make_plan
+
+        plan = make_plan(folder, chosen, shard_bytes=int(shard_size * 1e9), device=place)
+        if dry_run:
+            return _show_plan(plan, as_json=json)
+        assert output is not None
+        with resumable(f"{_command_line()} --resume" if not resume else _command_line()):
+            report = _run(plan, output, resume, quiet=json)
+        report |= {"output": str(output), "peak_memory": peak_memory()}
+        report["seconds_total"] = round(time.monotonic() - started, 2)
+        if json:
+            print_json({k: v for k, v in report.items() if k not in ("layers", "tensors")})
+        else:
+            _summary(plan, report)
+
+
+def _recipe(
+    flags: dict[str, bool], name: str | None, group_size: str, calib: str | None, seed: int | None
+) -> Recipe:
+    """The recipe that the options ask for. Raises ZqError unless it is exactly one."""
+    from zq.recipe import load
+
+    wanted = [flag for flag, on in flags.items() if on] + ([name] if name else [])
+    if len(wanted) != 1:
+        asked = f"{len(wanted)} schemes ({', '.join(wanted)})" if wanted else "no scheme"
+        options = ", ".join(f"--{shortcut}" for shortcut in SHORTCUTS)
+        raise ZqError(f"{asked} given; give exactly one of {options} or --recipe")
+    recipe = load(wanted[0])
+    if group_size != "auto":
+        if not group_size.isdigit() or int(group_size) < 2:
+            raise ZqError(f"--group-size {group_size} is not allowed; give auto or a whole number from 2 on")
+        recipe = recipe.with_group_size(int(group_size))
+    if calib is not None:
+        recipe = replace(recipe, calibration=replace(recipe.calibration, source=calib))
+    return recipe if seed is None else replace(recipe, seed=seed)
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    """What can be said about the output before the model is even looked at."""
+    from zq.checkpoint.job import check_output
+
+    if not resume:
+        check_output(output)
+
+
+def _command_line() -> str:
+    return shlex.join(["zq", *sys.argv[1:]])
+
+
+def _run(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, Any]:
+    """The pipeline with one line per block and a bar with the time that is left."""
+    from zq.pipeline import quantize as run
+
+    for line in plan.notes:
+        note(line)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
+        task = bar.add_task("blocks", total=len(plan.units))
+        begun = time.monotonic()
+        done = 0
+
+        def show(event: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+            if quiet:
+                return
+            left = (time.monotonic() - begun) / done * (len(plan.units) - event["done"])
+            err.print(_line(event, left), soft_wrap=True)
+
+        return run(plan, output, resume=resume, progress=show, command=_command_line()).report
+
+
+def _line(event: dict[str, Any], left: float) -> str:
+    layers = event["layers"].values()
+    parts = [f"{event['unit']:<28}"]
+    if layers:
+        worst = min(m["sqnr_db"] for m in layers)
+        parts.append(f"{len(layers)} layers, worst {worst:5.2f} dB")
+    else:
+        parts.append("copied                   ")
+    if "output_error" in event:
+        parts.append(f"output error {event['output_error']:.2e}")
+    parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
+    return "  ".join(parts)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    from zq.estimate import estimate
+
+    guess = estimate(plan)
+    rows = plan.rows()
+    if as_json:
+        return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **guess})
+    table = Table("tensor", "shape", "becomes", "why", "bytes", box=None, header_style="bold")
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, row["becomes"], row["why"], size(row["bytes"]))
+    out.print(table)
+    for line in plan.notes:
+        out.print(f"note: {line}", soft_wrap=True, markup=False)
+    out.print(
+        f"format {plan.format}; {size(guess['bytes_before'])} -> {size(guess['bytes_after'])}, "
+        f"{guess['bits_per_weight']:.3f} bits per quantized weight; about {size(guess['memory'])} of memory, "
+        f"{size(guess['disk'])} of disk and {guess['seconds']:.0f} s; nothing was written",
+        soft_wrap=True,
+    )
+
+
+def _summary(plan: Plan, report: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_row("output", report["output"])
+    table.add_row("format", report["format"])
+    before, after = report["bytes_before"], report["bytes_after"]
+    table.add_row("size", f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)")
+    table.add_row("bits per weight", f"{report['bits_per_weight']:.3f}, as written, quantized layers")
+    for kind, decibels in report["weight_sqnr_db"].items():
+        table.add_row(f"{kind} weights", f"{decibels:.2f} dB SQNR, mean")
+    if report["output_error"]:
+        last = list(report["output_error"].values())[-1]
+        table.add_row("output error", f"{last:.3e} after the last block (relative, squared)")
+    audit = report["audit"]
+    table.add_row(
+        "audit", f"passed: {audit['tensors']} tensors, {audit['quantized_layers']} quantized layers"
+    )
+    table.add_row("time", f"{report['seconds_total']:.1f} s")
+    table.add_row("peak memory", size(report["peak_memory"]))
+    out.print(table)
+    out.print(
+        f"next: zq eval {report['output']} --against {plan.folder}",
+        style="dim",
+        soft_wrap=True,
+        markup=False,
+    )

@@ -1,0 +1,47 @@
+"""zq recipes: the shipped recipes; every scheme shortcut of `zq quantize` is the name of one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from zq.cli.console import command, out, print_json
+
+app = typer.Typer(help="List and show recipes: the YAML files behind --w8a8, --w4a8 and the others.")
+
+
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    """Without a subcommand: list."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@app.command("list")
+def list_recipes(
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Names of the shipped recipes and what they are for."""
+    with command(json):
+        from zq.recipe import load, shipped
+
+        found = [load(name) for name in shipped()]
+        if json:
+            return print_json([{"name": recipe.name, "about": recipe.about} for recipe in found])
+        table = Table("recipe", "what it does", "shortcut", box=None, header_style="bold")
+        for recipe in found:
+            table.add_row(recipe.name, recipe.about, f"--{recipe.name}")
+        out.print(table)
+
+
+@app.command("show")
+def show(name: Annotated[str, typer.Argument(help="A shipped recipe, or a .yaml file.")]) -> None:
+    """Print the YAML of a recipe, after checking it."""
+    with command():
+        from zq.recipe import Recipe, source_text
+
+        text, where = source_text(name)
+        Recipe.parse(text, where)
+        typer.echo(text.rstrip())

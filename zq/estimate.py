@@ -1,0 +1,66 @@
+"""What a run will take, before it runs: memory, disk and time.
+
+Time is measured, not assumed: each distinct weight spec quantizes one random matrix with the recipe's
+own steps on this device, and the calibration tokens are charged with the time of a matrix product of the
+same number of operations.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from zq.plan import Plan
+from zq.quantizers.method import Block, Layer
+from zq.spec import Scheme
+
+PROBE = (512, 1536)
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """bytes_before, bytes_after, bits_per_weight, memory (bytes), disk (bytes), seconds."""
+    weights: dict[Scheme, int] = {}
+    for layer in plan.layers:
+        if layer.scheme:
+            weights[layer.scheme] = weights.get(layer.scheme, 0) + math.prod(layer.shape)
+    seconds = sum(count * _per_weight(plan, scheme) for scheme, count in weights.items())
+    if plan.windows is not None:
+        work = 2 * 2 * plan.windows.numel() * sum(math.prod(layer.shape) for layer in plan.layers)
+        seconds += work * _per_operation(plan)
+    seconds += 3 * (plan.bytes_before + plan.bytes_after) / 1e9  # reading, hashing, writing, reading back
+    return {
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bits_per_weight": plan.bits_per_weight,
+        "memory": plan.memory_estimate,
+        "disk": plan.bytes_after,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _per_weight(plan: Plan, scheme: Scheme) -> float:
+    module = nn.Linear(PROBE[1], PROBE[0], bias=False, dtype=plan.dtype, device=plan.skeleton.device)
+    with torch.no_grad():
+        module.weight.normal_(generator=torch.Generator(device=plan.skeleton.device).manual_seed(0))
+        best = math.inf
+        for _ in range(2):  # the first call warms up
+            block = Block("probe", None, [Layer("probe", "mlp", module, False, scheme)], plan.dtype, 0)
+            begun = time.perf_counter()
+            for method, options in plan.steps:
+                method.run(block, options)
+            best = min(best, time.perf_counter() - begun)
+    return best / math.prod(PROBE)
+
+
+def _per_operation(plan: Plan) -> float:
+    a = torch.ones(512, 1024, dtype=plan.dtype, device=plan.skeleton.device)
+    best = math.inf
+    for _ in range(3):
+        begun = time.perf_counter()
+        (a @ a.T).sum().item()
+        best = min(best, time.perf_counter() - begun)
+    return best / (2 * 512 * 512 * 1024)
