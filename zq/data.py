@@ -76,7 +76,7 @@ def calibration_windows(
     if len(ids) < samples * length:
         raise ZqError(
             f"the calibration text {source} has {len(ids)} tokens; {samples} windows of {length} "
-            f"need {samples * length}: give a longer text, or at most {len(ids) // length} windows"
+            f"need {samples * length}: {_shorter(len(ids), length)}"
         )
     draw = random.Random(seed)
     windows = []
@@ -110,8 +110,7 @@ def evaluation_windows(
     if len(ids) < windows * length:
         raise ZqError(
             f"the evaluation text has {len(ids)} tokens from {start:.0%} of its characters on; "
-            f"{windows} windows of {length} need {windows * length}: give a longer text, "
-            f"or at most {len(ids) // length} windows"
+            f"{windows} windows of {length} need {windows * length}: {_shorter(len(ids), length)}"
         )
     kept = torch.tensor(ids[: windows * length], dtype=torch.int64).view(windows, length)
     return _checked(kept, vocab_size)
@@ -146,6 +145,12 @@ def _checked(windows: Tensor, vocab_size: int | None) -> Tensor:
     return windows
 
 
+def _shorter(tokens: int, length: int) -> str:
+    """What to do about a text of too few tokens for the windows that were asked for."""
+    fits = f"or at most {tokens // length} windows" if tokens >= length else "or shorter windows"
+    return f"give a longer text, {fits}"
+
+
 def _require_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
@@ -153,9 +158,9 @@ def _require_positive(**values: int) -> None:
 
 
 def _read_file(path: Path) -> str:
-    if not path.exists():
-        raise ZqError(f"no text at {path}; allowed are {SOURCES}")
     try:
+        if not path.exists():
+            raise ZqError(f"no text at {path}; allowed are {SOURCES}")
         if path.suffix == ".parquet":
             return _join(_parquet_texts(path))
         text = path.read_text(encoding="utf-8")

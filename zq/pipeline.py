@@ -72,7 +72,12 @@ def quantize(
         facts["audit"] = audit(plan, job.shards, job.done)
         report = _report(plan, job, facts, time.monotonic() - started, command)
         publish(plan, writer, out, report)
-    except (AuditError, OutputError):
+    except OutputError as error:
+        if not job.done:  # nothing to continue
+            job.discard()
+            raise
+        raise OutputError(f"{error}; what is done is kept, continue with --resume") from None
+    except AuditError:
         raise
     except ZqError:
         job.discard()

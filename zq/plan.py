@@ -314,19 +314,21 @@ def _windows(folder: Path, skeleton: Skeleton, recipe: Recipe, notes: list[str])
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:
         notes.append(f"calibration windows of {length} tokens: the model has no more positions")
-    tokenizer = None if wanted.source == "random" else load_tokenizer(folder)
+    tokenizer = (
+        None if wanted.source == "random" else load_tokenizer(folder, ", or calibrate with --calib random")
+    )
     vocabulary = skeleton.config.vocab_size
     return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read."""
+def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
+    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read;
+    `otherwise` is what else the user can do."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
         raise ZqError(
-            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it, or calibrate "
-            "with --calib random"
+            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it{otherwise}"
         ) from None

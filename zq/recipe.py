@@ -113,7 +113,11 @@ class Recipe:
             "seed": self.seed,
             "format": self.format,
         }
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+        # PyYAML reads Unicode's own line breaks back as spaces unless they are escaped.
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+        if re.search("[\x85\u2028\u2029]", text):
+            return yaml.safe_dump(data, sort_keys=False, width=100)
+        return text
 
     @property
     def digest(self) -> str:

@@ -19,11 +19,15 @@ def resolve(model: str, progress: Callable[[str], None] = lambda message: None) 
     if model == "demo":
         return demo_checkpoint(progress)
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise ZqError(f"cannot look for {folder}: {error.strerror}; check the path") from None
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise ZqError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
         return folder
-    if folder.exists():
+    if exists:
         raise ZqError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ZqError(

@@ -48,7 +48,11 @@ class Job:
             raise ZqError(
                 f"cannot create {job.folder}: {error.strerror}; choose a writable folder with -o"
             ) from None
-        job._save()
+        try:
+            job._save()
+        except ZqError:
+            job.discard()
+            raise
         return job
 
     @classmethod
@@ -59,8 +63,10 @@ class Job:
             raise ZqError(f"{out} holds no interrupted job to resume; run without --resume")
         try:
             state = json.loads(path.read_text())
-            old, done, carry = state["fingerprint"], state["done"], state["carry"]
-        except (ValueError, KeyError) as error:
+            old, done, carry = dict(state["fingerprint"]), state["done"], state["carry"]
+            if carry and not (out / FOLDER / carry).is_file():
+                raise ValueError(f"{carry} is missing")
+        except (ValueError, KeyError, TypeError) as error:
             raise ZqError(f"{path} is damaged ({error!r}); delete {out} and run without --resume") from None
         changed = [key for key in fingerprint if old.get(key) != fingerprint[key]]
         if changed:
@@ -115,9 +121,15 @@ def _save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def check_output(out: Path) -> None:
     """Raises ZqError unless `out` can be created or is an empty folder."""
-    if out.exists() and not out.is_dir():
+    try:
+        is_file = out.exists() and not out.is_dir()
+        is_job = (out / FOLDER / STATE).is_file()
+        is_full = out.is_dir() and any(path.name != FOLDER for path in out.iterdir())
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise ZqError(f"cannot use output {out}: {error.strerror}; choose another -o") from None
+    if is_file:
         raise ZqError(f"output {out} is a file; give a folder that does not exist yet with -o")
-    if (out / FOLDER / STATE).is_file():
+    if is_job:
         raise ZqError(f"{out} holds an interrupted job; continue it with --resume or delete {out / FOLDER}")
-    if out.is_dir() and any(path.name != FOLDER for path in out.iterdir()):
+    if is_full:
         raise ZqError(f"output {out} exists and is not empty; choose another -o or delete it")

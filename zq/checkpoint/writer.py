@@ -214,7 +214,7 @@ def _bytes(tensor: torch.Tensor, slot: Slot) -> memoryview:
             "this is a defect of zq, report it"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def disk_error(error: OSError, file: Path, size: int) -> OutputError:

@@ -1,17 +1,19 @@
 """What every command shares: consoles, exit codes, errors on one line, JSON on standard output.
 
-Exit codes: 0 done, 1 internal error, 2 bad input, 3 audit failed, 75 interrupted and resumable.
+`EXIT_CODES` is the one list of what a command can end with.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +21,15 @@ from rich.console import Console
 
 from zq.errors import Interrupted, ZqError
 
+EXIT_CODES = {
+    0: "done",
+    1: "internal error",
+    2: "bad input",
+    3: "audit failed",
+    75: "interrupted and resumable",
+    130: "interrupted with nothing to resume",
+}
+MAX_SEED = (1 << 63) - 1  # what torch takes
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -37,7 +48,7 @@ def command(as_json: bool = False) -> Iterator[None]:
         message = " ".join(str(error).split())
         if as_json:
             print_json({"error": message, "exit_code": error.exit_code})
-        err.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+        fail(message)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         err.print("[bold]interrupted[/]")
@@ -45,17 +56,41 @@ def command(as_json: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(hint: str) -> Iterator[None]:
+def resumable(output: Path, hint: str) -> Iterator[None]:
     """Inside, an interruption is not lost work: it says how to continue and exits with 75."""
+    from zq.checkpoint.job import FOLDER, STATE
+
     try:
         yield
     except KeyboardInterrupt:
+        if not (output / FOLDER / STATE).is_file():  # not begun yet
+            raise
         raise Interrupted(f"interrupted; finished blocks are kept, continue with: {hint}") from None
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """One JSON document on standard output. Infinite and undefined numbers are null: JSON has none."""
+    sys.stdout.write(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def fail(message: str) -> None:
+    """The one line about an error, on standard error."""
+    err.print(f"[bold red]error:[/] {_plain(' '.join(message.split()))}", soft_wrap=True)
+
+
+def check_number(option: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises ZqError unless low <= value <= high and value is finite."""
+    if not low <= value <= high or value == math.inf:
+        allowed = f"from {low:g} to {high}" if math.isfinite(high) else f"{low:g} or more"
+        raise ZqError(f"{option} {value} is not allowed; give {allowed}")
 
 
 def note(message: str) -> None:
@@ -89,7 +124,7 @@ def torch_device(name: str) -> str:
     except RuntimeError:
         device = None
     count = torch.cuda.device_count()
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and name != "cpu"):
         raise ZqError(f"--device {name} is unknown; allowed: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ZqError(f"--device {name}: this machine has {count} CUDA devices; use --device cpu or auto")

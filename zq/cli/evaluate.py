@@ -9,7 +9,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from zq.cli.console import command, err, note, out, print_json, torch_device
+from zq.cli.console import check_number, command, err, note, out, print_json, torch_device
 from zq.errors import ZqError
 
 
@@ -38,8 +38,10 @@ def evaluate(  # noqa: PLR0913 (a command line is its options)
     with command(json):
         from zq.source import resolve
 
-        if batch < 1:
-            raise ZqError(f"--batch {batch} is not allowed; give at least 1")
+        check_number("--batch", batch, 1)
+        check_number("--windows", windows, 1)
+        check_number("--length", length, 2)
+        check_number("--start", start, 0, 1)
         place = torch_device(device)
         folder = resolve(checkpoint, note)
         reference = resolve(against, note) if against else None
@@ -65,7 +67,7 @@ def measure(  # noqa: PLR0913 (what the command line can say)
 ) -> dict[str, Any]:
     """Load, run, and return the report of zq.eval as a dict with its kind."""
     from zq.data import load_text
-    from zq.models.find import find_family
+    from zq.models.find import find_family, find_positions
     from zq.plan import load_tokenizer
     from zq.runtime.load import load
 
@@ -74,6 +76,11 @@ def measure(  # noqa: PLR0913 (what the command line can say)
         raise ZqError(f"{folder} and {reference} are not the same kind of model; check --against")
     if encoder and reference is None:
         raise ZqError(f"{folder} is an encoder, which has no perplexity; give the original with --against")
+    limit = min(find_positions(f) or length for f in (folder, reference or folder))
+    if length > limit and not encoder:
+        raise ZqError(
+            f"--length {length} is more than the {limit} positions of the model; give at most {limit}"
+        )
     content = load_text(text)
     tokenizer = load_tokenizer(reference or folder)
     candidate = load(folder, device=device)
@@ -88,7 +95,7 @@ def measure(  # noqa: PLR0913 (what the command line can say)
         from zq.eval.encoder import encoder_agreement
 
         sentences = split_sentences(content[int(start * len(content)) :], windows)
-        ids, mask = encode_sentences(sentences, tokenizer, min(length, 512))
+        ids, mask = encode_sentences(sentences, tokenizer, min(length, limit))
         report = encoder_agreement(
             encoder_states(original),
             encoder_states(candidate),

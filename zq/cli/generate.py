@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zq.cli.console import command, note, print_json, torch_device
+from zq.cli.console import MAX_SEED, check_number, command, note, print_json, torch_device
 from zq.errors import ZqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def generate(
@@ -27,8 +30,9 @@ def generate(
     with command(json):
         from zq.source import resolve
 
-        if max_tokens < 1 or temperature < 0:
-            raise ZqError("--max-tokens must be at least 1 and --temperature at least 0")
+        check_number("--max-tokens", max_tokens, 1)
+        check_number("--temperature", temperature, 0)
+        check_number("--seed", seed, 0, MAX_SEED)
         if not prompt:
             raise ZqError("the prompt is empty; give some text")
         place = torch_device(device)
@@ -36,7 +40,7 @@ def generate(
         import torch
         from transformers import TextStreamer
 
-        from zq.models.find import find_family
+        from zq.models.find import find_family, find_positions
         from zq.plan import load_tokenizer
         from zq.runtime.load import load
 
@@ -55,7 +59,13 @@ def generate(
             )
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
+        _check_prompt(inputs["input_ids"], max_tokens, find_positions(folder), str(folder))
         model = load(folder, device=place)
+        if int(inputs["input_ids"].max()) >= model.config.vocab_size:
+            raise ZqError(
+                f"{folder}: the tokenizer gives token id {int(inputs['input_ids'].max())}, the model's "
+                f"vocab_size is {model.config.vocab_size}; use the tokenizer of this very model"
+            )
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -72,3 +82,15 @@ def generate(
             new = ids[0, inputs["input_ids"].shape[1] :]
             text = tokenizer.decode(new, skip_special_tokens=True)
             print_json({"prompt": prompt, "text": text, "tokens": new.tolist()})
+
+
+def _check_prompt(ids: Tensor, max_tokens: int, limit: int | None, where: str) -> None:
+    """Refuse a prompt [1, L] without tokens, and one that leaves no positions for the answer."""
+    length = ids.shape[1]
+    if not length:
+        raise ZqError("the prompt has no tokens; give some text")
+    if limit is not None and length + max_tokens > limit:
+        raise ZqError(
+            f"{where} has {limit} positions; a prompt of {length} tokens and --max-tokens {max_tokens} need "
+            f"{length + max_tokens}: shorten them"
+        )

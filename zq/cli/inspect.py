@@ -60,18 +60,15 @@ def describe(folder: Path) -> dict[str, Any]:
 
     from zq.checkpoint.index import read_index
     from zq.export import exporter_for
-    from zq.models.find import find_family, load_config, model_class
+    from zq.models.build import shapes_only
+    from zq.models.find import find_family, load_config
     from zq.runtime.linear import is_linear, linear_shape
     from zq.runtime.load import quantization_config
 
     arch = find_family(folder)
     index = read_index(folder)
     stored = quantization_config(folder)
-    config = load_config(folder)
-    cls: Any = model_class(config)
-    config.quantization_config = None
-    with torch.device("meta"):
-        model = cls._from_config(config)
+    model = shapes_only(load_config(folder), str(folder))
     shapes = {name: linear_shape(m) for name, m in model.named_modules() if is_linear(m)}
     exporter = exporter_for(stored, str(folder)) if stored else None
     assigned = exporter.schemes(stored, shapes) if exporter else {}
@@ -98,7 +95,7 @@ def describe(folder: Path) -> dict[str, Any]:
         entry["bits"] = 8 * entry["bytes"] / entry["weights"]
     return {
         "folder": str(folder),
-        "model": cls.__name__,
+        "model": type(model).__name__,
         "architecture": f"{arch.model_type}, {'encoder' if arch.encoder else 'decoder'}",
         "quantization": stored["quant_method"] if stored else "none",
         "files": len(index.files()),

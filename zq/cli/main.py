@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from zq import __version__
 from zq.cli import evaluate, generate, inspect, quantize, recipes
+from zq.cli.console import EXIT_CODES, fail
 
 app = typer.Typer(
     name="zq",
@@ -18,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Post-training quantization of language models: smaller checkpoints that real engines load, "
     "and what it cost.",
-    epilog="Exit codes: 0 done, 1 internal error, 2 bad input, 3 audit failed, 75 interrupted and resumable.",
+    epilog="Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
 )
 
 
@@ -45,8 +47,22 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script: a wrong option is one line too, not a box of several."""
+    try:
+        code: Any = app(standalone_mode=False)
+    except Exception as error:
+        # Typer 0.26 and newer carry their own click, so the class of a usage error is nobody's to import.
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        usage: Any = error
+        if type(error).__name__ == "NoArgsIsHelpError":  # `zq` alone: the help has been asked for
+            usage.show()
+        else:
+            context = getattr(usage, "ctx", None)
+            path = context.command_path if context else "zq"
+            fail(f"{usage.format_message().rstrip('. ')}; `{path} --help` lists what there is")
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -13,7 +14,19 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zq.cli.console import command, err, note, out, peak_memory, print_json, resumable, size, torch_device
+from zq.cli.console import (
+    MAX_SEED,
+    check_number,
+    command,
+    err,
+    note,
+    out,
+    peak_memory,
+    print_json,
+    resumable,
+    size,
+    torch_device,
+)
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
@@ -21,6 +34,7 @@ if TYPE_CHECKING:
     from zq.recipe import Recipe
 
 SHORTCUTS = ("w8a8", "w4a8", "w4a16", "w8a16", "fp8", "w4afp8", "w4w8a8")
+MIN_SHARD = 0.0001  # GB; below, a checkpoint would be one file per tensor
 SCHEMES = "Scheme (one of them, or --recipe)"
 RUN = "Run"
 
@@ -92,8 +106,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         chosen = _recipe(flags, recipe, group_size, calib, seed)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
-        if shard_size < 0.05:
-            raise ZqError(f"--shard-size {shard_size} is too small; give at least 0.05 (GB)")
+        check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
         if output is not None and not dry_run:
             _check_output(output, resume)
         from zq.source import resolve as resolve_model
@@ -106,7 +119,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if dry_run:
             return _show_plan(plan, as_json=json)
         assert output is not None
-        with resumable(f"{_command_line()} --resume" if not resume else _command_line()):
+        with resumable(output, f"{_command_line()} --resume"):
             report = _run(plan, output, resume, quiet=json)
         report |= {"output": str(output), "peak_memory": peak_memory()}
         report["seconds_total"] = round(time.monotonic() - started, 2)
@@ -129,12 +142,19 @@ def _recipe(
         raise ZqError(f"{asked} given; give exactly one of {options} or --recipe")
     recipe = load(wanted[0])
     if group_size != "auto":
-        if not group_size.isdigit() or int(group_size) < 2:
+        if not re.fullmatch("[0-9]{1,7}", group_size) or int(group_size) < 2:
             raise ZqError(f"--group-size {group_size} is not allowed; give auto or a whole number from 2 on")
+        if not any(rule.scheme and rule.scheme.weights.layout.kind == "group" for rule in recipe.rules):
+            raise ZqError(
+                f"--group-size {group_size}: recipe {recipe.name} has no groups of weights; drop it"
+            )
         recipe = recipe.with_group_size(int(group_size))
     if calib is not None:
         recipe = replace(recipe, calibration=replace(recipe.calibration, source=calib))
-    return recipe if seed is None else replace(recipe, seed=seed)
+    if seed is None:
+        return recipe
+    check_number("--seed", seed, 0, MAX_SEED)
+    return replace(recipe, seed=seed)
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -146,7 +166,8 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def _command_line() -> str:
-    return shlex.join(["zq", *sys.argv[1:]])
+    """What makes this output from nothing: a resumed run gives the same files as the first."""
+    return shlex.join(["zq", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 def _run(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ def default(context: typer.Context) -> None:
 
 @app.command("list")
 def list_recipes(
-    json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Names of the shipped recipes and what they are for."""
     with command(json):
@@ -37,11 +38,18 @@ def list_recipes(
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(help="A shipped recipe, or a .yaml file.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A shipped recipe, or a .yaml file.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
     """Print the YAML of a recipe, after checking it."""
-    with command():
+    with command(json):
         from zq.recipe import Recipe, source_text
 
         text, where = source_text(name)
-        Recipe.parse(text, where)
+        recipe = Recipe.parse(text, where, Path(name).stem)
+        if json:
+            return print_json(
+                {"name": recipe.name, "about": recipe.about, "digest": recipe.digest, "yaml": text}
+            )
         typer.echo(text.rstrip())

@@ -21,6 +21,8 @@ EXPORTERS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "z
 
 def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:
     """The exporter whose checkpoint this `quantization_config` describes. Raises ZqError."""
+    if config is not None and not isinstance(config, dict):
+        raise ZqError(f"{where}: quantization_config is {config!r}, not a mapping; download it again")
     method = (config or {}).get("quant_method")
     if method not in EXPORTERS:
         has = f"is quantized with '{method}'" if method else "is not quantized"

@@ -161,6 +161,8 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Which scheme the config gives to each linear layer, by compressed-tensors' own rules: `ignore`
     first, then exact names and regexes, then the class name. Raises ZqError for what zq cannot read."""
     groups = config.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise ZqError("quantization_config has no mapping 'config_groups'; download config.json again")
     parsed = [(group.get("targets") or [], _scheme(group)) for group in groups.values()]
     ignore = config.get("ignore") or []
     result: dict[str, Scheme] = {}
@@ -228,6 +230,6 @@ def _scheme(group: dict[str, Any]) -> Scheme:
 
 def _spec(args: dict[str, Any]) -> TensorSpec:
     bits, is_int, strategy = args["num_bits"], args["type"] == "int", args["strategy"]
-    layout = Layout("group", args["group_size"]) if strategy == "group" else Layout.parse(strategy)
+    layout = Layout.parse(f"g{args['group_size']}" if strategy == "group" else strategy)
     name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")
     return TensorSpec(format=name, layout=layout, symmetric=bool(args.get("symmetric", True)))

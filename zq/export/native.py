@@ -27,7 +27,7 @@ from zq.numerics.packing import packed_words
 from zq.numerics.packing import unpack as unpack_bits
 from zq.numerics.qtensor import QTensor
 from zq.numerics.scales import DTYPES
-from zq.spec import Scheme, TensorSpec, scale_shape
+from zq.spec import AUTO, Layout, Scheme, TensorSpec, scale_shape
 
 FORMAT_VERSION = 1
 Read = Callable[[str], Tensor]
@@ -88,8 +88,13 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         raise ZqError(f"zq format version {version} is unknown (this zq reads {FORMAT_VERSION}); upgrade zq")
     known = set(names)
     result: dict[str, Scheme] = {}
-    for text, layers in config["schemes"].items():
+    listed = config.get("schemes")
+    if not isinstance(listed, dict) or not all(isinstance(layers, list) for layers in listed.values()):
+        raise ZqError("quantization_config has no 'schemes' that list layers; download config.json again")
+    for text, layers in listed.items():
         scheme = Scheme.parse(text)
+        if scheme.weights.layout == Layout("group", AUTO):
+            raise ZqError(f"config.json gives the scheme '{text}', whose group size was never chosen")
         for layer in layers:
             if layer not in known:
                 raise ZqError(f"config.json quantizes '{layer}', which this model does not have")

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from zq.errors import ZqError
+from zq.models.find import model_class, one_line
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -47,6 +50,25 @@ def empty_model(
     for name, buffer in list(model.named_buffers()):
         put(model, name, buffer.to(device))
     return model.eval()
+
+
+def shapes_only(config: PretrainedConfig, where: str) -> PreTrainedModel:
+    """The model of a config, quantized or not, wholly on meta: for its names and shapes.
+
+    Raises ZqError naming `where` when the config contradicts itself.
+    """
+    bare = copy.deepcopy(config)
+    if hasattr(bare, "quantization_config"):
+        del bare.quantization_config
+    cls = model_class(bare)
+    try:
+        with torch.device("meta"):
+            return cls._from_config(bare)  # type: ignore[attr-defined]
+    except Exception as error:  # heads that do not divide, an unknown activation, ...
+        raise ZqError(
+            f"{where}: transformers cannot build {cls.__name__} from this config "
+            f"({one_line(error)}); correct config.json"
+        ) from error
 
 
 def put(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from zq.errors import ZqError
+from zq.models.find import position_limit
 from zq.models.skeleton import Skeleton
 
 Call = dict[str, Any]
@@ -157,10 +158,7 @@ class _Recorder:
 
 def positions(skeleton: Skeleton) -> int | None:
     """The longest sequence that the model has positions for; None with alibi (BLOOM)."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit is not None and skeleton.arch.positions_after_pad:
-        limit -= skeleton.config.pad_token_id + 1
-    return limit
+    return position_limit(skeleton.config, skeleton.arch)
 
 
 def _check_ids(skeleton: Skeleton, ids: torch.Tensor) -> None:

@@ -79,6 +79,20 @@ def find_arch(config: PretrainedConfig, where: str) -> Arch:
     return arch
 
 
+def position_limit(config: PretrainedConfig, arch: Arch) -> int | None:
+    """The longest sequence that a model has positions for; None with alibi (BLOOM)."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and arch.positions_after_pad:
+        limit -= config.pad_token_id + 1
+    return limit
+
+
+def find_positions(folder: Path) -> int | None:
+    """`position_limit` of a local checkpoint. Raises ZqError."""
+    config = load_config(folder)
+    return position_limit(config, _supported(config.model_type, str(Path(folder) / "config.json")))
+
+
 def model_class(config: PretrainedConfig) -> type:
     """The transformers class that holds this checkpoint.
 

@@ -22,4 +22,4 @@ def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
 def tensor_hash(x: Tensor) -> str:
     """sha256 of the bytes of a tensor, in row-major order."""
     flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()

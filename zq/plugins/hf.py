@@ -43,6 +43,10 @@ class ZqQuantizer(HfQuantizer):
         for name, scheme in native.schemes(config, linears).items():
             dtype = model.get_submodule(name).weight.dtype
             replace_linear(model, name, scheme, dtype)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if not (parent._parameters or parent._buffers):
+                # GPT-2 initialises c_proj.weight from the module around it, loaded or not.
+                parent._is_hf_initialized = True
 
     def is_serializable(self) -> bool:
         return True

@@ -6,7 +6,6 @@ are comparable, and compressed-tensors checkpoints load without that library.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from zq.checkpoint.index import CheckpointIndex, main_dtype, read_index
 from zq.checkpoint.reader import reader
 from zq.errors import ZqError
 from zq.export import exporter_for, native
+from zq.models.build import shapes_only
 from zq.models.find import load_config, model_class
 from zq.runtime.linear import is_linear, linear_shape
 
@@ -41,7 +41,9 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     cls: Any = model_class(config)
     dtype = dtype or main_dtype(index)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # `_check` refuses them, naming one
     if stored is None or exporter_for(stored, str(folder)) is native:
+        shapes_only(config, str(folder))  # a config that fits no model is bad input, not a defect
         model, info = cls.from_pretrained(str(folder), **options)
     else:
         state, config.quantization_config = _as_native(index, config, stored, str(folder))
@@ -55,10 +57,7 @@ def _as_native(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A checkpoint of another format as tensors and config of zq's own."""
     exporter = exporter_for(stored, where)
-    with torch.device("meta"):
-        bare = copy.deepcopy(config)
-        del bare.quantization_config
-        model = model_class(config)._from_config(bare)  # type: ignore[attr-defined]
+    model = shapes_only(config, where)
     linears = {name: linear_shape(m) for name, m in model.named_modules() if is_linear(m)}
     read = reader(index)
     state = {}
@@ -76,7 +75,7 @@ def _check(info: dict[str, Any], where: str) -> None:
     """transformers only logs what it could not load; a quantized model must not have random weights."""
     for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(key):
-            names = sorted(map(str, info[key]))
+            names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info[key])
             raise ZqError(
                 f"{where}: {len(names)} {key[:-5]} tensors, first '{names[0]}'; the weights do not belong "
                 "to this config, quantize or download again"

@@ -1,0 +1,419 @@
+"""The situations of docs/errors.md: for each row's id, a function that puts the bad input in place.
+
+The command of a row runs in a folder of its own, where the function has made MODEL (a tiny Llama with a
+tokenizer, then broken), OUT, TEXT or RECIPE.yaml. What the command says and how it exits is in the
+table, and only there: tests/test_errors.py compares, tools/errors_table.py rewrites.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shlex
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.command import Done, run, spawn
+from tests.letters import save_tokenizer
+from tests.tiny import build_tiny
+
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ANYTHING = "…"  # in the table: text of another program, which its versions may word differently
+
+# Rows that run as real processes; the number limits the size of any file, in bytes (a full disk).
+PROCESSES: dict[str, int | None] = {
+    "missing-shard": None,
+    "no-scheme": None,
+    "hub-offline": None,
+    "audit-failed": None,
+    "disk-full": 100_000,
+    "disk-full-later": 200_000,
+}
+# Rows after which the output folder is there, because what is done is kept.
+KEPT = {"disk-full-later"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what is wrong, the command, the line that it prints, its exit code."""
+
+    id: str
+    what: str
+    command: str
+    error: str
+    exit: int
+
+    def __str__(self) -> str:
+        error = self.error.replace("|", "\\|")
+        return f"| {self.id} | {self.what} | `{self.command}` | {error} | {self.exit} |"
+
+    def run(self, folder: Path) -> Done:
+        """Run the command in `folder`, which must be the current directory."""
+        words = shlex.split(self.command)
+        env = dict(word.split("=", 1) for word in words[: words.index("zq")])
+        args = words[words.index("zq") + 1 :]
+        if self.id not in PROCESSES:
+            return run(*args, env=env)
+        limit = PROCESSES[self.id]
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit:  # inherited by the child; only the soft limit, so that it can be taken back
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return spawn(*args, cwd=folder, env=env)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def expects(self, line: str) -> bool:
+        """Whether `line` is the error of the table."""
+        parts = map(re.escape, f"error: {self.error}".split(ANYTHING))
+        return re.fullmatch(".*".join(parts), line) is not None
+
+
+def read_table(path: Path = TABLE) -> list[Row]:
+    """The rows, in order."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+        if len(cells) == 5 and cells[4].isdigit():
+            rows.append(Row(cells[0], cells[1], cells[2].strip("`"), cells[3], int(cells[4])))
+    return rows
+
+
+def error_lines(done: Done) -> list[str]:
+    return [line for line in done.err.splitlines() if line.startswith("error:")]
+
+
+class Model:
+    """A tiny Llama with a tokenizer in `folder`, to be broken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    def config(self, **changes: Any) -> None:
+        path = self.folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def change(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        """Rewrite the weights after `change` has edited the dict of tensors."""
+        tensors = load_file(self.weights)
+        change(tensors)
+        save_file(tensors, self.weights, metadata={"format": "pt"})
+
+    def split(self) -> dict[str, str]:
+        """The same weights in two shards and an index; returns the weight map."""
+        tensors = load_file(self.weights)
+        names = sorted(tensors)
+        weight_map = {}
+        for i, part in enumerate((names[:10], names[10:]), start=1):
+            file = f"model-0000{i}-of-00002.safetensors"
+            save_file({name: tensors[name] for name in part}, self.folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        self.weights.unlink()
+        self.index(weight_map)
+        return weight_map
+
+    def index(self, weight_map: dict[str, str]) -> None:
+        (self.folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def save_model(folder: Path, name: str = "llama") -> None:
+    """What `Model` starts from."""
+    build_tiny(name).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+SITUATIONS: dict[str, Callable[[Model], None]] = {}
+
+
+def situation(
+    *ids: str,
+) -> Callable[[Callable[[Model], None]], Callable[[Model], None]]:
+    def register(build: Callable[[Model], None]) -> Callable[[Model], None]:
+        SITUATIONS.update(dict.fromkeys(ids, build))
+        return build
+
+    return register
+
+
+@situation(
+    *(
+        "no-output",
+        "no-scheme",
+        "two-schemes",
+        "unknown-recipe",
+        "recipe-file-missing",
+        "calibration-missing",
+    ),
+    *("unknown-option", "not-a-number", "bad-seed", "bad-shard-size", "unknown-device", "missing-device"),
+    *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
+    *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
+    *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
+)
+def healthy(model: Model) -> None:
+    """The input is fine; the command is not, or the place."""
+
+
+@situation("missing-shard")
+def missing_shard(model: Model) -> None:
+    model.split()
+    (model.folder / "model-00002-of-00002.safetensors").unlink()
+
+
+@situation("missing-tensor")
+def missing_tensor(model: Model) -> None:
+    model.change(lambda tensors: tensors.pop(Q_PROJ))
+
+
+@situation("broken-promise")
+def broken_promise(model: Model) -> None:
+    model.index(model.split() | {"model.extra.weight": "model-00001-of-00002.safetensors"})
+
+
+@situation("truncated-shard")
+def truncated_shard(model: Model) -> None:
+    data = model.weights.read_bytes()
+    model.weights.write_bytes(data[: len(data) // 2])
+
+
+@situation("huge-header")
+def huge_header(model: Model) -> None:
+    model.weights.write_bytes(struct.pack("<Q", 1 << 60) + model.weights.read_bytes()[8:])
+
+
+@situation("not-safetensors")
+def not_safetensors(model: Model) -> None:
+    model.weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+@situation("path-escape")
+def path_escape(model: Model) -> None:
+    model.index(model.split() | {Q_PROJ: "../other/model.safetensors"})
+
+
+@situation("broken-index")
+def broken_index(model: Model) -> None:
+    (model.folder / INDEX).write_text('{"metadata": {}}')
+
+
+@situation("bin-only")
+def bin_only(model: Model) -> None:
+    model.weights.rename(model.folder / "pytorch_model.bin")
+
+
+@situation("no-weights")
+def no_weights(model: Model) -> None:
+    model.weights.unlink()
+
+
+@situation("int8-weight")
+def int8_weight(model: Model) -> None:
+    model.change(lambda tensors: tensors.update({Q_PROJ: torch.ones(64, 64, dtype=torch.int8)}))
+
+
+@situation("float64-weight")
+def float64_weight(model: Model) -> None:
+    model.change(lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].double()}))
+
+
+@situation("float64-model")
+def float64_model(model: Model) -> None:
+    model.change(lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+
+
+def _poison(value: float, name: str) -> Callable[[Model], None]:
+    def build(model: Model) -> None:
+        model.change(lambda tensors: tensors[name].view(-1)[7].fill_(value))
+
+    return build
+
+
+SITUATIONS["nan-weight"] = _poison(float("nan"), Q_PROJ)
+SITUATIONS["inf-weight"] = _poison(float("inf"), Q_PROJ)
+SITUATIONS["nan-norm"] = _poison(float("nan"), "model.norm.weight")
+
+
+@situation("shape-mismatch")
+def shape_mismatch(model: Model) -> None:
+    model.config(vocab_size=161)
+
+
+@situation("no-config")
+def no_config(model: Model) -> None:
+    (model.folder / "config.json").unlink()
+
+
+@situation("config-not-json")
+def config_not_json(model: Model) -> None:
+    (model.folder / "config.json").write_text('{"model_type": "llama",')
+
+
+@situation("config-contradiction")
+def config_contradiction(model: Model) -> None:
+    model.config(hidden_act="nope")
+
+
+@situation("unknown-model-type")
+def unknown_model_type(model: Model) -> None:
+    model.config(model_type="mamba")
+
+
+@situation("remote-code")
+def remote_code(model: Model) -> None:
+    model.config(
+        architectures=["MyForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_my.MyForCausalLM"}
+    )
+
+
+@situation("already-quantized")
+def already_quantized(model: Model) -> None:
+    model.config(quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+@situation("foreign-quantization")
+def foreign_quantization(model: Model) -> None:
+    already_quantized(model)
+
+
+@situation("no-tokenizer")
+def no_tokenizer(model: Model) -> None:
+    for file in model.folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@situation("foreign-tokenizer")
+def foreign_tokenizer(model: Model) -> None:
+    save_tokenizer(model.folder, start=1000)
+
+
+@situation("calibration-too-short", "evaluation-too-short")
+def short_text(model: Model) -> None:
+    Path("TEXT").write_text("Too short to learn anything from.")
+
+
+@situation("not-utf8")
+def not_utf8(model: Model) -> None:
+    Path("TEXT").write_bytes("Grüße aus Köln".encode("latin-1"))
+
+
+@situation("output-not-empty")
+def output_not_empty(model: Model) -> None:
+    Path("OUT").mkdir()
+    Path("OUT", "notes").write_text("mine")
+
+
+@situation("output-is-file")
+def output_is_file(model: Model) -> None:
+    Path("OUT").write_text("mine")
+
+
+@situation("encoder-eval", "encoder-generate")
+def encoder(model: Model) -> None:
+    shutil.rmtree(model.folder)
+    save_model(model.folder, "bert")
+
+
+@situation("other-kind")
+def other_kind(model: Model) -> None:
+    save_model(Path("OTHER"), "bert")
+
+
+def _recipe(text: str) -> Callable[[Model], None]:
+    def build(model: Model) -> None:
+        Path("RECIPE.yaml").write_text(text)
+
+    return build
+
+
+RULE = 'rules:\n  - {match: "*", weights: "int8:channel"}\n'
+RECIPES = {
+    "bad-yaml": 'rules:\n  - match: "*\n',
+    "not-a-recipe": "- one\n- two\n",
+    "unknown-key": RULE + "bits: 4\n",
+    "wrong-type": RULE + "seed: many\n",
+    "no-rules": "about: nothing\n",
+    "rule-matches-nothing": 'rules:\n  - {match: "*.c_fc", weights: "int8:channel"}\n',
+    "all-skipped": 'rules:\n  - {match: "*", skip: true}\n',
+    "unknown-step": RULE + "steps:\n  - magic: {}\n",
+    "unknown-step-option": RULE + "steps:\n  - rtn: {speed: 9}\n",
+    "bad-option-value": RULE + "steps:\n  - rtn: {scale: best}\n",
+    "unknown-number-format": 'rules:\n  - {match: "*", weights: "int9:channel"}\n',
+    "unknown-layout": 'rules:\n  - {match: "*", weights: "int4:row"}\n',
+    "unsupported-activations": 'rules:\n  - {match: "*", weights: "int4:g64", activations: "int4:token"}\n',
+    "yaml-tag": RULE + "about: !!python/name:os.system\n",
+    "extends-twice": "extends: BASE.yaml\n",
+    "not-expressible": 'format: compressed-tensors\nrules:\n  - {match: "*", weights: "e2m1fn:b64"}\n',
+    "tied-head": 'rules:\n  - {match: "*", weights: "int8:channel"}\n  - {match: lm_head, weights: "int8:channel"}\n',
+}
+SITUATIONS |= {name: _recipe(text) for name, text in RECIPES.items()}
+
+
+@situation("extends-twice")
+def extends_twice(model: Model) -> None:
+    _recipe(RECIPES["extends-twice"])(model)
+    Path("BASE.yaml").write_text("extends: w8a8\n")
+
+
+@situation("tied-head")
+def tied_head(model: Model) -> None:
+    _recipe(RECIPES["tied-head"])(model)
+    save_model(model.folder, "llama-tied")
+
+
+@situation("job-in-output", "resume-other-recipe")
+def interrupted_job(model: Model) -> None:
+    """OUT holds a `--w8a8 --calib random` run that was stopped after two units."""
+    from zq.pipeline import quantize
+    from zq.plan import make_plan
+    from zq.recipe import load
+
+    recipe = load("w8a8")
+    recipe = replace(recipe, calibration=replace(recipe.calibration, source="random"))
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["done"] == 2:
+            raise KeyboardInterrupt
+
+    try:
+        quantize(make_plan(model.folder, recipe), Path("OUT"), progress=stop)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run was not interrupted")
+
+
+@situation("resume-other-model")
+def other_model(model: Model) -> None:
+    interrupted_job(model)
+    model.change(lambda tensors: tensors["model.norm.weight"].mul_(2))
+
+
+@situation("audit-failed")
+def audit_failed(model: Model) -> None:
+    """OUT is a finished output in which one byte of a weight has changed since."""
+    run("quantize", model.folder, "--w8a8", "--calib", "random", "-o", "OUT").ok()
+    path = Path("OUT", WEIGHTS)
+    data = bytearray(path.read_bytes())
+    header = struct.unpack("<Q", data[:8])[0]
+    entries = json.loads(data[8 : 8 + header])
+    data[8 + header + entries[Q_PROJ]["data_offsets"][0] + 5] ^= 1
+    path.write_bytes(data)
+
+
+@situation("lost-tensor")
+def lost_tensor(model: Model) -> None:
+    """OUT is a finished output whose weights were replaced by those of the original."""
+    run("quantize", model.folder, "--w8a8", "--calib", "random", "-o", "OUT").ok()
+    shutil.copyfile(model.weights, Path("OUT", WEIGHTS))

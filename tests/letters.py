@@ -1,0 +1,30 @@
+"""A tokenizer for the tiny models: one token per printable ASCII character, no file from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+CHARACTERS = tuple(map(chr, range(32, 127)))
+
+
+def save_tokenizer(folder: Path, *, template: str | None = None, start: int = 0) -> None:
+    """Write tokenizer.json and its config into `folder`.
+
+    Ids 0, 1, 2 are special; `start` moves the characters up, past a small vocabulary.
+    `template` is a chat template.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(SPECIAL)}
+    vocabulary |= {c: start + len(SPECIAL) + i for i, c in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    if template:
+        fast.chat_template = template
+    fast.save_pretrained(folder)
