@@ -32,7 +32,6 @@ ANYTHING = "…"  # in the table: text of another program, which its versions ma
 
 # Rows that run as real processes; the number limits the size of any file, in bytes (a full disk).
 PROCESSES: dict[str, int | None] = {
-    "missing-shard": None,
     "no-scheme": None,
     "hub-offline": None,
     "audit-failed": None,
@@ -356,7 +355,7 @@ RECIPES = {
     "yaml-tag": RULE + "about: !!python/name:os.system\n",
     "extends-twice": "extends: BASE.yaml\n",
     "not-expressible": 'format: compressed-tensors\nrules:\n  - {match: "*", weights: "e2m1fn:b64"}\n',
-    "tied-head": 'rules:\n  - {match: "*", weights: "int8:channel"}\n  - {match: lm_head, weights: "int8:channel"}\n',
+    "tied-head": RULE + '  - {match: lm_head, weights: "int8:channel"}\n',
 }
 SITUATIONS |= {name: _recipe(text) for name, text in RECIPES.items()}
 

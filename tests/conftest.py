@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("zq", deadline=None)  # a busy machine is no defect
+settings.load_profile("zq")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import zq.pipeline
 from tests.simulate import recipe
@@ -135,8 +137,6 @@ def test_a_codes_change_that_keeps_the_hash_list_is_still_noticed(
         file = folder / "model.safetensors"
         flip(name)(file)
         start, stop = span(file, name)
-        import hashlib
-
         done["1"]["tensors"][name] = hashlib.sha256(file.read_bytes()[start:stop]).hexdigest()
         return audit(plan, folder, done)
 
@@ -171,3 +171,22 @@ def test_a_published_folder_is_checked_against_its_report(
     flip(f"{UP}.weight_packed")(file)
     with pytest.raises(AuditError, match=f"{UP}.weight_packed"):
         audit_folder(out)
+
+
+def test_a_changed_scale_of_a_group_of_zeros_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It multiplies zeros only, so the weight is the same, but the bytes are not what was written."""
+    source = tmp_path / "in"
+    save_tiny("llama", source, torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{UP}.weight"][0] = 0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+    def corrupted(plan: Plan, folder: Path, done: dict) -> dict:
+        fill(f"{UP}.weight_scale", 2.0)(folder / "model.safetensors")
+        return audit(plan, folder, done)
+
+    monkeypatch.setattr(zq.pipeline, "audit", corrupted)
+    with pytest.raises(AuditError, match=f"the bytes of tensor '{UP}.weight_scale' on disk"):
+        quantize(make_plan(source, recipe("* = int4:g32")), tmp_path / "out")

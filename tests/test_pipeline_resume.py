@@ -24,9 +24,8 @@ RULES = "@mlp = int4:g32 @ int8:token; @attention = int8:channel @ int8:token"
 SHARD = 25_000
 UNITS = 5  # outside, three blocks, tail
 
-# argv: source, out, recipe text, 1 to resume, unit after which to die, or the step of publishing.
-KILLED = (
-    """
+# argv: source, out, recipe text, 1 to resume, when to die, shard bytes.
+KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
@@ -36,7 +35,7 @@ from zq.plan import make_plan
 from zq.recipe import Recipe
 import zq.checkpoint.writer as writer
 
-source, out, text, resume, when = sys.argv[1:]
+source, out, text, resume, when, shard = sys.argv[1:]
 seen = 0
 
 def die(event=None):
@@ -66,16 +65,14 @@ if when.startswith("publish"):
 if when == "finish":
     import shutil
     shutil.rmtree = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-plan = make_plan(Path(source), Recipe.parse(text), shard_bytes=%d)
+plan = make_plan(Path(source), Recipe.parse(text), shard_bytes=int(shard))
 quantize(plan, Path(out), resume=resume == "1", progress=die, command="c")
 """
-    % SHARD
-)
 
 
 def run(source: Path, out: Path, when: str, *, resume: bool = False) -> int:
     """Return code of a quantization in a process of its own, -9 when it was killed."""
-    arguments = [str(source), str(out), str(recipe(RULES)), "1" if resume else "0", when]
+    arguments = [str(source), str(out), str(recipe(RULES)), "1" if resume else "0", when, str(SHARD)]
     return subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -60,7 +60,9 @@ def audit_folder(folder: Path) -> dict[str, Any]:
     try:
         hashes = json.loads(path.read_text(encoding="utf-8"))["tensors"]
     except (OSError, ValueError, KeyError):
-        raise ZqError(f"{folder} has no readable {REPORT}, so there is nothing to compare with") from None
+        raise ZqError(
+            f"{folder} has no readable {REPORT} to compare with; only what `zq quantize` wrote has one"
+        ) from None
     index = read_index(folder)
     for name in sorted(set(hashes) ^ set(index.tensors)):
         state = "is missing" if name in hashes else "was not written by the run"
@@ -116,7 +118,9 @@ def _check_layer(
 def _check_hashes(tensors: dict[str, Tensor], written: dict[str, str]) -> None:
     for name, tensor in tensors.items():
         if tensor_hash(tensor) != written.get(name):
-            raise AuditError(f"audit: the bytes of tensor '{name}' on disk are not those that were written")
+            raise AuditError(
+                f"audit: the bytes of tensor '{name}' on disk are not those that were written; quantize again"
+            )
 
 
 def _check_copy(plan: Plan, name: str, tensor: Tensor) -> None:

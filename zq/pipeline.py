@@ -10,10 +10,11 @@ block, so a resumed run continues with the same bits.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,8 @@ def _unload(plan: Plan, unit: int | str) -> None:
         plan.skeleton.unload_block(unit)
     else:
         (plan.skeleton.unload_tail if unit == "tail" else plan.skeleton.unload_outside)()
+    with suppress(OSError, AttributeError):  # glibc keeps freed pages between live ones: 1-2 MB per block
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dict[str, Tensor], dict]:

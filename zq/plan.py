@@ -194,7 +194,7 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
             spot = f"{where}:{rule.line}" if rule.line else where
             raise ZqError(
                 f"{spot}: rule '{rule.match}' matches no linear layer of this model; layers are named like "
-                f"{found[0][0]}; `zq quantize --dry-run` lists them"
+                f"{found[0][0]}; `zq inspect --layers` lists them"
             )
     size = _auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
     layers = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
+from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from tests.numerics.strategies import INTS, ct_args, matrices, specs
 from zq.errors import ZqError
 from zq.numerics.codebook import codebook
 from zq.numerics.groups import group, grouped_scale
-from zq.numerics.qtensor import encode, fake_groups, fake_quantize_tokens, quantize
+from zq.numerics.qtensor import encode, fake_groups, quantize
 from zq.numerics.scales import Scale, absmax, int_range
 from zq.spec import TensorSpec, scale_shape
 
@@ -234,30 +234,6 @@ def test_stochastic_rounding_is_unbiased_and_repeats(text: str) -> None:
     other = quantize(big, spec, generator=torch.Generator().manual_seed(6)).dequantize()
     assert torch.equal(dense.float(), again)
     assert not torch.equal(again, other)
-
-
-@given(matrices(), st.sampled_from(["int8:token", "e4m3fn:token"]))
-def test_tokens_equal_compressed_tensors_dynamic_quantization(x: torch.Tensor, text: str) -> None:
-    spec = TensorSpec.parse(text)
-    x = x[x.abs().amax(-1) > 0]
-    if not len(x):
-        return
-    x = x.unsqueeze(0)  # the library takes [batch, tokens, K]
-    args = ct_args(spec, dynamic=True)
-    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
-    assert torch.equal(fake_quantize_tokens(x, spec), fake_quantize(x, scale, zero, args))
-
-
-def test_tokens_keep_shape_dtype_and_zero_rows() -> None:
-    spec = TensorSpec.parse("int8:token")
-    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    x[0, 0, 0] = 0
-    y = fake_quantize_tokens(x, spec)
-    assert y.shape == x.shape
-    assert y.dtype == torch.bfloat16
-    assert not y[0, 0, 0].any()
-    assert torch.equal(y[1, 2, 3], fake_quantize_tokens(x[1, 2, 3].reshape(1, -1), spec)[0])
-    assert fake_quantize_tokens(x[:0], spec).shape == (0, 3, 5, 16)
 
 
 def test_two_level_dequantizes_with_sub_times_scale() -> None:

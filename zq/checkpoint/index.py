@@ -119,7 +119,10 @@ def main_dtype(index: CheckpointIndex) -> torch.dtype:
     code = counts.most_common(1)[0][0] if counts else None
     if code not in COMPUTE:
         found = sorted({info.dtype for info in index.tensors.values()})
-        raise ZqError(f"{index.root} holds {', '.join(found) or 'no'} tensors; zq works on BF16, F16 and F32")
+        raise ZqError(
+            f"{index.root} holds {', '.join(found) or 'no'} tensors; zq works on BF16, F16 and F32; "
+            "save the model in one of these first"
+        )
     return COMPUTE[code]
 
 

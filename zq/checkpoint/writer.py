@@ -220,7 +220,6 @@ def _bytes(tensor: torch.Tensor, slot: Slot) -> memoryview:
 def disk_error(error: OSError, file: Path, size: int) -> OutputError:
     """What the user is told when writing `size` bytes to `file` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(
-            f"no space left for {file} ({size / 1e9:.2f} GB needed); free the space or choose another -o"
-        )
+        needed = f" ({size / 1e6:.1f} MB needed)" if size else ""
+        return OutputError(f"no space left for {file}{needed}; free the space or choose another -o")
     return OutputError(f"cannot write {file}: {error.strerror or error}; check the folder given with -o")

@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,14 @@ def check_number(option: str, value: float, low: float, high: float = math.inf) 
 def note(message: str) -> None:
     """A line about what is going on, on standard error."""
     err.print(f"[dim]{_plain(message)}[/]", soft_wrap=True)
+
+
+def listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose cells are never shortened, however narrow the terminal: names are there to be found."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row, style in ((header, "bold"), *((row, None) for row in rows)):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        out.print(line.rstrip(), style=style, soft_wrap=True, markup=False)
 
 
 def size(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from zq.cli.console import command, note, out, print_json, size
+from zq.cli.console import command, listing, note, out, print_json, size
 
 
 def inspect(
@@ -45,11 +45,13 @@ def inspect(
             table.add_row("audit", f"passed: {facts['audit']['tensors']} tensors")
         out.print(table)
         if layers:
-            listing = Table("layer", "shape", "scheme", "bytes", box=None, header_style="bold")
-            for name, entry in facts["layers"].items():
-                shape = "x".join(map(str, entry["shape"]))
-                listing.add_row(name, shape, entry["scheme"], size(entry["bytes"]))
-            out.print(listing)
+            listing(
+                ("layer", "shape", "scheme", "bytes"),
+                [
+                    (name, "x".join(map(str, entry["shape"])), entry["scheme"], size(entry["bytes"]))
+                    for name, entry in facts["layers"].items()
+                ],
+            )
 
 
 def describe(folder: Path) -> dict[str, Any]:

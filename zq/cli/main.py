@@ -49,7 +49,7 @@ app.add_typer(recipes.app, name="recipes")
 def main() -> None:
     """Entry point of the console script: a wrong option is one line too, not a box of several."""
     try:
-        code: Any = app(standalone_mode=False)
+        code: Any = app(standalone_mode=False, prog_name="zq")
     except Exception as error:
         # Typer 0.26 and newer carry their own click, so the class of a usage error is nobody's to import.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):

@@ -19,6 +19,7 @@ from zq.cli.console import (
     check_number,
     command,
     err,
+    listing,
     note,
     out,
     peak_memory,
@@ -215,11 +216,13 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     rows = plan.rows()
     if as_json:
         return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **guess})
-    table = Table("tensor", "shape", "becomes", "why", "bytes", box=None, header_style="bold")
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["becomes"], row["why"], size(row["bytes"]))
-    out.print(table)
+    listing(
+        ("tensor", "shape", "becomes", "why", "bytes"),
+        [
+            (row["name"], "x".join(map(str, row["shape"])), row["becomes"], row["why"], size(row["bytes"]))
+            for row in rows
+        ],
+    )
     for line in plan.notes:
         out.print(f"note: {line}", soft_wrap=True, markup=False)
     out.print(

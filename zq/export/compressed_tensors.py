@@ -228,7 +228,7 @@ def _scheme(group: dict[str, Any]) -> Scheme:
         raise ZqError(f"zq cannot read this compressed-tensors scheme ({error}): {group}") from None
 
 
-def _spec(args: dict[str, Any]) -> TensorSpec:
+def _spec(args: Any) -> TensorSpec:
     bits, is_int, strategy = args["num_bits"], args["type"] == "int", args["strategy"]
     layout = Layout.parse(f"g{args['group_size']}" if strategy == "group" else strategy)
     name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")

@@ -59,7 +59,7 @@ def shapes_only(config: PretrainedConfig, where: str) -> PreTrainedModel:
     """
     bare = copy.deepcopy(config)
     if hasattr(bare, "quantization_config"):
-        del bare.quantization_config
+        del bare.quantization_config  # type: ignore[attr-defined]
     cls = model_class(bare)
     try:
         with torch.device("meta"):

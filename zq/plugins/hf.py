@@ -36,10 +36,8 @@ class ZqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         linears = [name for name, module in model.named_modules() if is_linear(module)]
-        config = {
-            "format_version": self.quantization_config.format_version,
-            "schemes": self.quantization_config.schemes,
-        }
+        read: Any = self.quantization_config
+        config = {"format_version": read.format_version, "schemes": read.schemes}
         for name, scheme in native.schemes(config, linears).items():
             dtype = model.get_submodule(name).weight.dtype
             replace_linear(model, name, scheme, dtype)

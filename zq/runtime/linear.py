@@ -9,6 +9,8 @@ what the accuracy figures of zq mean; fast kernels must agree with it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +86,7 @@ class QuantLinear(nn.Module):
 
 def replace_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype) -> QuantLinear:
     """Put a QuantLinear in the place of the linear layer `name`; the bias moves over when there is one."""
-    old = model.get_submodule(name)
+    old: Any = model.get_submodule(name)
     n, k = linear_shape(old)
     bias = getattr(old, "bias", None)
     new = QuantLinear(k, n, scheme, bias=bias is not None, dtype=dtype, device=old.weight.device)
