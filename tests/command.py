@@ -50,14 +50,16 @@ class Done:
 
 def run(*args: str | Path, env: dict[str, str] | None = None) -> Done:
     """`zq ARGS` inside this process, through the entry point of the console script."""
+    from zq.cli import console
     from zq.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    argv = sys.argv
     kept = dict(os.environ)
     sys.argv = ["zq", *map(str, args)]
-    os.environ.update(env or {})
-    os.environ.setdefault("COLUMNS", "200")
+    os.environ.update({"COLUMNS": "200", **(env or {})})
+    for each in (console.out, console.err):  # rich reads COLUMNS once, when a console is made
+        each.width = int(os.environ["COLUMNS"])
     code: Any = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -67,7 +69,6 @@ def run(*args: str | Path, env: dict[str, str] | None = None) -> Done:
                 code = exit_.code
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
         os.environ.clear()
         os.environ.update(kept)
     return Done(int(code or 0), out.getvalue(), err.getvalue())
@@ -82,6 +83,8 @@ def start(*args: str | Path, cwd: Path | None = None, env: dict[str, str] | None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -20,7 +20,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-RECIPE = "rules: [{match: '*', weights: 'int4:g32', activations: 'int8:token'}]\ncalibration: {source: random, samples: 4, length: 16}"
+RECIPE = """
+rules: [{match: '*', weights: 'int4:g32', activations: 'int8:token'}]
+calibration: {source: random, samples: 4, length: 16}
+"""
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from zq.cli import console
 from zq.cli.console import check_number, listing, print_json, size, torch_device
 from zq.errors import ZqError
 
@@ -48,7 +49,7 @@ def test_numbers_in_range():
 
 
 def test_a_listing_shortens_nothing(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(console.out, "width", 20)
     listing(("name", "what"), [("model.layers.0.self_attn.q_proj", "[red]int8[/]"), ("b", "c")])
     width = len("model.layers.0.self_attn.q_proj")
     assert capsys.readouterr().out.splitlines() == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def test_the_table(w4a8):
     assert "model.layers.1.mlp.down_proj 64x128 int4:g64 @ int8:token" in said
     assert "lm_head 160x64 as stored 41.0 kB" in said
     assert "audit" not in said
+
+
+def test_a_narrow_terminal_loses_nothing(w4a8):
+    done = run("inspect", w4a8, env={"COLUMNS": "40"}).ok()
+    assert str(w4a8) in re.sub(r"\s", "", done.out)
+    assert "…" not in done.out
 
 
 def test_audit_passes(w4a8):

@@ -14,6 +14,7 @@ import transformers
 
 from tests.command import run, start
 from tests.tiny import TINY, build_tiny
+from zq.errors import ZqError
 
 BLOCKS = 60  # some seconds of work: long enough that a signal always comes before the end
 COMMAND = ("quantize", "MODEL", "--w4a8", "--calib", "random", "-o", "OUT")
@@ -91,26 +92,57 @@ def test_signals_stop_a_run_and_resume_finishes_it_with_the_same_bytes(deep, tmp
     assert ours["command"] == theirs["command"] == "zq " + " ".join(COMMAND)
 
 
-def test_json_says_that_it_was_interrupted(deep, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def stop(*args: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr("zq.pipeline._unload", stop)
-    done = run("quantize", deep, "--w8a8", "--calib", "random", "-o", "OUT", "--json")
-    assert (done.code, done.json["exit_code"]) == (75, 75)
-    assert done.json["error"].endswith("-o OUT --json --resume")
+def test_json_says_that_it_was_interrupted(deep, tmp_path):
+    (tmp_path / "MODEL").symlink_to(deep)
+    child = start(*COMMAND, "--json", cwd=tmp_path)
+    wait_for_blocks(child, tmp_path / "OUT" / ".zq-job" / "job.json", 0)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert json.loads(out)["exit_code"] == 75
+    assert json.loads(out)["error"].endswith("-o OUT --json --resume")
+    assert "Traceback" not in err
 
 
 def test_an_interruption_before_the_job_exists_promises_nothing(deep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def stop(*args: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr("zq.pipeline._fingerprint", stop)
+    monkeypatch.setattr("zq.pipeline._fingerprint", lambda plan: os.kill(os.getpid(), signal.SIGTERM))
     done = run("quantize", deep, "--w8a8", "--calib", "random", "-o", "OUT")
     assert done.code == 130
     assert "--resume" not in done.err
     assert not Path("OUT").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("comes_out_as", [ValueError, ZqError, None])
+def test_an_interruption_that_a_library_turned_into_something_else(signum, comes_out_as, deep, monkeypatch):
+    """torch does that: KeyboardInterrupt inside its C code can arrive as a ValueError about shapes."""
+
+    def stop(*args: object) -> None:
+        try:
+            os.kill(os.getpid(), signum)
+        except KeyboardInterrupt:
+            if comes_out_as is None:
+                raise
+            raise comes_out_as("something else") from None
+
+    before = signal.getsignal(signum)
+    monkeypatch.setattr("zq.cli.inspect.describe", stop)
+    done = run("inspect", deep)
+    assert (done.code, done.out, done.err) == (130, "", "interrupted\n")
+    assert signal.getsignal(signum) is before
+
+
+def test_an_ignored_signal_stays_ignored(deep, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        from zq.cli.inspect import describe
+
+        def stop(folder: Path) -> dict:
+            os.kill(os.getpid(), signal.SIGINT)
+            return describe(folder)
+
+        monkeypatch.setattr("zq.cli.inspect.describe", stop)
+        run("inspect", deep).ok()
+    finally:
+        signal.signal(signal.SIGINT, before)

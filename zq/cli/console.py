@@ -9,17 +9,17 @@ import json
 import math
 import os
 import resource
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from zq.errors import Interrupted, ZqError
+from zq.cli.signals import watched
+from zq.errors import ZqError
 
 EXIT_CODES = {
     0: "done",
@@ -40,32 +40,21 @@ def command(as_json: bool = False) -> Iterator[None]:
 
     Anything else is a defect of zq and keeps its traceback (exit code 1).
     """
-    signal.signal(signal.SIGTERM, _interrupt)
     _quiet()
-    try:
-        yield
-    except ZqError as error:
-        message = " ".join(str(error).split())
-        if as_json:
-            print_json({"error": message, "exit_code": error.exit_code})
-        fail(message)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        err.print("[bold]interrupted[/]")
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def resumable(output: Path, hint: str) -> Iterator[None]:
-    """Inside, an interruption is not lost work: it says how to continue and exits with 75."""
-    from zq.checkpoint.job import FOLDER, STATE
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (output / FOLDER / STATE).is_file():  # not begun yet
-            raise
-        raise Interrupted(f"interrupted; finished blocks are kept, continue with: {hint}") from None
+    with watched() as watch:
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if watch.seen or isinstance(error, KeyboardInterrupt):
+                err.print("[bold]interrupted[/]")
+                raise typer.Exit(130) from None
+            if not isinstance(error, ZqError):
+                raise
+            message = " ".join(str(error).split())
+            if as_json:
+                print_json({"error": message, "exit_code": error.exit_code})
+            fail(message)
+            raise typer.Exit(error.exit_code) from None
 
 
 def print_json(data: Any) -> None:
@@ -96,6 +85,14 @@ def check_number(option: str, value: float, low: float, high: float = math.inf) 
 def note(message: str) -> None:
     """A line about what is going on, on standard error."""
     err.print(f"[dim]{_plain(message)}[/]", soft_wrap=True)
+
+
+def facts() -> Table:
+    """An empty table of two columns, name and value; long values go on in the next line."""
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
 
 
 def listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -142,10 +139,6 @@ def torch_device(name: str) -> str:
 def _plain(text: str) -> str:
     """User text must not be read as rich markup."""
     return text.replace("[", r"\[")
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _quiet() -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from zq.cli.console import check_number, command, err, note, out, print_json, torch_device
+from zq.cli.console import check_number, command, err, facts, note, out, print_json, torch_device
 from zq.errors import ZqError
 
 
@@ -125,8 +125,7 @@ def _table(result: dict[str, Any]) -> Table:
         error = result.get(f"{key}_standard_error")
         return f"{result[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold")
+    table = facts()
     if result["kind"] == "perplexity":
         table.add_row("perplexity", f"{result['ppl']:.3f}")
         table.add_row("nats per token", pm("nll"))

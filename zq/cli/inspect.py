@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from zq.cli.console import command, listing, note, out, print_json, size
+from zq.cli.console import command, facts, listing, note, out, print_json, size
 
 
 def inspect(
@@ -24,32 +23,31 @@ def inspect(
         from zq.source import resolve
 
         folder = resolve(checkpoint, note)
-        facts = describe(folder)
+        found = describe(folder)
         if audit:
             from zq.audit import audit_folder
 
-            facts["audit"] = audit_folder(folder)
+            found["audit"] = audit_folder(folder)
         if json:
-            return print_json(facts)
-        table = Table(box=None, show_header=False)
-        table.add_column(style="bold")
+            return print_json(found)
+        table = facts()
         for key in ("folder", "model", "architecture", "quantization", "files", "parameters"):
-            table.add_row(key, str(facts[key]))
-        table.add_row("size", size(facts["bytes"]))
-        for scheme, entry in facts["schemes"].items():
+            table.add_row(key, str(found[key]))
+        table.add_row("size", size(found["bytes"]))
+        for scheme, entry in found["schemes"].items():
             table.add_row(
                 scheme,
                 f"{entry['layers']} layers, {size(entry['bytes'])}, {entry['bits']:.3f} bits per weight",
             )
         if audit:
-            table.add_row("audit", f"passed: {facts['audit']['tensors']} tensors")
+            table.add_row("audit", f"passed: {found['audit']['tensors']} tensors")
         out.print(table)
         if layers:
             listing(
                 ("layer", "shape", "scheme", "bytes"),
                 [
                     (name, "x".join(map(str, entry["shape"])), entry["scheme"], size(entry["bytes"]))
-                    for name, entry in facts["layers"].items()
+                    for name, entry in found["layers"].items()
                 ],
             )
 

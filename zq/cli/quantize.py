@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from zq.cli.console import (
     MAX_SEED,
     check_number,
     command,
     err,
+    facts,
     listing,
     note,
     out,
     peak_memory,
     print_json,
-    resumable,
     size,
     torch_device,
 )
+from zq.cli.signals import resumable
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if dry_run:
             return _show_plan(plan, as_json=json)
         assert output is not None
-        with resumable(output, f"{_command_line()} --resume"):
+        with resumable(output, f"{_command_line()} --resume", as_json=json):
             report = _run(plan, output, resume, quiet=json)
         report |= {"output": str(output), "peak_memory": peak_memory()}
         report["seconds_total"] = round(time.monotonic() - started, 2)
@@ -234,8 +234,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
 
 
 def _summary(plan: Plan, report: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold")
+    table = facts()
     table.add_row("output", report["output"])
     table.add_row("format", report["format"])
     before, after = report["bytes_before"], report["bytes_after"]

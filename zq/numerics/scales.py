@@ -118,16 +118,17 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
     low, high = (b * factor for b in bounds)
     if not spec.symmetric:
         qmin, qmax = int_range(spec)
-        scale = (high - low) / (qmax - qmin)
+        steps = high.new_tensor(qmax - qmin)  # a tensor: CUDA multiplies by the reciprocal of a number
+        scale = (high - low) / steps
         if bool(torch.isinf(scale).any()):  # the range, not its values, exceeds float32
-            scale = high / (qmax - qmin) - low / (qmax - qmin)
+            scale = high / steps - low / steps
         scale = _store(scale, dtype)
         zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
         return Scale(scale, zero=zero)
-    scale = high / reach(spec)
+    scale = high / high.new_tensor(reach(spec))
     if not spec.two_level:
         return Scale(_store(scale, dtype))
-    channel = _store(scale.amax(-1, keepdim=True) / TWO_LEVEL_MAX, dtype)
+    channel = _store(scale.amax(-1, keepdim=True) / scale.new_tensor(TWO_LEVEL_MAX), dtype)
     sub = torch.ceil(scale / channel - 1e-3).clamp(1, TWO_LEVEL_MAX).to(torch.int32)
     return Scale(channel, sub=sub)
 
