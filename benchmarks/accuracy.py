@@ -43,8 +43,8 @@ def rows() -> list[tuple[str, str, Recipe]]:
         for scale in ("absmax", "mse"):
             found.append((name, scale, replace(base, steps=(Step("rtn", (("scale", scale),)),))))
         if name in ("w4a16", "w4a8"):
-            narrow = str(base).replace("int4:gauto", "int4:gauto:narrow").replace("scale: mse", "scale: absmax")
-            found.append((name, "absmax, narrow", Recipe.parse(narrow)))
+            text = str(base).replace("int4:gauto", "int4:gauto:narrow").replace("scale: mse", "scale: absmax")
+            found.append((name, "absmax, narrow", Recipe.parse(text)))
     return found
 
 
@@ -62,7 +62,8 @@ def environment(device: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("model")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--windows", type=int, default=24)
@@ -82,7 +83,8 @@ def main() -> None:
     }
     reference = decoder_logits(zq.load(str(folder), device=args.device))
     results = []
-    print(f"{'scheme':8} {'scale':15} {'bits':>6} " + " ".join(f"{n + ' PPL':>14} {'KL':>7}" for n in windows))
+    columns = " ".join(f"{name + ' PPL':>14} {'KL':>7}" for name in windows)
+    print(f"{'scheme':8} {'scale':15} {'bits':>6} {columns}")
     for scheme, scale, recipe in rows():
         if not re.search(args.only, f"{scheme} {scale}"):
             continue
