@@ -10,17 +10,18 @@ block, so a resumed run continues with the same bits.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import zq
 from zq.audit import audit
@@ -30,12 +31,11 @@ from zq.checkpoint.reader import Read, reader
 from zq.checkpoint.writer import ShardWriter
 from zq.data import describe
 from zq.errors import AuditError, OutputError, ZqError
-from zq.models.capture import Captured, capture_inputs, run_block
+from zq.models.capture import Captured, capture_inputs
 from zq.numerics.metrics import sqnr_db, tensor_hash
-from zq.numerics.qtensor import fake_quantize_tokens
 from zq.plan import Plan
 from zq.publish import publish
-from zq.quantizers.method import Block, Layer
+from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -99,14 +99,16 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
         block = _load(plan, unit, read)
         running = captured is not None and isinstance(unit, int)
         if running:
-            float_stream = _forward(block, float_stream, captured, unit)
+            _feed(plan, block, unit, captured, float_stream, quant_stream)
+            float_stream = block.targets
         for method, options in plan.steps:
             method.run(block, options)
         tensors, report = _collect(plan, unit, block, read)
         if running:
-            with _quantized_inputs(block.layers):
-                quant_stream = _forward(block, quant_stream, captured, unit)
+            with quantized_inputs(block.layers):
+                quant_stream = block.forward(quant_stream)
             report["output_error"] = _relative_error(quant_stream, float_stream)
+            report |= block.facts
         report["tensors"] = writer.write(tensors)
         report["seconds"] = round(time.monotonic() - begun, 3)
         job.commit(str(unit), report, _carry(float_stream, quant_stream) if running else None)
@@ -160,9 +162,13 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
         for p in planned
         if p.scheme
     ]
-    name = skeleton.block_prefix(unit) if isinstance(unit, int) else unit
-    module = skeleton.block(unit) if isinstance(unit, int) else None
-    return Block(name, module, layers, plan.dtype, plan.recipe.seed)
+    if not isinstance(unit, int):
+        return Block(unit, None, layers, plan.dtype, plan.recipe.seed, [[layer] for layer in layers])
+    prefix, by_name = skeleton.block_prefix(unit), {layer.name: layer for layer in layers}
+    named = [[f"{prefix}.{path}" for path in site.linears] for site in skeleton.arch.sites]
+    sites = [[by_name[name] for name in names if name in by_name] for names in named]
+    module = skeleton.block(unit)
+    return Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
 
 
 def _unload(plan: Plan, unit: int | str) -> None:
@@ -208,32 +214,20 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     return tensors, {"layers": measured}
 
 
-def _forward(block: Block, hidden: list[Tensor], captured: Captured | None, index: int | str) -> list[Tensor]:
-    assert captured is not None
-    assert block.module is not None
-    assert isinstance(index, int)
-    calls = captured.calls[index]
-    return [run_block(block.module, h, call) for h, call in zip(hidden, calls, strict=True)]
-
-
-@contextmanager
-def _quantized_inputs(layers: list[Layer]) -> Iterator[None]:
-    """Inside, the layers quantize their input as their scheme says."""
-
-    def hook_for(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
-        spec = layer.scheme.activations
-        return spec and (lambda module, args: (fake_quantize_tokens(args[0], spec), *args[1:]))
-
-    hooks = [
-        layer.module.register_forward_pre_hook(hook)
-        for layer in layers
-        if (hook := hook_for(layer)) is not None
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _feed(
+    plan: Plan,
+    block: Block,
+    index: int,
+    captured: Captured,
+    float_stream: list[Tensor],
+    quant_stream: list[Tensor],
+) -> None:
+    """Give a block, still as it was, what its steps need."""
+    block.calls = captured.calls[index]
+    block.inputs = quant_stream
+    block.targets = block.forward(float_stream)
+    if any(Needs.TEACHER in method.needs(options) for method, options in plan.steps):
+        block.teacher, block.teacher_inputs = copy.deepcopy(block.module), float_stream
 
 
 def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float:

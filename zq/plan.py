@@ -23,10 +23,10 @@ from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
+from zq.methods import resolve
 from zq.models.capture import positions
 from zq.models.find import find_arch, load_config, one_line
 from zq.models.skeleton import Skeleton, build_skeleton
-from zq.quantizers import resolve
 from zq.quantizers.method import Method
 from zq.recipe import Recipe, Rule
 from zq.runtime.linear import is_linear, linear_shape
@@ -156,7 +156,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         steps=steps,
         units=units,
         shards=shards,
-        windows=_windows(folder, skeleton, recipe, notes),
+        windows=_windows(folder, skeleton, recipe, steps, notes),
         notes=notes,
     )
 
@@ -304,11 +304,17 @@ def _units(
     return units
 
 
-def _windows(folder: Path, skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> Tensor | None:
+def _windows(
+    folder: Path,
+    skeleton: Skeleton,
+    recipe: Recipe,
+    steps: list[tuple[Method, Any]],
+    notes: list[str],
+) -> Tensor | None:
     """Calibration tokens [samples, length]; None when the recipe wants none."""
     wanted = recipe.calibration
     if wanted.source == "none":
-        if any(method.needs for method, _ in (resolve(s, recipe.name) for s in recipe.steps)):
+        if any(method.needs(options) for method, options in steps):
             raise ZqError(f"recipe {recipe.name} has steps that need calibration tokens; drop --calib none")
         return None
     length = min(wanted.length, positions(skeleton) or wanted.length)

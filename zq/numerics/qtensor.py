@@ -8,7 +8,7 @@ All arithmetic is float32 whatever the dtype of the input, so a bf16 division ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,12 @@ from zq.numerics.groups import group, grouped_scale, stored_scale, ungroup
 from zq.numerics.scales import Scale, int_range
 from zq.spec import TensorSpec
 
-Chooser = Callable[[Tensor, TensorSpec, torch.dtype], Scale]
-SCALES: dict[str, Chooser] = {"absmax": _scales.absmax, "mse": _scales.mse}
+Chooser = Callable[..., Scale]  # (grouped values, spec, stored dtype, importance or None)
+SCALES: dict[str, Chooser] = {
+    "absmax": _scales.absmax,
+    "mse": _scales.mse,
+    "mse-signed": _scales.mse_signed,
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,19 @@ def quantize(
     grouped = group(x.float(), spec)
     found = choose(grouped, spec, dtype)
     return assemble(encode(grouped, spec, found, generator), found, spec, (x.shape[0], x.shape[1]), dtype)
+
+
+def split_rows(q: QTensor, rows: Sequence[int]) -> list[QTensor]:
+    """A QTensor with scales per channel or group as several, of `rows[i]` rows each."""
+    none = [None] * len(rows)
+    parts = zip(
+        q.codes.split(rows),
+        q.scale.split(rows),
+        none if q.zero is None else q.zero.split(rows),
+        none if q.sub is None else q.sub.split(rows),
+        strict=True,
+    )
+    return [QTensor(codes, scale, zero, sub, q.spec) for codes, scale, zero, sub in parts]
 
 
 def assemble(

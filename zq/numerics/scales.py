@@ -5,8 +5,9 @@ absmax. The largest magnitude of the group lands on the end of the range:
     narrow range  s = max|x| / (2^(b-1) - 1)
     float         s = max|x| / largest code value
     asymmetric    s = (max - min) / (2^b - 1), z = round(qmin - min/s); min <= 0 <= max, so 0 is exact
-mse. Among s * f for a grid of factors f, the one with the least sum of squared errors of the group,
-each candidate rounded to the dtype it will be stored in. f > 1 covers codes whose ends are not
+mse. Among s * f for a grid of factors f, the one with the least sum of squared errors of the group, weighted
+by the importance of each input where that is known (the diagonal of a Hessian), each candidate rounded to the dtype it will be
+stored in. f > 1 covers codes whose ends are not
 symmetric (int4: 7.5/7), f < 1 clips outliers.
 
 Scales are rounded to their stored dtype *before* codes are computed, so what is measured in the run
@@ -61,20 +62,31 @@ def reach(spec: TensorSpec) -> float:
     return (qmax - qmin) / 2
 
 
-def absmax(x: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Scale:
+def absmax(x: Tensor, spec: TensorSpec, dtype: torch.dtype, importance: Tensor | None = None) -> Scale:
     """x [R, G, S] float32 -> Scale. `dtype` is the stored dtype of the floating-point scale."""
     return _derive(x, spec, dtype, 1.0, _bounds(x, spec))
 
 
-def mse(x: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Scale:
-    """x [R, G, S] float32 -> the Scale with the least squared error per group over MSE_FACTORS."""
+def mse(
+    x: Tensor,
+    spec: TensorSpec,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
+    signed: bool = False,
+) -> Scale:
+    """x [R, G, S] float32 -> the Scale with the least squared error per group over MSE_FACTORS.
+
+    importance: broadcastable to x, weight of each squared error. signed: negative scales are tried too,
+    which puts the longer, negative side of a full integer range where the larger weights are.
+    """
     from zq.numerics.qtensor import fake_groups  # rounding belongs there; it needs Scale from here
 
     bounds = _bounds(x, spec)
     best: Scale | None = None
     least = torch.empty(0)
-    for candidate in _candidates(x, spec, dtype, bounds):
-        error = (fake_groups(x, spec, candidate) - x).square_().sum(-1)  # [R, G]
+    for candidate in _candidates(x, spec, dtype, bounds, signed):
+        squares = (fake_groups(x, spec, candidate) - x).square_()
+        error = (squares if importance is None else squares.mul_(importance)).sum(-1)  # [R, G]
         if best is None:
             best, least = candidate, error
             continue
@@ -84,7 +96,14 @@ def mse(x: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Scale:
     return best  # type: ignore[return-value]
 
 
-def _candidates(x: Tensor, spec: TensorSpec, dtype: torch.dtype, bounds) -> Iterator[Scale]:
+def mse_signed(x: Tensor, spec: TensorSpec, dtype: torch.dtype, importance: Tensor | None = None) -> Scale:
+    """`mse` over scales of both signs; the same as `mse` where the range is symmetric."""
+    return mse(x, spec, dtype, importance, signed=spec.info.is_int and spec.symmetric and not spec.narrow)
+
+
+def _candidates(
+    x: Tensor, spec: TensorSpec, dtype: torch.dtype, bounds, signed: bool = False
+) -> Iterator[Scale]:
     if spec.two_level:  # the channel scale stays; every group scale that it can express is tried
         first = _derive(x, spec, dtype, 1.0, bounds)
         yield first
@@ -93,7 +112,10 @@ def _candidates(x: Tensor, spec: TensorSpec, dtype: torch.dtype, bounds) -> Iter
             yield Scale(first.scale, sub=torch.full_like(first.sub, sub))
         return
     for factor in MSE_FACTORS:
-        yield _derive(x, spec, dtype, factor, bounds)
+        candidate = _derive(x, spec, dtype, factor, bounds)
+        yield candidate
+        if signed:
+            yield Scale(-candidate.scale)
 
 
 def _merge(better: Tensor, new: Scale, old: Scale) -> Scale:

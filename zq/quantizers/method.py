@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zq.numerics.qtensor import QTensor
+from zq.models.capture import Call, run_block
+from zq.numerics.qtensor import QTensor, fake_quantize_tokens
 from zq.spec import Scheme
 
 
@@ -24,6 +26,7 @@ class Needs(enum.Flag):
 
     NOTHING = 0
     INPUTS = enum.auto()  # calibration tokens run through the block: hidden states before and after
+    TEACHER = enum.auto()  # the block as it was, beside the one that changes
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Layer:
 
     module     nn.Linear, or transformers' Conv1D, whose weight is stored as [K, N] (`transposed`)
     quantized  what a step made of the weight; None until then
+    latent     the [N, K] values that rounded to the codes (GPTQ), for a step that learns the rounding
     """
 
     name: str
@@ -40,6 +44,8 @@ class Layer:
     transposed: bool
     scheme: Scheme
     quantized: QTensor | None = None
+    latent: Tensor | None = None
+    _original: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -48,25 +54,44 @@ class Layer:
         assert isinstance(weight, Tensor)
         return weight.detach().T if self.transposed else weight.detach()
 
+    @property
+    def original(self) -> Tensor:
+        """The float weight [N, K] as it was before the first `replace`."""
+        return self.weight if self._original is None else self._original
+
     def replace(self, quantized: QTensor) -> None:
         """Keep the result and make the module compute with it, so that later steps see its error."""
-        self.quantized = quantized
         weight = self.module.weight
         assert isinstance(weight, Tensor)
+        if self._original is None:
+            self._original = self.weight.clone()
+        self.quantized = quantized
         dense = quantized.dequantize(weight.dtype)
         weight.data.copy_(dense.T if self.transposed else dense)
 
 
 @dataclass
 class Block:
-    """One transformer block (or the linear layers outside the blocks) while it is being quantized."""
+    """One transformer block (or the linear layers outside the blocks) while it is being quantized.
+
+    sites    layers that read one input, in the order in which the block computes
+    inputs   hidden states [B, T, D] that the quantized blocks before this one produce, per batch
+    targets  what the float block makes of the float inputs; the same shapes
+    teacher  the block as it was, and the float model's inputs to it: only when a step needs them
+    """
 
     name: str
     module: nn.Module | None
     layers: list[Layer]
     scale_dtype: torch.dtype
     seed: int
-    hidden: list[Tensor] = field(default_factory=list)
+    sites: list[list[Layer]] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    teacher: nn.Module | None = None
+    teacher_inputs: list[Tensor] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, layer: Layer) -> torch.Generator:
         """Random numbers that depend on the seed and the layer only, never on what ran before."""
@@ -75,12 +100,93 @@ class Block:
         generator.manual_seed(int.from_bytes(digest[:7], "little"))
         return generator
 
+    def forward(self, hidden: list[Tensor]) -> list[Tensor]:
+        """The block as it is now on every batch."""
+        return [self.run(h, i) for i, h in enumerate(hidden)]
+
+    def run(self, hidden: Tensor, index: int) -> Tensor:
+        """The block as it is now on one batch; activations quantized inside `quantized_inputs`."""
+        assert self.module is not None
+        return run_block(self.module, hidden, self.calls[index])
+
+    def second_moments(self, site: list[Layer], with_cross: bool = False) -> tuple[Tensor, Tensor | None]:
+        """X^T X [K, K] float32 of the site's input as its layers see it (quantized where they quantize
+        it), and with `with_cross` (X_f - X)^T X, X_f the input in the float model. Sums over all tokens.
+        """
+        first = site[0]
+        k = first.weight.shape[1]
+        hessian = torch.zeros(k, k, device=first.weight.device)
+        cross = torch.zeros_like(hessian) if with_cross else None
+        for index, hidden in enumerate(self.inputs):
+            with quantized_inputs(self.layers):
+                seen = _site_input(self.module, first.module, lambda i=index, h=hidden: self.run(h, i))
+            x = seen.reshape(-1, k).float()
+            hessian.addmm_(x.T, x)
+            if cross is not None:
+                assert self.teacher is not None
+                call, clean = self.calls[index], self.teacher_inputs[index]
+                twin = _twin(self.module, self.teacher, first.module)
+                wanted = _site_input(
+                    self.teacher, twin, lambda c=call, h=clean: run_block(self.teacher, h, c)
+                )
+                cross.addmm_((wanted.reshape(-1, k).float() - x).T, x)
+        return hessian, cross
+
+
+@contextmanager
+def quantized_inputs(layers: list[Layer]) -> Iterator[None]:
+    """Inside, the layers quantize their input as their scheme says."""
+
+    def hook_for(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
+        spec = layer.scheme.activations
+        return spec and (lambda module, args: (fake_quantize_tokens(args[0], spec), *args[1:]))
+
+    hooks = [
+        layer.module.register_forward_pre_hook(hook)
+        for layer in layers
+        if (hook := hook_for(layer)) is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Seen(Exception):
+    """Ends a forward pass once the input that was wanted has been seen."""
+
+
+def _site_input(block: nn.Module | None, layer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _Seen
+
+    hook = layer.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Seen:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.Module:
+    """The module of the teacher at the place of `layer` in the block."""
+    assert block is not None
+    name = next(name for name, module in block.named_modules() if module is layer)
+    return teacher.get_submodule(name)
+
 
 @dataclass(frozen=True)
 class Method:
-    """`options` is a frozen dataclass with defaults; `run(block, options)` quantizes `block.layers`."""
+    """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
+    what the method is about."""
 
     name: str
     options: type
-    needs: Needs
+    needs: Callable[[Any], Needs]
     run: Callable[[Block, Any], None]

@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zq.errors import ZqError
-from zq.numerics.qtensor import quantize
+from zq.numerics.qtensor import SCALES, quantize
 from zq.quantizers.method import Block, Method, Needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    scale: str = field(default="mse", metadata={"allowed": ("mse", "absmax")})
+    scale: str = field(default="mse", metadata={"allowed": tuple(SCALES)})
     rounding: str = field(default="nearest", metadata={"allowed": ("nearest", "stochastic")})
 
 
@@ -36,4 +36,8 @@ def run(block: Block, options: Options) -> None:
         layer.replace(quantized)
 
 
-METHOD = Method(name="rtn", options=Options, needs=Needs.NOTHING, run=run)
+def needs(options: Options) -> Needs:
+    return Needs.NOTHING
+
+
+METHOD = Method(name="rtn", options=Options, needs=needs, run=run)

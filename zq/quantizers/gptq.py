@@ -1,0 +1,201 @@
+"""GPTQ: round one input column at a time and let the columns that are left make up for the error.
+
+For a layer y = W x with inputs X (tokens in rows) the squared output error is tr(dW H dW^T), H = X^T X.
+Columns are taken in the order of decreasing H_kk. With U the upper Cholesky factor of H^-1 (in that order)
+
+    q_k = round(w_k),   e = (w_k - q_k) / U_kk,   w_j -= e U_kj   for all j > k
+
+which is optimal brain surgery with a fixed order (Frantar et al. 2022, arXiv:2210.17323); the update of
+distant columns is done once per block of columns as a matrix product.
+
+Scales are fixed before the first column is rounded ("static groups"), each by the least H-weighted squared
+error of its group, so the order of the columns leaves no trace in the checkpoint.
+
+`asymmetry` a: the inputs X come through quantized blocks, while the target is W X_f with inputs X_f of the
+float model. The weights that minimise ||W' X - W X_f||^2 are W + W D (H + damp)^-1, D = (X_f - X)^T X; a of
+that step is taken before rounding (QEP, arXiv:2504.09629).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zq.errors import ZqError
+from zq.numerics.groups import group
+from zq.numerics.qtensor import SCALES, QTensor, assemble, encode, fake_groups, split_rows
+from zq.numerics.scales import DTYPES, Scale
+from zq.quantizers import rtn
+from zq.quantizers.method import Block, Layer, Method, Needs
+from zq.spec import TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    scale: str = field(default="mse", metadata={"allowed": tuple(SCALES)})
+    order: str = field(default="activation", metadata={"allowed": ("activation", "natural")})
+    damp: float = 0.01
+    columns: int = 128
+    asymmetry: float = 0.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What all layers of a site share: column order [K], U [K, K] upper triangular, diag(H) [K]."""
+
+    order: Tensor
+    upper: Tensor
+    diagonal: Tensor
+
+
+def factorise(hessian: Tensor, damp: float, order: str = "activation") -> Factor:
+    """hessian [K, K], symmetric, positive semidefinite -> Factor in the same dtype.
+
+    `damp` times the mean of the diagonal is added to it, ten times more whenever the factorisation fails.
+    Inputs that were always zero get the mean. Raises ZqError when no damping up to 100 helps.
+    """
+    h = hessian.clone()
+    diagonal = h.diagonal()
+    mean = diagonal.mean().clamp_min(torch.finfo(h.dtype).tiny)
+    diagonal[diagonal == 0] = mean
+    kept = diagonal.clone()
+    columns = torch.arange(len(h), device=h.device)
+    if order == "activation":
+        columns = torch.argsort(kept, descending=True, stable=True)
+    h = h[columns][:, columns]
+    amount = damp
+    while amount <= 100:
+        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (amount * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                return Factor(columns, upper, kept)
+        amount *= 10
+    raise ZqError(
+        "the Hessian of the calibration inputs cannot be factorised; use other or more calibration text"
+    )
+
+
+def quantize_weight(
+    weight: Tensor,
+    factor: Factor,
+    spec: TensorSpec,
+    scale_dtype: torch.dtype,
+    *,
+    scale: str = "mse",
+    columns: int = 128,
+) -> tuple[QTensor, Tensor]:
+    """weight [N, K] float -> (QTensor, latent [N, K]).
+
+    The latent is the value that each column had when it was rounded: rounding it again to nearest with the
+    same scales gives the same codes. Computed in the dtype of the factor.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    dtype = DTYPES[spec.scale_dtype] if spec.scale_dtype else scale_dtype
+    work = weight.to(factor.upper.dtype)
+    importance = group(factor.diagonal.float().expand(1, -1), spec) if spec.layout.kind == "group" else None
+    if spec.layout.kind in ("channel", "token"):
+        importance = factor.diagonal.float().reshape(1, 1, -1)
+    chosen = SCALES[scale](group(work.float(), spec), spec, dtype, importance)
+    latent = _compensate(work, factor, spec, chosen, columns)
+    codes = encode(group(latent.float(), spec), spec, chosen)
+    return assemble(codes, chosen, spec, shape, dtype), latent
+
+
+def _compensate(work: Tensor, factor: Factor, spec: TensorSpec, scale: Scale, columns: int) -> Tensor:
+    """Run over the columns in order; returns the latent in the original order of columns."""
+    n, k = work.shape
+    upper = factor.upper
+    step = _per_column(scale.step, spec, n, k)[:, factor.order]
+    zero = None if scale.zero is None else _per_column(scale.zero, spec, n, k)[:, factor.order]
+    w = work[:, factor.order].clone()
+    latent = torch.empty_like(w)
+    for start in range(0, k, columns):
+        end = min(start + columns, k)
+        errors = torch.empty(n, end - start, dtype=w.dtype, device=w.device)
+        for c in range(start, end):
+            column = w[:, c]
+            latent[:, c] = column
+            one = Scale(step[:, c : c + 1], zero=None if zero is None else zero[:, c : c + 1])
+            rounded = _round(column, spec, one)
+            errors[:, c - start] = (column - rounded) / upper[c, c]
+            w[:, c + 1 : end] -= errors[:, c - start, None] * upper[c, c + 1 : end]
+        w[:, end:] -= errors @ upper[start:end, end:]
+    back = torch.empty_like(latent)
+    back[:, factor.order] = latent
+    return back
+
+
+def _round(column: Tensor, spec: TensorSpec, scale: Scale) -> Tensor:
+    """One column [N] to its codes and back, in float32 as everywhere; scale.step is [N, 1]."""
+    return fake_groups(column.float().reshape(-1, 1, 1), spec, scale).reshape(-1).to(column.dtype)
+
+
+def _per_column(scale: Tensor, spec: TensorSpec, n: int, k: int) -> Tensor:
+    """Scales [R, G] -> [N, K]."""
+    if spec.layout.kind in ("tensor", "channel", "token"):
+        return scale.expand(n, k)
+    if spec.layout.kind == "group":
+        return scale.expand(n, -1).repeat_interleave(spec.layout.size or 1, dim=1)[:, :k]
+    return scale.reshape(-1).repeat_interleave(spec.layout.size or 1)[: n * k].reshape(n, k)
+
+
+def correction(weight: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Tensor:
+    """W D (H + damp)^-1 [N, K], the step from W to the weights that undo the error of the inputs."""
+    mean = hessian.diagonal().mean()
+    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damp * mean)
+    return torch.linalg.solve(damped, (weight.to(hessian.dtype) @ cross).T).T
+
+
+def run(block: Block, options: Options) -> None:
+    """Site after site, each with the inputs that the sites before it, already quantized, leave it."""
+    if not block.inputs:  # a layer outside the blocks, whose inputs nobody computes
+        return rtn.run(block, rtn.Options(scale=options.scale))
+    for site in block.sites:
+        hessian, cross = block.second_moments(site, with_cross=options.asymmetry > 0)
+        factor = factorise(hessian, options.damp, options.order)
+        for layers in _stackable(site):
+            weights = [_target(layer, hessian, cross, options) for layer in layers]
+            spec = layers[0].scheme.weights
+            stacked, latent = quantize_weight(
+                torch.cat(weights),
+                factor,
+                spec,
+                block.scale_dtype,
+                scale=options.scale,
+                columns=options.columns,
+            )
+            rows = [len(weight) for weight in weights]
+            for layer, part, kept in zip(layers, split_rows(stacked, rows), latent.split(rows), strict=True):
+                layer.replace(part)
+                layer.latent = kept
+
+
+def _target(layer: Layer, hessian: Tensor, cross: Tensor | None, options: Options) -> Tensor:
+    weight = layer.weight.float()
+    if not bool(torch.isfinite(weight).all()):
+        raise ZqError(f"'{layer.name}.weight' holds NaN or Inf; repair the checkpoint first")
+    if cross is None:
+        return weight
+    return weight + options.asymmetry * correction(weight, hessian, cross, options.damp)
+
+
+def _stackable(site: list[Layer]) -> list[list[Layer]]:
+    """Layers of one spec whose scales do not cross rows are one matrix with more rows."""
+    stacks: dict[object, list[Layer]] = {}
+    for layer in site:
+        spec = layer.scheme.weights
+        by_row = spec.layout.kind in ("group", "channel")
+        stacks.setdefault(spec if by_row else layer.name, []).append(layer)
+    return list(stacks.values())
+
+
+def needs(options: Options) -> Needs:
+    return Needs.INPUTS | (Needs.TEACHER if options.asymmetry else Needs.NOTHING)
+
+
+METHOD = Method(name="gptq", options=Options, needs=needs, run=run)
