@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.test_spec import schemes
 from zq.errors import ZqError
-from zq.quantizers import resolve
+from zq.methods import resolve
 from zq.recipe import Calibration, Recipe, Rule, Step, load, shipped, source_text
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -209,7 +209,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         (Step("gtpq", (), 7), "r.yaml:7: step 'gtpq' is unknown; allowed: "),
         (Step("rtn", (("scal", "mse"),), 7), "r.yaml:7: option 'scal' of step 'rtn' is unknown; allowed: "),
-        (Step("rtn", (("scale", "max"),), 7), "'scale: max' is not allowed; allowed: mse, absmax"),
+        (
+            Step("rtn", (("scale", "max"),), 7),
+            "'scale: max' is not allowed; allowed: absmax, mse, mse-signed",
+        ),
         (Step("rtn", (("rounding", True),), 7), "'rounding: True' is not allowed"),
     ],
 )

@@ -6,9 +6,8 @@ absmax. The largest magnitude of the group lands on the end of the range:
     float         s = max|x| / largest code value
     asymmetric    s = (max - min) / (2^b - 1), z = round(qmin - min/s); min <= 0 <= max, so 0 is exact
 mse. Among s * f for a grid of factors f, the one with the least sum of squared errors of the group, weighted
-by the importance of each input where that is known (the diagonal of a Hessian), each candidate rounded to the dtype it will be
-stored in. f > 1 covers codes whose ends are not
-symmetric (int4: 7.5/7), f < 1 clips outliers.
+by the importance of each input where that is known (the diagonal of a Hessian), each candidate rounded to the
+dtype it will be stored in. f > 1 covers ends that are not symmetric (int4: 7.5/7), f < 1 clips outliers.
 
 Scales are rounded to their stored dtype *before* codes are computed, so what is measured in the run
 is what a reader of the file gets. An all-zero group gets scale 1 (its codes are all zero); a scale

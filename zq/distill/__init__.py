@@ -1,1 +1,0 @@
-"""Layer-by-layer knowledge distillation: a quantized block learns to answer as the float block did."""
