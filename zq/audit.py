@@ -100,8 +100,8 @@ def _check_layer(
     assert layer.scheme is not None
     for name, tensor in tensors.items():
         is_scale = name.endswith("_scale")
-        if is_scale and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-            raise AuditError(f"audit: '{name}' holds a scale that is zero, negative, NaN or Inf")
+        if is_scale and not bool((torch.isfinite(tensor) & (tensor != 0)).all()):
+            raise AuditError(f"audit: '{name}' holds a scale that is zero, NaN or Inf")
     if layer.name not in measured:
         raise AuditError(f"audit: layer '{layer.name}' was planned but never measured")
     try:

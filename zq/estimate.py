@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from zq.plan import Plan
-from zq.quantizers.method import Block, Layer
+from zq.quantizers.method import Block, Layer, Needs
 from zq.spec import Scheme
 
 PROBE = (512, 1536)
+NO_CALL: dict[str, Any] = {"args": (), "kwargs": {}}
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -29,7 +30,9 @@ def estimate(plan: Plan) -> dict[str, Any]:
             weights[layer.scheme] = weights.get(layer.scheme, 0) + math.prod(layer.shape)
     seconds = sum(count * _per_weight(plan, scheme) for scheme, count in weights.items())
     if plan.windows is not None:
-        work = 2 * 2 * plan.windows.numel() * sum(math.prod(layer.shape) for layer in plan.layers)
+        reading = any(Needs.INPUTS in method.needs(options) for method, options in plan.steps)
+        passes = 2 + len(plan.skeleton.arch.sites) * reading  # both streams, and once to each site
+        work = 2 * passes * plan.windows.numel() * sum(math.prod(layer.shape) for layer in plan.layers)
         seconds += work * _per_operation(plan)
     seconds += 3 * (plan.bytes_before + plan.bytes_after) / 1e9  # reading, hashing, writing, reading back
     return {
@@ -37,21 +40,25 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "bytes_after": plan.bytes_after,
         "bits_per_weight": plan.bits_per_weight,
         "memory": plan.memory_estimate,
-        "disk": plan.bytes_after,
+        "disk": plan.bytes_after + 4 * plan.stream_bytes,  # carried streams, old and new at once
         "seconds": round(seconds, 1),
     }
 
 
 def _per_weight(plan: Plan, scheme: Scheme) -> float:
     module = nn.Linear(PROBE[1], PROBE[0], bias=False, dtype=plan.dtype, device=plan.skeleton.device)
+    tokens = torch.randn(1, 64, PROBE[1], device=plan.skeleton.device).to(plan.dtype)
     with torch.no_grad():
         module.weight.normal_(generator=torch.Generator(device=plan.skeleton.device).manual_seed(0))
         best = math.inf
         for _ in range(2):  # the first call warms up
-            block = Block("probe", None, [Layer("probe", "mlp", module, False, scheme)], plan.dtype, 0)
+            layer = Layer("probe", "mlp", module, False, scheme)
+            block = Block("probe", module, [layer], plan.dtype, 0, [[layer]], [tokens], [tokens], [NO_CALL])
             begun = time.perf_counter()
             for method, options in plan.steps:
                 method.run(block, options)
+            if module.weight.is_cuda:
+                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - begun)
     return best / math.prod(PROBE)
 

@@ -132,10 +132,11 @@ def _streams(job: Job, captured: Captured | None) -> tuple[list[Tensor], list[Te
     if captured is None:
         return [], []
     carried = job.carried()
+    first = list(captured.hidden)
+    captured.hidden.clear()  # the streams hold them from here on, and let go of them
     if not carried:
-        return list(captured.hidden), list(captured.hidden)
-    device = captured.hidden[0].device
-    n = len(captured.hidden)
+        return first, first
+    device, n = first[0].device, len(first)
     return (
         [carried[f"float.{i}"].to(device) for i in range(n)],
         [carried[f"quant.{i}"].to(device) for i in range(n)],
@@ -195,14 +196,11 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
                 f"no step of recipe {plan.recipe.name} quantized '{layer.name}'; add a step such as rtn"
             )
         tensors.update(plan.exporter.pack(layer.name, q, layer.scheme))
-        key = skeleton.key_of(f"{layer.name}.weight")
-        original = read([key])[key].to(q.codes.device)
-        dense = q.dequantize(plan.dtype)
         measured[layer.name] = {
             "scheme": str(layer.scheme),
             "kind": layer.kind or "other",
-            "sqnr_db": sqnr_db(original.T if layer.transposed else original, dense),
-            "dequantized_sha256": tensor_hash(dense),
+            "sqnr_db": sqnr_db(layer.original, layer.weight),
+            "dequantized_sha256": tensor_hash(layer.weight),
         }
     promised = [slot.name for slot in plan.units[unit] if slot.name not in tensors]
     keys = {name: skeleton.param_keys[name] for name in promised}

@@ -26,10 +26,10 @@ from zq.export import EXPORTERS
 from zq.methods import resolve
 from zq.models.capture import positions
 from zq.models.find import find_arch, load_config, one_line
+from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton, build_skeleton
 from zq.quantizers.method import Method
 from zq.recipe import Recipe, Rule
-from zq.runtime.linear import is_linear, linear_shape
 from zq.spec import AUTO, Layout, Scheme, choose_group_size
 
 SHARD_BYTES = 5_000_000_000
@@ -118,13 +118,23 @@ class Plan:
         return 8 * written / sum(math.prod(layer.shape) for layer in quantized)
 
     @property
+    def stream_bytes(self) -> int:
+        """Bytes of one stream of hidden states of all calibration tokens."""
+        if self.windows is None:
+            return 0
+        return self.windows.numel() * self.skeleton.config.hidden_size * self.dtype.itemsize
+
+    @property
     def memory_estimate(self) -> int:
-        """Bytes: torch and transformers themselves, the largest unit twice (as it was, as it becomes),
-        and six float32 copies of the largest quantized layer while its scales are searched."""
-        unit = max(sum(self.source(n).nbytes for n in self.skeleton.zone(u) if n in self.skeleton.param_keys)
-                   for u in self.units)  # fmt: skip
+        """Bytes: torch and transformers themselves; the largest unit twice (as it was, as it becomes); the
+        largest quantized layer in float32, as input, target and result of the search for its scales; four
+        streams of hidden states (float and quantized, before and after a block)."""
+        sizes = [sum(slot.nbytes for slot in slots) for slots in self.units.values()]
+        for unit in self.units:
+            names = [name for name in self.skeleton.zone(unit) if name in self.skeleton.param_keys]
+            sizes.append(sum(self.source(name).nbytes for name in names))
         layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
-        return 500_000_000 + 2 * unit + 6 * 4 * layer
+        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + 4 * self.stream_bytes
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
@@ -184,8 +194,7 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
     for name in skeleton.other_linears():
         module = skeleton.model.get_submodule(name)
         unit = "tail" if f"{name}.weight" in tail else "outside"
-        transposed = is_linear(module) and type(module).__name__ == "Conv1D"
-        found.append((name, unit, None, linear_shape(module), transposed))
+        found.append((name, unit, None, linear_shape(module), is_transposed(module)))
 
     rules = [recipe.rule_for(name, kind) for name, _, kind, _, _ in found]
     where = f"recipe {recipe.name}"
@@ -262,6 +271,11 @@ def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtyp
         if reason:
             notes.append(f"zq's own format (loads with `import zq`): {layer.name}: {reason}")
             return "zq"
+    if any(layer.scheme and not layer.scheme.weights.symmetric for layer in layers):
+        notes.append(
+            "asymmetric weights: vLLM and zq.load read them, but transformers with compressed-tensors 0.20 only "
+            "with quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
     return "compressed-tensors"
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from tests.tiny import save_tiny
+import zq
+from tests.tiny import save_tiny, token_ids
 from zq.errors import ZqError
 from zq.numerics.qtensor import quantize
 from zq.pipeline import quantize as run
@@ -145,6 +147,17 @@ def test_in_the_pipeline_it_beats_nearest(family: str, tmp_path: Path) -> None:
         errors.append(list(report["output_error"].values())[-1])
     assert errors[1] < errors[0]
     assert errors[2] < errors[0]
+
+
+def test_signed_scales_reload_in_transformers(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    recipe = Recipe.parse(RECIPE.replace("STEP", "{gptq: {scale: mse-signed}}"))
+    run(make_plan(tmp_path / "model", recipe), tmp_path / "out")
+    ours = zq.load(str(tmp_path / "out"))
+    assert any(bool((m.weight_scale < 0).any()) for m in ours.modules() if hasattr(m, "weight_scale"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(ours(token_ids()).logits, theirs(token_ids()).logits)
 
 
 def test_layers_outside_the_blocks_are_rounded_to_nearest(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.simulate import int8_tokens
+from zq.models.layout import is_linear, linear_shape, linear_shapes
 from zq.numerics.qtensor import quantize
-from zq.runtime.linear import QuantLinear, is_linear, linear_shape, replace_linear
+from zq.runtime.linear import QuantLinear, replace_linear
 from zq.spec import Scheme
 
 SCHEMES = ["int4:g32", "int4:g32:asym @ int8:token", "int3:g48:two-level", "e2m1fn:b64:s=fp32", "int8:tensor"]
@@ -70,6 +71,7 @@ def test_replacing_keeps_the_bias_and_the_place() -> None:
     model = nn.Sequential(nn.Linear(160, 48), nn.Sequential(Conv1D(48, 160)))
     assert [is_linear(m) for m in model.modules()] == [False, True, False, True]
     assert linear_shape(model[0]) == linear_shape(model[1][0]) == (48, 160)
+    assert linear_shapes(model) == {"0": (48, 160), "1.0": (48, 160)}
     for name in ("0", "1.0"):
         bias = model.get_submodule(name).bias.detach().clone()
         new = replace_linear(model, name, Scheme.parse("int8:channel"), torch.float32)

@@ -62,14 +62,14 @@ def describe(folder: Path) -> dict[str, Any]:
     from zq.export import exporter_for
     from zq.models.build import shapes_only
     from zq.models.find import find_family, load_config
-    from zq.runtime.linear import is_linear, linear_shape
+    from zq.models.layout import linear_shapes
     from zq.runtime.load import quantization_config
 
     arch = find_family(folder)
     index = read_index(folder)
     stored = quantization_config(folder)
     model = shapes_only(load_config(folder), str(folder))
-    shapes = {name: linear_shape(m) for name, m in model.named_modules() if is_linear(m)}
+    shapes = linear_shapes(model)
     exporter = exporter_for(stored, str(folder)) if stored else None
     assigned = exporter.schemes(stored, shapes) if exporter else {}
     layers: dict[str, Any] = {}

@@ -89,24 +89,37 @@ def zones(model: PreTrainedModel, arch: Arch, every: Iterable[str]) -> dict[int 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a matrix product that zq quantizes: nn.Linear, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether this linear stores its weight as [k, n]: transformers' Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(n, k), outputs and inputs, of a linear; its weight may be on meta."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    n, k = (columns, rows) if is_transposed(module) else (rows, columns)
+    return int(n), int(k)  # type: ignore[arg-type]
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Full name -> (n, k) of every linear of a model, in its own order."""
+    return {name: linear_shape(module) for name, module in model.named_modules() if is_linear(module)}
 
 
 def linear_info(module: nn.Module, name: str, site: str, kind: str) -> LinearInfo:
     """Read sizes off a linear (its weight may be on meta)."""
-    from transformers.pytorch_utils import Conv1D
-
-    transposed = isinstance(module, Conv1D)
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    n, k = (columns, rows) if transposed else (rows, columns)
+    n, k = linear_shape(module)
     return LinearInfo(
         name=name,
         site=site,
         kind=kind,
-        n=int(n),  # type: ignore[arg-type]
-        k=int(k),  # type: ignore[arg-type]
-        transposed=transposed,
+        n=n,
+        k=k,
+        transposed=is_transposed(module),
         bias=module.bias is not None,
     )

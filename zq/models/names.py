@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
-from zq.errors import ZqError
-
 _OLD_ENDINGS = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 _OLD_BEGINNINGS = (("lm_head.", "embed_out."),)
 
@@ -28,7 +26,13 @@ class Match:
 
 
 def match(param_names: Iterable[str], keys: Container[str], base_prefix: str) -> Match:
-    """Find the checkpoint key of every parameter; see `resolve` for the arguments."""
+    """Find the checkpoint key of every parameter.
+
+    Args:
+        param_names: full names in the transformers model.
+        keys: the checkpoint's keys.
+        base_prefix: the class's `base_model_prefix` ("model", "transformer", "bert", ...).
+    """
     found: dict[str, str] = {}
     missing: list[str] = []
     for name in param_names:
@@ -40,40 +44,10 @@ def match(param_names: Iterable[str], keys: Container[str], base_prefix: str) ->
     return Match(found=found, missing=tuple(missing))
 
 
-def resolve(
-    param_names: Iterable[str], keys: Container[str], base_prefix: str, where: str = "checkpoint"
-) -> dict[str, str]:
-    """Parameter name -> checkpoint key.
-
-    Args:
-        param_names: full names in the transformers model, tied copies left out.
-        keys: the checkpoint's keys.
-        base_prefix: the class's `base_model_prefix` ("model", "transformer", "bert", ...).
-        where: how to name the checkpoint in an error.
-
-    Raises one ZqError that lists the first five parameters without a key and their number.
-    """
-    result = match(param_names, keys, base_prefix)
-    if result.missing:
-        raise ZqError(
-            f"{where}: {listing(result.missing)} missing from the checkpoint; every parameter of "
-            "the model must be there; complete the download or correct config.json"
-        )
-    return result.found
-
-
 def extra(found: dict[str, str], keys: Iterable[str]) -> list[str]:
     """Checkpoint keys that no parameter uses (old buffers, other heads), in checkpoint order."""
     used = set(found.values())
     return [key for key in keys if key not in used]
-
-
-def listing(names: Iterable[str], limit: int = 5) -> str:
-    """ "3 tensors (a, b, c)" with at most `limit` names spelled out."""
-    every = list(names)
-    tail = f", and {len(every) - limit} more" if len(every) > limit else ""
-    noun = "tensor" if len(every) == 1 else "tensors"
-    return f"{len(every)} {noun} ({', '.join(every[:limit])}{tail})"
 
 
 def _spellings(name: str, base_prefix: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ from zq.spec import TensorSpec
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MSE_FACTORS = (1.0, *(i / 40 for i in range(48, 11, -1)))  # 1 first: ties keep absmax; 1.2 .. 0.3
 TWO_LEVEL_MAX = 15
+CACHED = 1 << 17  # values searched at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,28 @@ def mse(
 
     importance: broadcastable to x, weight of each squared error. signed: negative scales are tried too,
     which puts the longer, negative side of a full integer range where the larger weights are.
+
+    Groups do not depend on each other, so on a CPU they are searched in portions that stay in its cache.
     """
+    axis = 0 if x.shape[0] > 1 else 1
+    portion = x.shape[axis] if x.is_cuda else max(1, CACHED * x.shape[axis] // x.numel())
+    if importance is not None and importance.shape[axis] > 1:
+        portion = x.shape[axis]
+    found = [_search(part, spec, dtype, importance, signed) for part in x.split(portion, axis)]
+    if len(found) == 1:
+        return found[0]
+
+    def join(parts: list[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.cat(parts, axis)  # type: ignore[arg-type]
+
+    scale = join([s.scale for s in found])
+    assert scale is not None
+    return Scale(scale, join([s.zero for s in found]), join([s.sub for s in found]))
+
+
+def _search(
+    x: Tensor, spec: TensorSpec, dtype: torch.dtype, importance: Tensor | None, signed: bool
+) -> Scale:
     from zq.numerics.qtensor import fake_groups  # rounding belongs there; it needs Scale from here
 
     bounds = _bounds(x, spec)

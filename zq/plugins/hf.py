@@ -13,7 +13,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zq.export import native
-from zq.runtime.linear import is_linear, replace_linear
+from zq.models.layout import linear_shapes
+from zq.runtime.linear import replace_linear
 
 METHOD = "zq"
 
@@ -35,7 +36,7 @@ class ZqQuantizer(HfQuantizer):
     requires_calibration = True  # never quantizes while loading; `zq quantize` does that
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        linears = [name for name, module in model.named_modules() if is_linear(module)]
+        linears = linear_shapes(model)
         read: Any = self.quantization_config
         config = {"format_version": read.format_version, "schemes": read.schemes}
         for name, scheme in native.schemes(config, linears).items():

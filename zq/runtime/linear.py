@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zq.checkpoint.writer import CODES
 from zq.export import native
+from zq.models.layout import linear_shape
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
 from zq.spec import Scheme
 
-TORCH_DTYPES = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class QuantLinear(nn.Module):
@@ -49,7 +43,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         for slot in native.slots("", scheme, (out_features, in_features), dtype):
-            empty = torch.empty(slot.shape, dtype=TORCH_DTYPES[slot.dtype], device=device)
+            empty = torch.empty(slot.shape, dtype=DTYPES[slot.dtype], device=device)
             self.register_buffer(slot.name.removeprefix("."), empty)
         self.bias: nn.Parameter | None = None
         if bias:
@@ -94,16 +88,3 @@ def replace_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dty
         new.bias = nn.Parameter(bias.detach(), requires_grad=False)
     model.set_submodule(name, new)
     return new
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D (a linear layer with a transposed weight)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of a linear layer."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    first, second = weight.shape
-    return (first, second) if isinstance(module, nn.Linear) else (second, first)
