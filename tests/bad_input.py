@@ -7,7 +7,9 @@ table, and only there: tests/test_errors.py compares, tools/errors_table.py rewr
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import resource
 import shlex
@@ -97,6 +99,11 @@ class Model:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.held: list[int] = []
+
+    def __del__(self) -> None:
+        for handle in self.held:
+            os.close(handle)
 
     @property
     def weights(self) -> Path:
@@ -206,6 +213,13 @@ def path_escape(model: Model) -> None:
 @situation("broken-index")
 def broken_index(model: Model) -> None:
     (model.folder / INDEX).write_text('{"metadata": {}}')
+
+
+@situation("two-layouts")
+def two_layouts(model: Model) -> None:
+    data = model.weights.read_bytes()
+    model.split()
+    model.weights.write_bytes(data)
 
 
 @situation("bin-only")
@@ -325,6 +339,13 @@ def encoder(model: Model) -> None:
     save_model(model.folder, "bert")
 
 
+@situation("no-head-eval", "no-head-generate")
+def base_only(model: Model) -> None:
+    shutil.rmtree(model.folder)
+    build_tiny("llama").base_model.save_pretrained(model.folder)
+    save_tokenizer(model.folder)
+
+
 @situation("other-kind")
 def other_kind(model: Model) -> None:
     save_model(Path("OTHER"), "bert")
@@ -344,6 +365,7 @@ RECIPES = {
     "unknown-key": RULE + "bits: 4\n",
     "wrong-type": RULE + "seed: many\n",
     "no-rules": "about: nothing\n",
+    "rule-never-applies": RULE + '  - {match: "@mlp", weights: "int8:channel"}\n',
     "rule-matches-nothing": 'rules:\n  - {match: "*.c_fc", weights: "int8:channel"}\n',
     "all-skipped": 'rules:\n  - {match: "*", skip: true}\n',
     "unknown-step": RULE + "steps:\n  - magic: {}\n",
@@ -409,6 +431,25 @@ def audit_failed(model: Model) -> None:
     entries = json.loads(data[8 : 8 + header])
     data[8 + header + entries[Q_PROJ]["data_offsets"][0] + 5] ^= 1
     path.write_bytes(data)
+
+
+@situation("audit-config")
+def audit_config(model: Model) -> None:
+    """OUT is a finished output whose config.json was edited since."""
+    run("quantize", model.folder, "--w8a8", "--calib", "random", "-o", "OUT").ok()
+    path = Path("OUT", "config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"]["ignore"] = []
+    path.write_text(json.dumps(config))
+
+
+@situation("resume-in-use")
+def in_use(model: Model) -> None:
+    """Another process, here this one, works in OUT: it holds the lock until the command has ended."""
+    interrupted_job(model)
+    handle = os.open(Path("OUT", ".zq-job", "lock"), os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    model.held.append(handle)
 
 
 @situation("lost-tensor")

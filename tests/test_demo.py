@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -19,8 +20,9 @@ def finished(directory: Path, weights: bytes = b"weights") -> Path:
     """A directory that looks like a complete checkpoint."""
     directory.mkdir(parents=True)
     (directory / demo.WEIGHTS).write_bytes(weights)
-    digest = hashlib.sha256(weights).hexdigest()
-    (directory / demo.MARKER).write_text(json.dumps({"files": {demo.WEIGHTS: digest}}))
+    noted = {demo.WEIGHTS: demo.note_of(directory / demo.WEIGHTS)}
+    assert noted[demo.WEIGHTS]["sha256"] == hashlib.sha256(weights).hexdigest()
+    (directory / demo.MARKER).write_text(json.dumps({"files": noted}))
     return directory
 
 
@@ -62,12 +64,30 @@ def test_a_complete_copy_is_used_as_it_is(cache, monkeypatch):
     assert not (cache / "demo" / ".lock").exists()  # works from a read-only cache
 
 
-@pytest.mark.parametrize("damage", ["bytes", "missing", "marker", "garbage", "empty list"])
+def test_a_copy_is_hashed_only_when_its_files_have_another_time(tmp_path, monkeypatch):
+    target = finished(tmp_path / "model")
+    hashed = []
+    monkeypatch.setattr(demo, "sha256", lambda path, real=demo.sha256: hashed.append(path.name) or real(path))
+    assert demo.is_complete(target)
+    assert hashed == []
+    os.utime(target / demo.WEIGHTS, (1, 1))
+    assert demo.is_complete(target)
+    assert hashed == [demo.WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "damage", ["bytes", "size", "old marker", "missing", "marker", "garbage", "empty list"]
+)
 def test_is_complete_sees_damage(tmp_path, damage):
     target = finished(tmp_path / "model")
     assert demo.is_complete(target)
     if damage == "bytes":
         (target / demo.WEIGHTS).write_bytes(b"weightz")
+        os.utime(target / demo.WEIGHTS, (1, 1))  # a clock may be too coarse to show the difference
+    elif damage == "size":
+        (target / demo.WEIGHTS).write_bytes(b"more weights")
+    elif damage == "old marker":
+        (target / demo.MARKER).write_text(json.dumps({"files": {demo.WEIGHTS: "0" * 64}}))
     elif damage == "missing":
         (target / demo.WEIGHTS).unlink()
     elif damage == "marker":

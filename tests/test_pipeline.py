@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def test_quantized_reloaded_and_equal_to_the_simulated_model(
     expected = outputs(reference, token_ids())
     assert torch.equal(outputs(zq.load(str(out)), token_ids()), expected)
     model, info = auto_class(reference).from_pretrained(out, output_loading_info=True)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    # The class builds a pooler for every checkpoint, quantized or not, unless it is told not to.
+    pooler = {"pooler.dense.weight", "pooler.dense.bias"} if name.endswith("-nopooler") else set()
+    assert set(info["missing_keys"]) == pooler
+    for problem in ("unexpected_keys", "mismatched_keys"):
         assert not info[problem], (problem, info[problem])
     if name.startswith("opt") and scheme == "w8a8":
         expected = outputs(simulated(source, scheme_of, library=True), token_ids())
@@ -235,3 +239,25 @@ def test_no_calibration_gives_the_same_weights(tiny: Callable[..., Path], tmp_pa
     assert report["output_error"] == {}
     same = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_model_that_stores_both_copies(equal: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Equal copies stay tied and are written once; two that differ stay two, as in transformers."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny("llama-tied"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if not equal:
+        tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ZqError, match=r"'lm_head' shares its weight with model.embed_tokens.weight"):
+        make_plan(source, recipe("* = int8:channel; lm_head = int8:channel"))
+    plan = make_plan(source, recipe("* = int8:channel"))
+    assert any("they are stored and differ" in note for note in plan.notes) is not equal
+    quantize(plan, out)
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) is not equal
+    expected = outputs(simulated(source, lambda name: "int8:channel"), token_ids())
+    assert torch.equal(outputs(zq.load(out), token_ids()), expected)
+    model = auto_class(zq.load(source)).from_pretrained(out)
+    assert torch.equal(outputs(model.eval(), token_ids()), expected)

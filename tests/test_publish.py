@@ -13,6 +13,7 @@ from tests.tiny import save_tiny
 from zq.errors import OutputError
 from zq.pipeline import quantize
 from zq.plan import make_plan
+from zq.publish import model_card
 
 TRAVEL = {
     "generation_config.json": "{}",
@@ -22,7 +23,14 @@ TRAVEL = {
     "vocab.txt": "a",
     "spiece.model": "b",
     "LICENSE": "c",
+    "modules.json": json.dumps(
+        [{"path": p} for p in ("", "1_Pooling", "2_Dense", "../other", "/etc", ".git")]
+    ),
     "1_Pooling/config.json": "{}",
+    "2_Dense/config.json": "{}",
+    "2_Dense/model.safetensors": "weights",
+    "2_Dense/deep/er/file.bin": "x",
+    "additional_chat_templates/tool_use.jinja": "{{ y }}",
 }
 STAY = {
     "pytorch_model.bin": "x",
@@ -31,6 +39,12 @@ STAY = {
     "pytorch_model.bin.index.json": "{}",
     ".gitattributes": "x",
     "run.py": "x",
+    "onnx/config.json": "{}",
+    "additional_chat_templates/notes.txt": "x",
+    "2_Dense/.hidden": "x",
+    ".zq-complete.json": "{}",
+    ".git/config.json": "{}",
+    "../other/config.json": "{}",
 }
 
 
@@ -39,7 +53,7 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "my-model"
     save_tiny("llama", folder)
     for name, text in (TRAVEL | STAY).items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     card = "---\nlicense: mit\nlanguage: [en]\nwidget: x\n---\n# Model\n"
     (folder / "README.md").write_text(card)
@@ -51,6 +65,7 @@ def test_what_travels_and_what_stays(source: Path, tmp_path: Path) -> None:
     quantize(make_plan(source, recipe("* = int4:g32")), out)
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {*TRAVEL, "config.json", "model.safetensors", "zq_report.json", "README.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"my-model", "other", "out"}
     for name, text in TRAVEL.items():
         if name != "generation_config.json":
             assert (out / name).read_text() == text
@@ -80,6 +95,33 @@ def test_the_card_says_what_it_is_and_how_it_was_made(
     assert f"{report['bits_per_weight']:.3f}" in body
     assert ("import zq" in body) == needs_zq
     assert str(tmp_path) not in card, "no path of the machine"
+
+
+CARD = "---\nlicense: mit\nbase_model: org/parent\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "card", "base", "title"),
+    [
+        ("models--org--my-model/snapshots/0123abcd", CARD, "org/my-model", "my-model"),
+        ("models--org--my-model/snapshots/0123abcd", "", "org/my-model", "my-model"),
+        ("models--old/snapshots/0123abcd", CARD, "old", "old"),
+        ("local", CARD, "org/parent", "local"),
+        ("local", "", "local", "local"),
+    ],
+)
+def test_the_card_names_the_model_that_was_quantized(
+    place: str, card: str, base: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / place
+    save_tiny("llama", folder)
+    (folder / "README.md").write_text(card)
+    monkeypatch.chdir(folder)  # a relative path has no name of its own
+    plan = make_plan(Path("."), recipe("* = int4:g32"))
+    report = quantize(plan, tmp_path / "out").report
+    _, front, body = model_card(plan, report).split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == base
+    assert body.startswith(f"# {title}, quantized by zq ")
 
 
 def test_a_disk_that_fills_up_while_publishing(

@@ -106,11 +106,30 @@ rules:
     assert scheme("model.layers.1.MLP.Down_Proj", "mlp") == "int4:g64"
 
 
-@pytest.mark.parametrize("everything", ["*", "**", "re:.*"])
+CATCH_ALL = ["*", "**", "***", "?*", "*?", "[!x]*", "re:.*", "re:.+", "re:.*.*", "re:(.*)", "re:.{1,99}"]
+CATCH_ALL += [r"re:[\w.]+", "re:[a-z0-9_.]+", "re:[^ ]*", "re:(?s:.*)", "re:model.*|.*"]
+
+
+@pytest.mark.parametrize("everything", CATCH_ALL)
 def test_a_pattern_for_everything_stays_inside_the_blocks(everything: str) -> None:
     rule = Rule(everything, None)
     assert rule.matches("model.layers.0.mlp.up_proj", "mlp")
-    assert not rule.matches("lm_head", None)
+    for name in ("lm_head", "pooler.dense", "cls.predictions.transform.dense"):
+        assert not rule.matches(name, None)
+
+
+@pytest.mark.parametrize(
+    ("match", "name"),
+    [
+        *[
+            (match, "lm_head")
+            for match in ("lm_head", "lm_*", "*head", "l?_head", "re:.*head", "re:(a|lm_.*)")
+        ],
+        *[(match, "pooler.dense") for match in ("pooler.*", "*.dense", "*pool*", r"re:.*\.dense")],
+    ],
+)
+def test_a_pattern_that_names_a_layer_outside_reaches_it(match: str, name: str) -> None:
+    assert Rule(match, None).matches(name, None)
 
 
 RULES = "rules:\n  - match: '*'\n    weights: int4:g64\n"
@@ -207,18 +226,42 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        (Step("gtpq", (), 7), "r.yaml:7: step 'gtpq' is unknown; allowed: "),
-        (Step("rtn", (("scal", "mse"),), 7), "r.yaml:7: option 'scal' of step 'rtn' is unknown; allowed: "),
+        (Step("gtpq", (), "r.yaml:7"), "r.yaml:7: step 'gtpq' is unknown; allowed: "),
         (
-            Step("rtn", (("scale", "max"),), 7),
+            Step("rtn", (("scal", "mse"),), "r.yaml:7"),
+            "r.yaml:7: option 'scal' of step 'rtn' is unknown; allowed: ",
+        ),
+        (
+            Step("rtn", (("scale", "max"),), "r.yaml:7"),
             "'scale: max' is not allowed; allowed: absmax, mse, mse-signed",
         ),
-        (Step("rtn", (("rounding", True),), 7), "'rounding: True' is not allowed"),
+        (Step("rtn", (("rounding", True),)), "'rounding: True' is not allowed"),
     ],
 )
 def test_steps_are_checked_by_their_method(step: Step, words: str) -> None:
     with pytest.raises(ZqError, match=re.escape(words)):
         resolve(step, "r.yaml")
+
+
+def test_rules_and_steps_know_their_file_and_line_also_when_inherited(tmp_path: Path) -> None:
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text("\nrules:\n  - {match: '*', weights: 'int4:g64'}\nsteps:\n  - magic: {}\n")
+    child.write_text(f"extends: {base}\nrules:\n  - {{match: a, skip: true}}\n")
+    recipe = load(str(child))
+    assert recipe.where == str(child)
+    assert [rule.where for rule in recipe.rules] == [f"{child}:3", f"{base}:3"]
+    assert [recipe.inherits(rule) for rule in recipe.rules] == [False, True]
+    with pytest.raises(ZqError, match=re.escape(f"{base}:5: step 'magic' is unknown")):
+        resolve(recipe.steps[0], recipe.where)
+    shipped_child = Recipe.parse("extends: w4a8\n", "c.yaml")
+    assert shipped_child.rules[0].where.startswith("recipe w4a8:")
+    assert load("w4a8").where == "recipe w4a8"
+
+
+def test_options_may_be_nested() -> None:
+    recipe = Recipe.parse(RULES + "steps:\n  - x: {a: {b: [1, {c: 2}]}}\n")
+    assert recipe.steps[0].options == (("a", {"b": [1, {"c": 2}]}),)
+    assert Recipe.parse(str(recipe)) == recipe
 
 
 def test_group_size_replaces_every_group_and_only_groups() -> None:

@@ -148,8 +148,14 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "bloom-post": lambda: _bloom(apply_residual_connection_post_layernorm=True),
     "bert": lambda: _bert_like(transformers.BertConfig, "BertForMaskedLM"),
     "bert-model": lambda: _bert_like(transformers.BertConfig, "BertModel"),
+    "bert-nopooler": lambda: _bert_like(transformers.BertConfig, "BertModel"),
     "roberta": lambda: _bert_like(transformers.RobertaConfig, "RobertaForMaskedLM", pad_token_id=1),
 }
+
+
+def options(name: str) -> dict[str, bool]:
+    """What the model class is constructed with, beside the config."""
+    return {"add_pooling_layer": False} if name.endswith("-nopooler") else {}
 
 
 def build_tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -159,7 +165,7 @@ def build_tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     states of order one, so that a swapped norm, a lost bias or a wrong layout shows.
     """
     config = TINY[name]()
-    model = getattr(transformers, config.architectures[0])(config)
+    model = getattr(transformers, config.architectures[0])(config, **options(name))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

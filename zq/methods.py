@@ -14,8 +14,9 @@ METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD)}
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:
-    """The method of a recipe step and its checked options. Raises ZqError naming the line."""
-    spot = f"{where}:{step.line}" if step.line else where
+    """The method of a recipe step and its checked options. Raises ZqError naming the step's file and line,
+    or `where` for a step that was not read from a file."""
+    spot = step.where or where
     if step.name not in METHODS:
         raise ZqError(f"{spot}: step '{step.name}' is unknown; allowed: {', '.join(METHODS)}")
     method = METHODS[step.name]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import zq
-from zq.audit import audit
+from zq.audit import audit, audit_published
 from zq.checkpoint.index import FLOATS
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read, reader
 from zq.checkpoint.writer import ShardWriter
 from zq.data import describe
-from zq.errors import AuditError, OutputError, ZqError
+from zq.errors import AuditError, OutputError, OutputKept, ZqError
 from zq.models.capture import Captured, capture_inputs
 from zq.numerics.metrics import sqnr_db, tensor_hash
 from zq.plan import Plan
@@ -59,7 +61,7 @@ def quantize(
     """Carry out a plan into the folder `out`.
 
     `progress` gets {"unit", "error", "seconds", ...} after every unit. Raises ZqError (nothing is left
-    behind), OutputError (disk; what is done is kept) or AuditError (the output is not published).
+    behind), OutputKept (disk; what is done is kept) or AuditError (what was written is not to be used).
     """
     started = time.monotonic()
     job = (Job.resume if resume else Job.begin)(out, _fingerprint(plan))
@@ -73,17 +75,21 @@ def quantize(
         facts["audit"] = audit(plan, job.shards, job.done)
         report = _report(plan, job, facts, time.monotonic() - started, command)
         publish(plan, writer, out, report)
+        audit_published(plan, out)
     except OutputError as error:
         if not job.done:  # nothing to continue
             job.discard()
             raise
-        raise OutputError(f"{error}; what is done is kept, continue with --resume") from None
+        raise OutputKept(f"{error}; what is done is kept, continue with --resume") from None
     except AuditError:
         raise
     except ZqError:
         job.discard()
         raise
-    job.finish()
+    else:
+        job.finish()
+    finally:
+        job.release()
     return Result(out, report)
 
 
@@ -192,10 +198,13 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     for layer in block.layers:
         q = layer.quantized
         if q is None:
-            raise ZqError(
-                f"no step of recipe {plan.recipe.name} quantized '{layer.name}'; add a step such as rtn"
-            )
+            raise ZqError(f"no step of {plan.recipe.where} quantized '{layer.name}'; add a step such as rtn")
         tensors.update(plan.exporter.pack(layer.name, q, layer.scheme))
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise ZqError(
+                f"'{layer.name}.weight' reaches the limit of {plan.dtype} and overflows as {layer.scheme}; "
+                "scale the weights down or skip the layer with a rule"
+            )
         measured[layer.name] = {
             "scheme": str(layer.scheme),
             "kind": layer.kind or "other",
@@ -228,11 +237,19 @@ def _feed(
         block.teacher, block.teacher_inputs = copy.deepcopy(block.module), float_stream
 
 
-def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float:
-    """||candidate - reference||^2 / ||reference||^2 over all tokens."""
+def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float | None:
+    """||candidate - reference||^2 / ||reference||^2 over all tokens; None when either holds NaN or Inf."""
     pairs = list(zip(candidate, reference, strict=True))
     error = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
-    return error / max(sum(float(b.float().square().sum()) for _, b in pairs), 1e-30)
+    error /= max(sum(float(b.float().square().sum()) for _, b in pairs), 1e-30)
+    return error if math.isfinite(error) else None
+
+
+def _overflow(plan: Plan, errors: dict[str, float | None]) -> list[str]:
+    """A note about the first block whose output error could not be computed."""
+    first = next((unit for unit, error in errors.items() if error is None), None)
+    dtype = str(plan.dtype).removeprefix("torch.")
+    return [f"activations overflow {dtype} from block {first} on"] if first is not None else []
 
 
 def _fingerprint(plan: Plan) -> dict[str, str]:
@@ -247,6 +264,7 @@ def _fingerprint(plan: Plan) -> dict[str, str]:
         "shard size": layout.hexdigest(),
         "zq version": zq.__version__,
         "torch version": torch.__version__,
+        "transformers version": transformers.__version__,
         "device": str(plan.skeleton.device),
     }
 
@@ -263,14 +281,15 @@ def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command
         "command": command,
         "format": plan.format,
         "recipe": str(plan.recipe),
-        "source_fingerprint": plan.index.fingerprint(),
+        "source_fingerprint": plan.index.identity(),
+        "quantization_config": plan.quantization_config,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
         "bits_per_weight": plan.bits_per_weight,
         "weight_sqnr_db": {kind: sum(v) / len(v) for kind, v in sorted(kinds.items())},
         "output_error": errors,
         "seconds": round(seconds, 2),
-        "notes": plan.notes,
+        "notes": plan.notes + _overflow(plan, errors),
         **facts,
         "layers": layers,
         "tensors": {name: h for unit in job.done.values() for name, h in unit["tensors"].items()},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_index
+from zq.checkpoint.reader import same_tensor
 from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.data import calibration_windows
 from zq.errors import ZqError
@@ -73,7 +75,8 @@ class Plan:
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        skipped = [layer.name for layer in self.layers if not layer.scheme]
+        # Also what the class builds and this checkpoint lacks: "Linear" would match it.
+        skipped = [*(layer.name for layer in self.layers if not layer.scheme), *self.skeleton.omitted]
         return self.exporter.config(self.assigned, skipped)
 
     def layer_slots(self, layer: PlannedLayer) -> list[Slot]:
@@ -104,7 +107,8 @@ class Plan:
 
     @property
     def bytes_before(self) -> int:
-        return sum(self.source(name).nbytes for name in self.skeleton.param_keys)
+        """Of every tensor in the checkpoint, whether the model uses it or not."""
+        return self.index.nbytes
 
     @property
     def bytes_after(self) -> int:
@@ -140,13 +144,19 @@ class Plan:
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
     """Raises ZqError when the checkpoint, the recipe and the format do not fit together."""
     where = str(folder / "config.json")
-    steps = [resolve(step, f"recipe {recipe.name}") for step in recipe.steps]
+    steps = [resolve(step, recipe.where) for step in recipe.steps]
     config = load_config(folder)
     arch = find_arch(config, where)
     index = read_index(folder)
     dtype = main_dtype(index)
-    skeleton = build_skeleton(config, arch, index.shapes, dtype, device=device, where=str(folder))
+    same = partial(same_tensor, index)
+    skeleton = build_skeleton(config, arch, index.shapes, dtype, device=device, where=str(folder), same=same)
     notes: list[str] = []
+    for target, source in skeleton.model.all_tied_weights_keys.items():
+        if target not in skeleton.tied:
+            notes.append(
+                f"config.json ties {target} to {source}, but they are stored and differ: both are kept"
+            )
     layers, recipe = _assign(skeleton, recipe, notes)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, index, layers)
@@ -197,23 +207,21 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
         found.append((name, unit, None, linear_shape(module), is_transposed(module)))
 
     rules = [recipe.rule_for(name, kind) for name, _, kind, _, _ in found]
-    where = f"recipe {recipe.name}"
-    for rule in recipe.rules:
-        if not any(rule.matches(name, kind) for name, _, kind, _, _ in found):
-            spot = f"{where}:{rule.line}" if rule.line else where
-            raise ZqError(
-                f"{spot}: rule '{rule.match}' matches no linear layer of this model; layers are named like "
-                f"{found[0][0]}; `zq inspect --layers` lists them"
-            )
+    _check_rules(recipe, [(name, kind) for name, _, kind, _, _ in found], rules, notes)
     size = _auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
+    # As config.json declares them: engines tie what it says even where both tensors are stored.
+    declared = skeleton.model.all_tied_weights_keys
+    ties = {source: target for target, source in declared.items()} | declared
     layers = []
     for (name, unit, kind, shape, transposed), rule in zip(found, rules, strict=True):
         scheme = rule.scheme and rule.scheme.with_group(size) if rule else None
         why = f"rule '{rule.match}'" if rule else ("no rule names it" if kind is None else "no rule matches")
-        if scheme and f"{name}.weight" in skeleton.tied:
+        shared = ties.get(f"{name}.weight")
+        if scheme and shared:
+            spot = (rule and rule.where) or recipe.where
             raise ZqError(
-                f"{where}: '{name}' shares its weight with {skeleton.tied[name + '.weight']} and stays as it "
-                "is; drop the rule that names it"
+                f"{spot}: '{name}' shares its weight with {shared} and stays as it is; drop the rule that "
+                "names it"
             )
         if not scheme and f"{name}.weight" in skeleton.tied:
             why = f"tied to {skeleton.tied[name + '.weight']}"
@@ -229,9 +237,33 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
             )
         )
     if not any(layer.scheme for layer in layers):
-        raise ZqError(f"{where} quantizes nothing: every rule skips; see `zq recipes show w4a8`")
+        raise ZqError(f"{recipe.where} quantizes nothing: every rule skips; see `zq recipes show w4a8`")
     fixed = tuple(replace(r, scheme=r.scheme and r.scheme.with_group(size)) for r in recipe.rules)
     return layers, replace(recipe, rules=fixed)
+
+
+def _check_rules(
+    recipe: Recipe, found: list[tuple[str, str | None]], chosen: list[Rule | None], notes: list[str]
+) -> None:
+    """A rule that no layer gets is a mistake; one that was inherited may be meant for other models.
+
+    `found` is (name, kind) of every linear layer, `chosen` the rule that each gets.
+    """
+    for rule in recipe.rules:
+        if any(rule is other for other in chosen):
+            continue
+        taken = {id(c): c for (name, kind), c in zip(found, chosen, strict=True) if rule.matches(name, kind)}
+        earlier = ", ".join(f"'{c.match}' ({c.where or 'above'})" for c in taken.values() if c)
+        if earlier:
+            problem = f"rule '{rule.match}' never applies, every layer that it matches is taken by {earlier}"
+            remedy = "put it first or drop it"
+        else:
+            problem = f"rule '{rule.match}' matches no linear layer of this model"
+            remedy = f"layers are named like {found[0][0]}; `zq inspect --layers` lists them"
+        spot = rule.where or recipe.where
+        if not recipe.inherits(rule):
+            raise ZqError(f"{spot}: {problem}; {remedy}")
+        notes.append(f"{spot}: {problem}")
 
 
 def _auto_group(rules: list[Rule | None], shapes: list[tuple[int, int]], notes: list[str]) -> int:
@@ -273,8 +305,8 @@ def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtyp
             return "zq"
     if any(layer.scheme and not layer.scheme.weights.symmetric for layer in layers):
         notes.append(
-            "asymmetric weights: vLLM and zq.load read them, but transformers with compressed-tensors 0.20 only "
-            "with quantization_config=CompressedTensorsConfig(dequantize=True)"
+            "asymmetric weights: vLLM and zq.load read them, but transformers with compressed-tensors 0.20 "
+            "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     return "compressed-tensors"
 
@@ -329,7 +361,7 @@ def _windows(
     wanted = recipe.calibration
     if wanted.source == "none":
         if any(method.needs(options) for method, options in steps):
-            raise ZqError(f"recipe {recipe.name} has steps that need calibration tokens; drop --calib none")
+            raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
         return None
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:

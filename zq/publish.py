@@ -6,8 +6,10 @@ The weights are moved last, so a folder that has them is complete.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -16,7 +18,8 @@ from zq.audit import REPORT
 from zq.checkpoint.writer import ShardWriter, disk_error, write_atomic
 from zq.plan import Plan
 
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*/config.json")
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+COMPANIONS += ("additional_chat_templates/*.jinja",)
 NOT_COMPANIONS = ("config.json", REPORT)
 
 
@@ -25,21 +28,26 @@ def publish(plan: Plan, writer: ShardWriter, out: Path, report: dict[str, Any]) 
     for file in companions(plan.folder):
         target = out / file.relative_to(plan.folder)
         try:
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         except OSError as error:
             raise disk_error(error, target, 0) from None
     config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = plan.quantization_config
     write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / REPORT, json.dumps(report, indent=1) + "\n")
+    write_atomic(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
     write_atomic(out / "README.md", model_card(plan, report))
     writer.publish(out)
 
 
 def companions(folder: Path) -> list[Path]:
-    """Tokenizer, generation config, chat template, licence: what travels with a checkpoint unchanged."""
+    """Tokenizer, generation config, chat templates, licence: what travels with a checkpoint unchanged.
+
+    Of the subfolders, those that sentence-transformers' modules.json lists: they are parts of the model.
+    """
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
+    for module in _modules(folder):
+        found |= set((folder / module).rglob("*"))
     return sorted(
         file
         for file in found
@@ -50,10 +58,33 @@ def companions(folder: Path) -> list[Path]:
     )
 
 
+def _modules(folder: Path) -> list[str]:
+    """Subfolders that modules.json lists; none that lead out of the checkpoint."""
+    try:
+        entries = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        paths = [entry["path"] for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    inside = re.compile(r"[^./][^/]*(/[^./][^/]*)*")
+    return [str(PurePosixPath(p)) for p in paths if isinstance(p, str) and inside.fullmatch(p.rstrip("/"))]
+
+
+def hub_id(folder: Path) -> str | None:
+    """The id of a model in the hub's cache (models--ORG--NAME/snapshots/COMMIT); None of any other folder."""
+    path = Path(os.path.abspath(folder))
+    cache = path.parent.parent.name
+    if path.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache.removeprefix("models--").replace("--", "/")
+    return None
+
+
 def model_card(plan: Plan, report: dict[str, Any]) -> str:
     """README.md of the output: what it is, what it cost, how to load it, how to make it again."""
-    front = {"base_model": plan.folder.name, "library_name": "transformers", "tags": ["zq", plan.format]}
-    front = {**_front_matter(plan.folder), **front}
+    hub, name = hub_id(plan.folder), Path(os.path.abspath(plan.folder)).name
+    front = {"base_model": name, **_front_matter(plan.folder)}
+    front |= {"library_name": "transformers", "tags": ["zq", plan.format]}
+    if hub:  # its card says what that model was made of, which is one step too far back
+        front["base_model"], name = hub, hub.rpartition("/")[2]
     schemes = sorted({str(scheme) for scheme in plan.assigned.values()})
     errors = list(report["output_error"].values())
     rows = [
@@ -67,14 +98,15 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
         *((f"weight SQNR, {kind}", f"{db:.2f} dB") for kind, db in report["weight_sqnr_db"].items()),
     ]
     if errors:
-        rows.append(("relative squared error after the last block", f"{errors[-1]:.4f}"))
+        last = "not measurable: activations overflow" if errors[-1] is None else f"{errors[-1]:.4f}"
+        rows.append(("relative squared error after the last block", last))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     extra = "import zq  # registers the format\n" if plan.format == "zq" else ""
     auto = "AutoModel" if plan.skeleton.arch.encoder else "AutoModelForCausalLM"
     return f"""---
 {yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip()}
 ---
-# {plan.folder.name}, quantized by zq {report["zq"]}
+# {name}, quantized by zq {report["zq"]}
 
 | | |
 |---|---|
@@ -102,7 +134,7 @@ with the recipe
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """The licence that the source's card states; a quantized model keeps it."""
+    """The licence that the source's card states; a quantized model keeps it. And what it was made of."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
@@ -113,5 +145,5 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         data = yaml.safe_load(text[4:].partition("\n---")[0])
     except yaml.YAMLError:
         return {}
-    kept = ("license", "license_name", "license_link", "language")
+    kept = ("license", "license_name", "license_link", "language", "base_model")
     return {key: data[key] for key in kept if isinstance(data, dict) and key in data}

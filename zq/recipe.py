@@ -37,24 +37,33 @@ from zq.spec import Scheme, TensorSpec
 KEYS = ("name", "about", "extends", "rules", "steps", "calibration", "seed", "format")
 OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq")
 KINDS = ("@attention", "@mlp")
-EVERYTHING = ("*", "**", "re:.*")
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers that `match` get `scheme`, or stay as they are when it is None (skip)."""
+    """Layers that `match` get `scheme`, or stay as they are when it is None (skip).
+
+    `where` is the place of the rule in its own file, "FILE:LINE", also when it was inherited.
+    """
 
     match: str
     scheme: Scheme | None
-    line: int = field(default=0, compare=False)
+    where: str = field(default="", compare=False)
 
     def matches(self, name: str, kind: str | None) -> bool:
         """`kind` is "attention" or "mlp" inside a block and None outside of the blocks."""
-        if kind is None and self.match in EVERYTHING:
-            return False
         if self.match in KINDS:
             return kind == self.match[1:]
+        return self._hits(name) and (kind is not None or not self._hits_anything_like(name))
+
+    def _hits_anything_like(self, name: str) -> bool:
+        """Whether a name of the same form that nobody wrote would match just as well: then the pattern does
+        not name this layer. The first form has no letters at all, for the patterns that ask for none."""
+        strange = self._hits(re.sub(r"[^.]", "\0", name))
+        return strange or all(self._hits(re.sub("[A-Za-z]", letter, name)) for letter in "jq")
+
+    def _hits(self, name: str) -> bool:
         if self.match.startswith("re:"):
             return re.fullmatch(self.match[3:], name) is not None
         return fnmatch.fnmatchcase(name, self.match)
@@ -62,11 +71,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Step:
-    """One algorithm and its options, checked by the algorithm itself (`zq.quantizers`)."""
+    """One algorithm and its options, checked by itself (`zq.quantizers`); `where` as in Rule."""
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
-    line: int = field(default=0, compare=False)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,8 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """`where` is how messages call it: the path of a file, or "recipe NAME" of a shipped one."""
+
     name: str
     rules: tuple[Rule, ...]
     steps: tuple[Step, ...] = (Step("rtn", (("scale", "mse"),)),)
@@ -88,6 +99,7 @@ class Recipe:
     about: str = ""
     seed: int = 0
     format: str = "auto"
+    where: str = field(default="recipe", compare=False)
 
     @classmethod
     def parse(cls, text: str, where: str = "recipe", name: str = "recipe") -> Recipe:
@@ -128,6 +140,10 @@ class Recipe:
 
     def rule_for(self, name: str, kind: str | None) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(name, kind)), None)
+
+    def inherits(self, rule: Rule) -> bool:
+        """Whether the rule comes from the recipe that this one extends."""
+        return bool(rule.where) and rule.where.rpartition(":")[0] != self.where
 
     def with_group_size(self, size: int) -> Recipe:
         """Every group-wise weight spec with groups of `size`."""
@@ -231,7 +247,7 @@ def _build(data: _Map, where: str, name: str) -> Recipe:
     if "extends" in data:
         base = _extended(_typed(data, "extends", str, where), f"{where}:{data.lines['extends']}")
     rules = tuple(_rule(r, where, data.lines["rules"]) for r in _typed(data, "rules", list, where, []))
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"where": where}
     if "steps" in data:
         values["steps"] = tuple(
             _step(s, where, data.lines["steps"]) for s in _typed(data, "steps", list, where)
@@ -283,7 +299,7 @@ def _rule(entry: Any, where: str, line: int) -> Rule:
     if _typed(entry, "skip", bool, where, False):
         if "weights" in entry or "activations" in entry:
             raise ZqError(f"{spot}: a rule either skips or gives weights, not both")
-        return Rule(match, None, entry.line)
+        return Rule(match, None, spot)
     try:
         weights = TensorSpec.parse(_typed(entry, "weights", str, where))
         acts = _typed(entry, "activations", str, where, None)
@@ -291,12 +307,12 @@ def _rule(entry: Any, where: str, line: int) -> Rule:
     except ZqError as error:
         message = str(error)
         raise ZqError(message if message.startswith(where) else f"{spot}: {message}") from None
-    return Rule(match, scheme, entry.line)
+    return Rule(match, scheme, spot)
 
 
 def _step(entry: Any, where: str, line: int) -> Step:
     if isinstance(entry, str):
-        return Step(entry, (), line)
+        return Step(entry, (), f"{where}:{line}")
     if not isinstance(entry, _Map) or len(entry) != 1:
         raise ZqError(f"{where}:{line}: a step is one name with options, for example - rtn: {{scale: mse}}")
     ((name, options),) = entry.items()
@@ -304,7 +320,14 @@ def _step(entry: Any, where: str, line: int) -> Step:
         options = _Map()
     if not isinstance(options, _Map):
         raise ZqError(f"{where}:{entry.line}: the options of step '{name}' must be a mapping")
-    return Step(name, tuple(sorted(options.items())), entry.line)
+    return Step(name, tuple(sorted(_plain(options).items())), f"{where}:{entry.line}")
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings without their lines: what YAML can write again."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _calibration(data: _Map, where: str, base: Recipe | None) -> Calibration:

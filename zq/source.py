@@ -9,6 +9,9 @@ from zq.demo import demo_checkpoint
 from zq.errors import ZqError
 
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")
+HUB_FILES += ("[0-9]_*/*",)  # the modules of sentence-transformers, whatever their files are called
+# The same weights once more: in Meta's or Mistral's layout, for other runtimes, of earlier checkpoints.
+NOT_HUB_FILES = ("consolidated*", "*/*.safetensors", "original/*", "onnx/*", "openvino/*", "metal/*")
 
 
 def resolve(model: str, progress: Callable[[str], None] = lambda message: None) -> Path:
@@ -42,7 +45,9 @@ def _download(model: str, progress: Callable[[str], None]) -> Path:
 
     progress(f"fetching {model} from the Hugging Face hub")
     try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(model, allow_patterns=list(HUB_FILES), ignore_patterns=list(NOT_HUB_FILES))
+        )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         why = "it is not in the local cache, and the hub is offline or cannot be reached"
     except HfHubHTTPError as error:

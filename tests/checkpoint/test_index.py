@@ -97,6 +97,13 @@ def test_a_broken_index(tmp_path: Path, text: str) -> None:
     refused(tmp_path, "is not a shard index")
 
 
+def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3)}, sharded(tmp_path) / SINGLE)
+    refused(tmp_path, SINGLE, INDEX, "delete the one")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}}))
+    assert read_index(tmp_path).shapes == {"a": (2, 3)}, "an index of the single file itself"
+
+
 def test_no_weights_and_only_pickled_weights(tmp_path: Path) -> None:
     refused(tmp_path, "holds no weights", SINGLE)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
@@ -121,6 +128,7 @@ def test_the_main_dtype_is_that_of_most_values(tmp_path: Path) -> None:
         {"w": torch.zeros(9, 9).half(), "n": torch.zeros(9), "i": torch.zeros(999).int()}, tmp_path / SINGLE
     )
     assert main_dtype(read_index(tmp_path)) == torch.float16
+    assert main_dtype(read_index(tmp_path), {"w"}) == torch.float32
     save_file({"w": torch.zeros(9, 9).to(torch.float8_e4m3fn)}, tmp_path / SINGLE)
     with pytest.raises(ZqError, match="F8_E4M3 tensors; zq works on BF16, F16 and F32"):
         main_dtype(read_index(tmp_path))

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,15 +26,19 @@ def test_commits_survive(tmp_path: Path) -> None:
     x[0, 0] = float("nan")
     job.commit("outside", {"error": 0.1 + 0.2})
     job.commit("0", {"error": 1e-17}, {"h.0": x, "h.1": x.T})
+    job.release()
     again = Job.resume(out, PRINT)
     assert again.done == {"outside": {"error": 0.1 + 0.2}, "0": {"error": 1e-17}}
     carried = again.carried()
     assert torch.equal(carried["h.0"].view(torch.int16), x.view(torch.int16)), "bits, NaN included"
     assert torch.equal(carried["h.1"].view(torch.int16), x.T.contiguous().view(torch.int16))
     again.commit("1", {}, {"h.0": torch.ones(1)})
+    again.release()
     assert torch.equal(Job.resume(out, PRINT).carried()["h.0"], torch.ones(1))
     assert len(list((out / FOLDER).glob("carry-*"))) == 1, "the last state only"
+    again = Job.resume(out, PRINT)
     again.commit("tail", {})
+    again.release()
     assert torch.equal(Job.resume(out, PRINT).carried()["h.0"], torch.ones(1))
     again.finish()
     assert list(out.iterdir()) == []
@@ -56,6 +62,7 @@ def test_no_job_and_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(ZqError, match="holds no interrupted job to resume; run without --resume"):
         Job.resume(tmp_path, PRINT)
     job = Job.begin(tmp_path, PRINT)
+    job.release()
     for text in ("{", "{}", "[]", '{"fingerprint": 1}'):
         (job.folder / "job.json").write_text(text)
         with pytest.raises(ZqError, match=r"job\.json is damaged"):
@@ -66,6 +73,7 @@ def test_activations_that_are_gone(tmp_path: Path) -> None:
     job = Job.begin(tmp_path, PRINT)
     job.commit("0", {}, {"h": torch.zeros(4)})
     next(job.folder.glob("carry-*")).unlink()
+    job.release()
     with pytest.raises(ZqError, match=r"damaged .* is missing"):
         Job.resume(tmp_path, PRINT)
 
@@ -102,7 +110,7 @@ def test_a_kill_while_finishing_leaves_no_job(tmp_path: Path, monkeypatch: pytes
         check_output(tmp_path)
 
 
-@pytest.mark.parametrize("kill_at", range(6))
+@pytest.mark.parametrize("kill_at", range(8))
 def test_commit_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int) -> None:
     """Stopped before its n-th rename or sync, a commit has happened completely or not at all."""
     job = Job.begin(tmp_path, PRINT)
@@ -125,6 +133,7 @@ def test_commit_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_
     with contextlib.suppress(KeyboardInterrupt):
         job.commit("1", {"n": 1}, {"h": torch.ones(4)})
     monkeypatch.undo()
+    job.release()
     again = Job.resume(tmp_path, PRINT)
     expected = torch.ones(4) if "1" in again.done else torch.zeros(4)
     assert torch.equal(again.carried()["h"], expected)
@@ -142,6 +151,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OutputError, match="no space left"):
         job.commit("1", {}, {"h": torch.ones(4)})
     monkeypatch.undo()
+    job.release()
     again = Job.resume(tmp_path, PRINT)
     assert list(again.done) == ["0"]
     assert torch.equal(again.carried()["h"], torch.zeros(4))
@@ -154,3 +164,73 @@ def test_discard_removes_the_folder_it_made_and_nothing_else(tmp_path: Path) -> 
     (tmp_path / "p" / "mine.txt").write_text("x")
     job.discard()
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["mine.txt"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from zq.checkpoint.job import Job
+job = Job.begin(Path(sys.argv[1]), {"model": "m", "recipe": "r"})
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """While another process works in OUT nobody else may; when it is killed its job can be continued."""
+    out = tmp_path / "out"
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)],
+        env={**os.environ, "PYTHONPATH": root},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    state = (out / FOLDER / "job.json").read_bytes()
+    try:
+        for start in (Job.begin, Job.resume):
+            with pytest.raises(ZqError, match=r"another zq is working in .*out; wait for it, or choose"):
+                start(out, PRINT)
+        (out / FOLDER / "job.json").unlink()  # as in the moment before the other has written its state
+        with pytest.raises(ZqError, match="another zq is working in"):
+            Job.begin(out, PRINT)
+        assert (out / FOLDER / "lock").is_file(), "a refused job must not clean up after the other"
+        (out / FOLDER / "job.json").write_bytes(state)
+    finally:
+        child.kill()
+        child.communicate()
+    assert Job.resume(out, PRINT).done == {}
+
+
+def test_numbers_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Job.begin(tmp_path / "out", PRINT).commit("0", {"error": float("nan")})
+
+
+def test_a_state_is_durable_before_what_it_replaces_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, events = Job.begin(tmp_path, PRINT), []
+    job.commit("0", {}, {"h": torch.zeros(4)})
+    replace, fsync, unlink = os.replace, os.fsync, os.unlink
+
+    def synced(handle: int) -> None:
+        events.append("folder" if Path(f"/proc/self/fd/{handle}").resolve().is_dir() else "file")
+        fsync(handle)
+
+    def replaced(*args: object) -> None:
+        events.append(f"replace {Path(str(args[1])).name}")
+        replace(*args)  # type: ignore[arg-type]
+
+    def unlinked(path: object, *args: object, **kwargs: object) -> None:
+        events.append("unlink")
+        unlink(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "unlink", unlinked)
+    job.commit("1", {}, {"h": torch.ones(4)})
+    assert events[-3:] == ["replace job.json", "folder", "unlink"]

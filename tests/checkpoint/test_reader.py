@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zq.checkpoint.index import INDEX, read_index
-from zq.checkpoint.reader import reader
+from zq.checkpoint.reader import reader, same_tensor
 from zq.errors import ZqError
 
 
@@ -48,3 +48,20 @@ def test_nothing_stays_mapped_and_the_copies_are_ones_own(folder: Path) -> None:
 def test_an_unknown_name_is_refused(folder: Path) -> None:
     with pytest.raises(ZqError, match="holds no tensor 'd'"):
         reader(read_index(folder))(["a", "d"])
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
+def test_two_tensors_are_compared_to_the_last_byte(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zq.checkpoint.reader.CHUNK", chunk)
+    a = torch.randn(7, 5).bfloat16()
+    last = a.clone()
+    last[-1, -1] += 1
+    others = {"same": a.clone(), "last": last, "flat": a.reshape(-1).clone(), "half": a.half()}
+    edges = {"s": torch.tensor(1.0), "t": torch.tensor(1.0), "e": torch.zeros(0, 3), "f": torch.zeros(0, 3)}
+    save_file({"a": a, **others, **edges}, tmp_path / "model.safetensors")
+    index = read_index(tmp_path)
+    assert [name for name in others if same_tensor(index, "a", name)] == ["same"]
+    assert same_tensor(index, "s", "t")
+    assert same_tensor(index, "e", "f")

@@ -17,7 +17,7 @@ from zq.recipe import Recipe
 
 KEYS = {"zq", "torch", "command", "format", "recipe", "source_fingerprint", "bytes_before", "bytes_after"}
 KEYS |= {"bits_per_weight", "weight_sqnr_db", "output_error", "seconds", "notes", "calibration", "audit"}
-KEYS |= {"output", "peak_memory", "seconds_total"}
+KEYS |= {"quantization_config", "output", "peak_memory", "seconds_total"}
 SUFFIXES = ("", "_packed", "_scale", "_shape", "_zero_point", "_zero", "_sub")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,22 @@ def test_show_a_file(tmp_path):
     path.write_text("extends: w4a8\nseed: 7\n")
     assert run("recipes", "show", path).ok().out == path.read_text()
     assert run("recipes", "show", path, "--json").ok().json["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("[{magic: {}}]", "mine.yaml:3: step 'magic' is unknown"),
+        ("[{rtn: {speed: {fast: 9}}}]", "mine.yaml:3: option 'speed' of step 'rtn' is unknown"),
+    ],
+)
+def test_show_checks_the_steps_too(steps, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"extends: w4a8\n# mine\nsteps: {steps}\n")
+    for args in ((), ("--json",)):
+        done = run("recipes", "show", "mine.yaml", *args)
+        assert done.code == 2
+        assert f"error: {message}" in done.err
 
 
 def test_shortcuts_are_exactly_the_shipped_recipes():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tests.tiny import save_tiny
+from tests.tiny import options, save_tiny
 from zq.models.find import find_arch, load_config, model_class
 from zq.models.skeleton import Skeleton, build_skeleton
 
@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
             made[name, dtype] = Saved(
                 folder=folder,
                 tensors=load_file(folder / "model.safetensors"),
-                reference=cls.from_pretrained(folder, dtype=dtype).eval(),  # type: ignore
+                reference=cls.from_pretrained(folder, dtype=dtype, **options(name)).eval(),  # type: ignore
             )
         return made[name, dtype]
 

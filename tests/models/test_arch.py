@@ -35,6 +35,7 @@ EXPECTED_LINKS = {
     "bloom-post": 1,
     "bert": 1,
     "bert-model": 1,
+    "bert-nopooler": 1,
     "roberta": 1,
 }
 

@@ -201,12 +201,27 @@ def test_both_stored_are_two_parameters(saved):
     assert skeleton.key_of("lm_head.weight") == "lm_head.weight"
 
 
+def test_both_stored_and_equal_stay_tied(saved):
+    stored = saved("llama-tied")
+    config, shapes, asked = load_config(stored.folder), dict(stored.shapes), []
+    shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    skeleton = build_skeleton(
+        config, FAMILIES["llama"], shapes, torch.float32, same=lambda *keys: asked.append(keys) or True
+    )
+    assert asked == [("lm_head.weight", "model.embed_tokens.weight")]
+    assert skeleton.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert skeleton.key_of("lm_head.weight") == "model.embed_tokens.weight"
+    assert skeleton.extra == ["lm_head.weight"]
+
+
 def test_encoder_stored_without_pooler(saved):
     stored = saved("bert-model")
     tensors = {k: v for k, v in stored.tensors.items() if "pooler" not in k}
     config = load_config(stored.folder)
     skeleton = build_skeleton(config, FAMILIES["bert"], shapes_of(tensors), torch.float32)
     assert skeleton.other_linears() == []
+    assert skeleton.omitted == ["pooler.dense"]
+    assert stored.skeleton().omitted == []
 
 
 # --- refusals ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import zq
 from tests.simulate import outputs, recipe
@@ -62,7 +63,7 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(folders: dict[str, Path], 
 
 
 @pytest.mark.parametrize("name", ["ct", "zq"])
-@pytest.mark.parametrize("change", ["missing", "left over", "shape"])
+@pytest.mark.parametrize("change", ["missing", "left over", "shape", "scale shape", "code shape"])
 def test_tensors_that_do_not_fit_are_refused(
     name: str, change: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -74,8 +75,11 @@ def test_tensors_that_do_not_fit_are_refused(
         del tensors[key]
     elif change == "left over":
         tensors["model.layers.0.mlp.other.weight"] = torch.ones(2)
-    else:
+    elif change == "shape":
         tensors["model.norm.weight"] = torch.ones(7).bfloat16()
+    else:
+        key = key.replace("scale", "packed") if change == "code shape" else key
+        tensors[key] = torch.cat([tensors[key], tensors[key]])
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ZqError) as caught:
         zq.load(str(tmp_path))
@@ -83,7 +87,9 @@ def test_tensors_that_do_not_fit_are_refused(
     wanted = {
         "missing": "up_proj.weight_scale",
         "left over": "mlp.other.weight",
-        "shape": "model.norm.weight",
+        "shape": "'model.norm.weight' with [7] instead of [64]",
+        "scale shape": "up_proj.weight_scale' with [256",
+        "code shape": "up_proj.weight_packed' with [256, ",
     }
     assert wanted[change] in str(caught.value)
 
@@ -97,3 +103,44 @@ def test_foreign_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -
     (tmp_path / "model.safetensors").write_bytes((folders["ct"] / "model.safetensors").read_bytes())
     with pytest.raises(ZqError, match="is quantized with 'gptq'; zq reads checkpoints of"):
         zq.load(str(tmp_path))
+
+
+def test_scales_of_their_own_dtype_do_not_choose_the_dtype(tmp_path: Path) -> None:
+    """With groups of 2 there are more fp32 scales than bf16 values beside them."""
+    save_tiny("llama", tmp_path / "source", torch.bfloat16)
+    quantize(make_plan(tmp_path / "source", recipe("* = int4:g2:s=fp32")), tmp_path / "out")
+    assert zq.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert"])
+@pytest.mark.parametrize("stored", ["whole", "base"])
+def test_the_native_format_loads_through_the_class_with_and_without_a_head(
+    name: str, stored: str, tmp_path: Path
+) -> None:
+    """What was quantized as one class is, under the other's names, bit for bit the same base model."""
+    source, out, again = tmp_path / "source", tmp_path / "out", tmp_path / "again"
+    whole = save_tiny(name, source)
+    whole_class = type(whole)
+    options = {"add_pooling_layer": False} if name == "bert" else {}
+    if stored == "base":
+        shutil.rmtree(source)
+        whole.base_model.save_pretrained(source)
+    rules = "* = e2m1fn:b64" + ("; lm_head = e2m1fn:b64" if (name, stored) == ("llama", "whole") else "")
+    quantize(make_plan(source, recipe(rules)), out)
+    expected = zq.load(out).base_model(token_ids()).last_hidden_state
+    alone, info = AutoModel.from_pretrained(out, output_loading_info=True, **options)
+    assert not info["missing_keys"]
+    assert torch.equal(alone.eval()(token_ids()).last_hidden_state, expected)
+    inside = whole_class.from_pretrained(out).eval()
+    assert torch.equal(inside.base_model(token_ids()).last_hidden_state, expected)
+    alone.save_pretrained(again)
+    assert torch.equal(zq.load(again)(token_ids()).last_hidden_state, expected), "saved under its own names"
+
+
+def test_a_layer_of_no_class_is_still_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["zq"], tmp_path / "out")
+    text = (tmp_path / "out" / "config.json").read_text()
+    (tmp_path / "out" / "config.json").write_text(text.replace("layers.0.mlp.up_proj", "layers.0.mlp.upper"))
+    for cls in (AutoModel, AutoModelForCausalLM):
+        with pytest.raises(ZqError, match=r"quantizes '.*mlp.upper', which this model does not have"):
+            cls.from_pretrained(tmp_path / "out")

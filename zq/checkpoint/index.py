@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ SINGLE = "model.safetensors"
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 COMPUTE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SIZES = {**FLOATS, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+SIZES |= {"U64": 8, "U32": 4, "U16": 2}
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,19 @@ class CheckpointIndex:
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.tensors.values()})
 
-    def fingerprint(self) -> str:
-        """sha256 over config.json, every header entry, and every file's size and modification time.
-
-        It answers "is this still the checkpoint the job began with?" without reading the weights.
-        """
+    def identity(self) -> str:
+        """sha256 over config.json and every header entry: the same wherever the checkpoint was copied to."""
         digest = hashlib.sha256((self.root / "config.json").read_bytes())
         for info in sorted(self.tensors.values(), key=lambda t: t.name):
             digest.update(f"{info.name}|{info.file.name}|{info.dtype}|{info.shape}\n".encode())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 over the identity, and every file's size and modification time.
+
+        It answers "is this still the checkpoint the job began with?" without reading the weights.
+        """
+        digest = hashlib.sha256(self.identity().encode())
         for file in self.files():
             stat = file.stat()
             digest.update(f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
@@ -107,14 +114,15 @@ def read_header(file: Path) -> list[TensorInfo]:
         ) from None
 
 
-def main_dtype(index: CheckpointIndex) -> torch.dtype:
+def main_dtype(index: CheckpointIndex, leave_out: Container[str] = ()) -> torch.dtype:
     """The floating dtype of most values: that in which the model computes and scales are stored.
 
+    leave_out: names of tensors that do not count (scales, which may have a dtype of their own).
     Raises ZqError when the checkpoint holds no BF16, F16 or F32 weights to speak of.
     """
     counts: Counter[str] = Counter()
     for info in index.tensors.values():
-        if info.dtype in FLOATS:
+        if info.dtype in FLOATS and info.name not in leave_out:
             counts[info.dtype] += info.numel
     code = counts.most_common(1)[0][0] if counts else None
     if code not in COMPUTE:
@@ -145,6 +153,11 @@ def _weight_map(root: Path) -> dict[str, Path]:
         entries = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZqError(f"{path} is not a shard index ({error!r}); download it again") from None
+    if (root / SINGLE).is_file() and set(entries.values()) != {SINGLE}:
+        raise ZqError(
+            f"{root} holds both {SINGLE} and {INDEX}, and readers differ in which they take; delete the one "
+            "that is not meant"
+        )
     for name, file in entries.items():
         if Path(file).name != file or file in ("", ".", ".."):
             raise ZqError(

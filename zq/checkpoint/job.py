@@ -4,6 +4,7 @@
     OUT/.zq-job/carry-<unit>.safetensors   activations that enter the next block, saved verbatim:
                                       recomputing them would not give the same bits
     OUT/.zq-job/shards/               output shards, partly filled
+    OUT/.zq-job/lock                  held while a process works here; the kernel frees it when it dies
 
 `commit` is the only step that counts: it replaces job.json atomically after everything the unit wrote
 is on disk, so a kill at any moment repeats at most one block.
@@ -11,7 +12,10 @@ is on disk, so a kill at any moment repeats at most one block.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from zq.checkpoint.writer import CODES, Shard, ShardWriter, Slot, write_atomic
-from zq.errors import ZqError
+from zq.checkpoint.writer import CODES, Shard, ShardWriter, Slot, disk_error, write_atomic
+from zq.errors import OutputError, ZqError
 
 FOLDER = ".zq-job"
 STATE = "job.json"
+LOCK = "lock"
 
 
 class Job:
@@ -36,10 +41,12 @@ class Job:
         self.fingerprint = fingerprint
         self.done: dict[str, dict[str, Any]] = {}
         self._carry: str | None = None
+        self._lock: int | None = None
 
     @classmethod
     def begin(cls, out: Path, fingerprint: dict[str, str]) -> Job:
-        """A fresh job in `out`, which must be new or empty. Raises ZqError otherwise."""
+        """A fresh job in `out`, which must be new or empty. Raises ZqError otherwise, also when another
+        process works there."""
         check_output(out)
         job = cls(out, fingerprint)
         try:
@@ -49,8 +56,9 @@ class Job:
                 f"cannot create {job.folder}: {error.strerror}; choose a writable folder with -o"
             ) from None
         try:
+            job._hold()
             job._save()
-        except ZqError:
+        except OutputError:  # and not when another process holds it: then nothing here is ours
             job.discard()
             raise
         return job
@@ -61,6 +69,17 @@ class Job:
         path = out / FOLDER / STATE
         if not path.is_file():
             raise ZqError(f"{out} holds no interrupted job to resume; run without --resume")
+        job = cls(out, fingerprint)
+        job._hold()
+        try:
+            job._recall(path)
+        except ZqError:
+            job.release()
+            raise
+        return job
+
+    def _recall(self, path: Path) -> None:
+        out = self.out
         try:
             state = json.loads(path.read_text())
             old, done, carry = dict(state["fingerprint"]), state["done"], state["carry"]
@@ -68,15 +87,13 @@ class Job:
                 raise ValueError(f"{carry} is missing")
         except (ValueError, KeyError, TypeError) as error:
             raise ZqError(f"{path} is damaged ({error!r}); delete {out} and run without --resume") from None
-        changed = [key for key in fingerprint if old.get(key) != fingerprint[key]]
+        changed = [key for key, value in self.fingerprint.items() if old.get(key) != value]
         if changed:
             raise ZqError(
                 f"the job in {out} was begun with another {' and '.join(changed)}; resume with what it was "
                 f"begun with, or delete {out / FOLDER} and start anew"
             )
-        job = cls(out, fingerprint)
-        job.done, job._carry = done, carry
-        return job
+        self.done, self._carry = done, carry
 
     def commit(self, unit: str, report: dict[str, Any], carry: dict[str, torch.Tensor] | None = None) -> None:
         """Mark `unit` as done; `carry` replaces the carried activations when given."""
@@ -98,16 +115,35 @@ class Job:
         does not leave what looks like a job."""
         (self.folder / STATE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
 
     def discard(self) -> None:
         """Undo everything: the job folder, and `out` if nothing else is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
+        self.release()
+
+    def release(self) -> None:
+        """Let another process work here. A job that is gone has been released."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    __del__ = release
+
+    def _hold(self) -> None:
+        """Lock the folder for this job. Raises ZqError when another has it."""
+        try:
+            self._lock = _locked(self.folder)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise disk_error(error, self.folder / LOCK, 0) from None
+            raise _occupied(self.out) from None
 
     def _save(self) -> None:
         state = {"fingerprint": self.fingerprint, "carry": self._carry, "done": self.done}
-        write_atomic(self.folder / STATE, json.dumps(state, indent=1) + "\n")
+        write_atomic(self.folder / STATE, json.dumps(state, indent=1, allow_nan=False) + "\n")
 
 
 def _save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -117,6 +153,34 @@ def _save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary.create()
     temporary.write(tensors)
     (file.parent / (file.name + ".tmp")).replace(file)
+
+
+def _occupied(out: Path) -> ZqError:
+    return ZqError(f"another zq is working in {out}; wait for it, or choose another -o")
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        os.close(_locked(folder))
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    return False
+
+
+def _locked(folder: Path) -> int:
+    """A handle that holds the folder's lock. Raises OSError, EWOULDBLOCK when another holds it."""
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(handle).st_nlink:  # its holder finished and removed it meanwhile
+            raise BlockingIOError(errno.EWOULDBLOCK, "removed")
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a disk without locks
+            os.close(handle)
+            raise
+    return handle
 
 
 def check_output(out: Path) -> None:
@@ -129,6 +193,8 @@ def check_output(out: Path) -> None:
         raise ZqError(f"cannot use output {out}: {error.strerror}; choose another -o") from None
     if is_file:
         raise ZqError(f"output {out} is a file; give a folder that does not exist yet with -o")
+    if is_job and _is_locked(out / FOLDER):
+        raise _occupied(out)
     if is_job:
         raise ZqError(f"{out} holds an interrupted job; continue it with --resume or delete {out / FOLDER}")
     if is_full:

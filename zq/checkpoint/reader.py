@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from zq.checkpoint.index import CheckpointIndex
+from zq.checkpoint.index import CheckpointIndex, TensorInfo
 from zq.errors import ZqError
 
 Read = Callable[[Iterable[str]], dict[str, torch.Tensor]]
+CHUNK = 64 << 20  # bytes
 
 
 def reader(index: CheckpointIndex, device: str | torch.device = "cpu") -> Read:
@@ -38,3 +39,24 @@ def reader(index: CheckpointIndex, device: str | torch.device = "cpu") -> Read:
         return tensors
 
     return read
+
+
+def same_tensor(index: CheckpointIndex, a: str, b: str) -> bool:
+    """Whether two tensors of a checkpoint agree in dtype, shape and every byte; read CHUNK at a time."""
+    first, second = index.tensors[a], index.tensors[b]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if not first.shape or not first.nbytes:
+        read = reader(index)
+        return torch.equal(read([a])[a], read([b])[b])
+    rows = max(1, CHUNK * first.shape[0] // first.nbytes)
+    return all(
+        torch.equal(_rows(first, start, start + rows), _rows(second, start, start + rows))
+        for start in range(0, first.shape[0], rows)
+    )
+
+
+def _rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """The bytes of some rows; the file is closed again, as in `reader`."""
+    with safe_open(info.file, framework="pt") as shard:
+        return shard.get_slice(info.name)[start:stop].contiguous().view(torch.uint8).clone()

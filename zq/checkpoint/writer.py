@@ -185,7 +185,8 @@ class ShardWriter:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never half. Raises OutputError."""
+    """Write a text file so that a reader sees the old content or the new, never half, and that it and all
+    renames before it in this folder are durable on return. Raises OutputError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as out:
@@ -193,6 +194,7 @@ def write_atomic(path: Path, text: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise disk_error(error, path, len(text)) from None
 

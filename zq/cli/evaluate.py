@@ -69,7 +69,7 @@ def measure(  # noqa: PLR0913 (what the command line can say)
     from zq.data import load_text
     from zq.models.find import find_family, find_positions
     from zq.plan import load_tokenizer
-    from zq.runtime.load import load
+    from zq.runtime.load import load, load_decoder
 
     encoder = find_family(folder).encoder
     if reference is not None and find_family(reference).encoder != encoder:
@@ -83,8 +83,9 @@ def measure(  # noqa: PLR0913 (what the command line can say)
         )
     content = load_text(text)
     tokenizer = load_tokenizer(reference or folder)
-    candidate = load(folder, device=device)
-    original = load(reference, device=device) if reference else None
+    loaded = load if encoder else load_decoder
+    candidate = loaded(folder, device=device)
+    original = loaded(reference, device=device) if reference else None
 
     def progress(steps: int) -> Any:
         bar = iter(track(range(steps), "windows", console=err, transient=True, disable=quiet))

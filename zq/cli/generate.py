@@ -42,7 +42,7 @@ def generate(
 
         from zq.models.find import find_family, find_positions
         from zq.plan import load_tokenizer
-        from zq.runtime.load import load
+        from zq.runtime.load import load_decoder
 
         if find_family(folder).encoder:
             raise ZqError(
@@ -60,7 +60,7 @@ def generate(
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
         _check_prompt(inputs["input_ids"], max_tokens, find_positions(folder), str(folder))
-        model = load(folder, device=place)
+        model = load_decoder(folder, device=place)
         if int(inputs["input_ids"].max()) >= model.config.vocab_size:
             raise ZqError(
                 f"{folder}: the tokenizer gives token id {int(inputs['input_ids'].max())}, the model's "

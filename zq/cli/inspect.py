@@ -60,7 +60,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
     from zq.checkpoint.index import read_index
     from zq.export import exporter_for
-    from zq.models.build import shapes_only
+    from zq.models.build import shapes_only, stores_pooler
     from zq.models.find import find_family, load_config
     from zq.models.layout import linear_shapes
     from zq.runtime.load import quantization_config
@@ -68,7 +68,8 @@ def describe(folder: Path) -> dict[str, Any]:
     arch = find_family(folder)
     index = read_index(folder)
     stored = quantization_config(folder)
-    model = shapes_only(load_config(folder), str(folder))
+    pooler = stores_pooler(arch, index.tensors)
+    model = shapes_only(load_config(folder), str(folder), pooler=pooler)
     shapes = linear_shapes(model)
     exporter = exporter_for(stored, str(folder)) if stored else None
     assigned = exporter.schemes(stored, shapes) if exporter else {}

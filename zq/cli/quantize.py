@@ -146,9 +146,7 @@ def _recipe(
         if not re.fullmatch("[0-9]{1,7}", group_size) or int(group_size) < 2:
             raise ZqError(f"--group-size {group_size} is not allowed; give auto or a whole number from 2 on")
         if not any(rule.scheme and rule.scheme.weights.layout.kind == "group" for rule in recipe.rules):
-            raise ZqError(
-                f"--group-size {group_size}: recipe {recipe.name} has no groups of weights; drop it"
-            )
+            raise ZqError(f"--group-size {group_size}: {recipe.where} has no groups of weights; drop it")
         recipe = recipe.with_group_size(int(group_size))
     if calib is not None:
         recipe = replace(recipe, calibration=replace(recipe.calibration, source=calib))
@@ -204,7 +202,8 @@ def _line(event: dict[str, Any], left: float) -> str:
     else:
         parts.append("copied                   ")
     if "output_error" in event:
-        parts.append(f"output error {event['output_error']:.2e}")
+        error = event["output_error"]
+        parts.append("output error " + ("unknown: overflow" if error is None else f"{error:.2e}"))
     parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
     return "  ".join(parts)
 
@@ -244,7 +243,10 @@ def _summary(plan: Plan, report: dict[str, Any]) -> None:
         table.add_row(f"{kind} weights", f"{decibels:.2f} dB SQNR, mean")
     if report["output_error"]:
         last = list(report["output_error"].values())[-1]
-        table.add_row("output error", f"{last:.3e} after the last block (relative, squared)")
+        known = "unknown" if last is None else f"{last:.3e}"
+        table.add_row("output error", f"{known} after the last block (relative, squared)")
+    for line in report["notes"][len(plan.notes) :]:  # the others were said at the start
+        table.add_row("note", line)
     audit = report["audit"]
     table.add_row(
         "audit", f"passed: {audit['tensors']} tensors, {audit['quantized_layers']} quantized layers"
@@ -253,7 +255,7 @@ def _summary(plan: Plan, report: dict[str, Any]) -> None:
     table.add_row("peak memory", size(report["peak_memory"]))
     out.print(table)
     out.print(
-        f"next: zq eval {report['output']} --against {plan.folder}",
+        "next: " + shlex.join(["zq", "eval", report["output"], "--against", str(plan.folder)]),
         style="dim",
         soft_wrap=True,
         markup=False,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from zq.errors import ZqError
+from zq.models.arch import Arch
 from zq.models.find import model_class, one_line
 
 if TYPE_CHECKING:
@@ -36,14 +38,12 @@ def empty_model(
     from transformers.initialization import no_init_weights
 
     attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
-    optional = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
-    options = {"add_pooling_layer": False} if optional and not pooler else {}
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = cls._from_config(  # type: ignore[attr-defined]
             copy.deepcopy(config),  # _from_config writes the dtype into the config it is given
             dtype=torch.float32,
             attn_implementation=attention,
-            **options,
+            **class_options(cls, pooler=pooler),
         )
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         put(model, name, torch.empty(parameter.shape, dtype=dtype, device="meta"))
@@ -52,9 +52,22 @@ def empty_model(
     return model.eval()
 
 
-def shapes_only(config: PretrainedConfig, where: str) -> PreTrainedModel:
+def stores_pooler(arch: Arch, keys: Iterable[str]) -> bool:
+    """Whether a checkpoint with these keys has the pooler of its architecture, if that has one: a plain
+    encoder may be stored without (many sentence encoders are)."""
+    return not arch.pooler or any(f"{arch.pooler}." in key for key in keys)
+
+
+def class_options(cls: type, *, pooler: bool) -> dict[str, bool]:
+    """What to construct `cls` with, so that it has no pooler where there is none to load."""
+    optional = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    return {"add_pooling_layer": False} if optional and not pooler else {}
+
+
+def shapes_only(config: PretrainedConfig, where: str, *, pooler: bool = True) -> PreTrainedModel:
     """The model of a config, quantized or not, wholly on meta: for its names and shapes.
 
+    pooler: as in `empty_model`.
     Raises ZqError naming `where` when the config contradicts itself.
     """
     bare = copy.deepcopy(config)
@@ -63,7 +76,7 @@ def shapes_only(config: PretrainedConfig, where: str) -> PreTrainedModel:
     cls = model_class(bare)
     try:
         with torch.device("meta"):
-            return cls._from_config(bare)  # type: ignore[attr-defined]
+            return cls._from_config(bare, **class_options(cls, pooler=pooler))  # type: ignore[attr-defined]
     except Exception as error:  # heads that do not divide, an unknown activation, ...
         raise ZqError(
             f"{where}: transformers cannot build {cls.__name__} from this config "

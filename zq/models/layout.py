@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from zq.models.arch import Arch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Same = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +46,22 @@ def uncovered(arch: Arch, block: nn.Module) -> set[str]:
     return ((linears | matrices) ^ set(described)) | twice
 
 
-def settle_ties(found: dict[str, str], declared: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def settle_ties(
+    found: dict[str, str], declared: Mapping[str, str], same: Same
+) -> tuple[dict[str, str], dict[str, str]]:
     """Reconcile the class's ties (target -> source) with what the checkpoint stores.
 
-    Only one of the two is stored: tied, and the source owns the key. Both are: two parameters, as
-    in transformers when they differ; when they agree the outcome is the same. Neither: the source
-    is missing.
+    Only one of the two is stored: tied, and the source owns the key. Both are, with the same content:
+    tied, and the target's copy is not used. Both are, and they differ: two parameters. Neither: the
+    source is missing. This is what transformers does.
     """
     found, tied = dict(found), {}
     for target, source in declared.items():
         if target in found and source in found:
-            continue
-        if target in found:
+            if not same(found[target], found[source]):
+                continue
+            del found[target]
+        elif target in found:
             found[source] = found.pop(target)
         tied[target] = source
     return found, tied

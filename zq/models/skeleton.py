@@ -11,7 +11,7 @@
 Tensors come through `read(keys) -> {key: tensor}`, so this module knows no file format. Every
 parameter belongs to exactly one zone: a block, "outside" (what feeds the blocks) or "tail" (what
 reads them). A tied parameter (lm_head.weight) has no checkpoint key of its own: it takes the tensor
-of its source. Where the checkpoint stores both, they are two parameters, each with its own key.
+of its source. Where the checkpoint stores two that differ, they are two parameters, each with its key.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from torch import nn
 from zq.errors import ZqError
 from zq.models import names
 from zq.models.arch import Arch
-from zq.models.build import Device, drop, empty_model, get, put
+from zq.models.build import Device, drop, empty_model, get, put, shapes_only, stores_pooler
 from zq.models.find import model_class, one_line
 from zq.models.layout import (
     LinearInfo,
+    Same,
     base_prefix,
     is_linear,
     linear_info,
+    linear_shapes,
     settle_ties,
     uncovered,
     zones,
@@ -55,6 +57,8 @@ class Skeleton:
     tied: name of a tied parameter -> name of the parameter whose tensor it shares.
     missing: parameters without a checkpoint key (empty when built with strict=True).
     extra: checkpoint keys that the model does not use.
+    omitted: linears that the class builds by default and this model does not, because the checkpoint
+        has no tensors for them (the pooler of an encoder).
     """
 
     model: PreTrainedModel
@@ -66,6 +70,7 @@ class Skeleton:
     tied: dict[str, str]
     missing: tuple[str, ...]
     extra: list[str]
+    omitted: list[str]
     _zones: dict[int | str, list[str]] = field(repr=False)
 
     @property
@@ -184,6 +189,7 @@ def build_skeleton(
     device: Device = "cpu",
     where: str = "checkpoint",
     strict: bool = True,
+    same: Same = lambda a, b: False,
 ) -> Skeleton:
     """Build the model on meta and bind its parameters to the checkpoint's keys.
 
@@ -192,12 +198,13 @@ def build_skeleton(
         dtype: dtype that loaded weights are cast to.
         where: how to name the checkpoint in an error.
         strict: raise for missing tensors and wrong shapes; else leave them to `check`.
+        same: whether the tensors under two keys are equal; asked where the config ties two parameters
+            that are both stored.
 
     Raises ZqError when a linear inside a block is in no site or in several, and (strict) one that
     lists missing tensors and shapes that disagree with the config.
     """
-    # A plain encoder may be stored without its pooling layer (many sentence encoders are).
-    pooler = not arch.pooler or any(f"{arch.pooler}." in key for key in shapes)
+    pooler = stores_pooler(arch, shapes)
     cls = model_class(config)
     try:
         model = empty_model(cls, config, dtype=dtype, device=device, pooler=pooler)
@@ -209,7 +216,7 @@ def build_skeleton(
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     parameters = set(every)
     bound = names.match(every, shapes, model.base_model_prefix)
-    found, tied = settle_ties(bound.found, model.all_tied_weights_keys)
+    found, tied = settle_ties(bound.found, model.all_tied_weights_keys, same)
     missing = tuple(n for n in bound.missing if n not in tied and n not in found)
     # A persistent buffer has its value already; the checkpoint's is taken where there is one.
     buffers = [name for name in model.state_dict() if name not in parameters]
@@ -225,6 +232,9 @@ def build_skeleton(
         tied=tied,
         missing=missing,
         extra=names.extra(found, shapes),
+        omitted=[]
+        if pooler
+        else sorted(linear_shapes(shapes_only(config, where)).keys() - linear_shapes(model)),
         _zones=zones(model, arch, [*every, *stored]),
     )
     wrong = {path for i in range(skeleton.n_blocks) for path in uncovered(arch, skeleton.block(i))}

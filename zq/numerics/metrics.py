@@ -10,10 +10,14 @@ from torch import Tensor
 
 
 def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
-    """Signal to quantization noise, 10 log10(||x||^2 / ||x - y||^2), in dB; 200 when they are equal."""
+    """Signal to quantization noise, 10 log10(||x||^2 / ||x - y||^2), in dB; 200 when they are equal.
+
+    Both must be finite. Values are divided by the largest magnitude first: squares of 1e38 overflow.
+    """
     x = reference.float()
-    noise = float((x - candidate.float()).square().sum(dtype=torch.float64))
-    signal = float(x.square().sum(dtype=torch.float64))
+    top = float(x.abs().max()) or 1.0
+    noise = float(((x - candidate.float()) / top).square().sum(dtype=torch.float64))
+    signal = float((x / top).square().sum(dtype=torch.float64))
     if noise == 0:
         return 200.0
     return round(10 * math.log10(max(signal, 1e-300) / noise), 3)

@@ -142,12 +142,12 @@ _TORCH_FLOATS = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 def _round_int(x: Tensor, spec: TensorSpec, scale: Scale, generator: torch.Generator | None = None) -> Tensor:
     qmin, qmax = int_range(spec)
+    if scale.zero is not None:  # before rounding, as compressed-tensors does: ties go to the even code
+        x = x + scale.zero.unsqueeze(-1)
     if generator is None:
         q = torch.round(x)
     else:  # floor(x + u), u uniform in [0, 1): E[q] = x
         q = torch.floor(x + torch.rand(x.shape, generator=generator, device=x.device))
-    if scale.zero is not None:
-        q = q + scale.zero.unsqueeze(-1)
     return q.clamp_(qmin, qmax)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -13,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zq.export import native
+from zq.models import names
 from zq.models.layout import linear_shapes
 from zq.runtime.linear import replace_linear
 
@@ -38,6 +40,7 @@ class ZqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         linears = linear_shapes(model)
         read: Any = self.quantization_config
+        read.schemes = own_names(read.schemes, linears, model)  # as this class will save them again
         config = {"format_version": read.format_version, "schemes": read.schemes}
         for name, scheme in native.schemes(config, linears).items():
             dtype = model.get_submodule(name).weight.dtype
@@ -53,6 +56,25 @@ class ZqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def own_names(schemes: dict[str, list[str]], linears: Iterable[str], model: Any) -> dict[str, list[str]]:
+    """The layers of each scheme under the names that this class gives them.
+
+    The checkpoint may be of the class with a head ("transformer.h.0...") and `model` the base model alone
+    ("h.0..."), or the other way round. A quantized head is dropped where the class has none, as transformers
+    drops its tensors. Names that fit nothing stay, to be refused.
+    """
+    prefix = str(model.base_model_prefix)
+    listed = {layer for layers in schemes.values() for layer in layers}
+    found = names.match(linears, listed, prefix).found
+    own = {key: name for name, key in found.items()}
+    stripped = any(key == f"{prefix}.{name}" for key, name in own.items())
+    heads = {layer for layer in listed if stripped and not layer.startswith(f"{prefix}.")}
+    return {
+        scheme: [own.get(layer, layer) for layer in layers if layer not in heads]
+        for scheme, layers in schemes.items()
+    }
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # transformers raises when a name is registered twice

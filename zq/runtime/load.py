@@ -14,11 +14,15 @@ import torch
 
 from zq.checkpoint.index import CheckpointIndex, main_dtype, read_index
 from zq.checkpoint.reader import reader
+from zq.checkpoint.writer import Slot
 from zq.errors import ZqError
 from zq.export import exporter_for, native
-from zq.models.build import shapes_only
+from zq.models import names
+from zq.models.build import class_options, shapes_only, stores_pooler
+from zq.models.families import FAMILIES
 from zq.models.find import load_config, model_class
-from zq.runtime.linear import is_linear, linear_shape
+from zq.models.layout import linear_shapes
+from zq.spec import Scheme
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
@@ -32,51 +36,79 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A transformers model in eval mode on `device`, computing in `dtype` (default: as stored).
 
-    Raises ZqError for an unreadable or foreign checkpoint, and when tensors are missing or left over.
+    Raises ZqError for an unreadable or foreign checkpoint, and when tensors are missing, left over or of
+    another shape.
     """
     folder = Path(folder)
+    where = str(folder)
     stored = quantization_config(folder)
     index = read_index(folder)
     config = load_config(folder)
     cls: Any = model_class(config)
-    dtype = dtype or main_dtype(index)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # `_check` refuses them, naming one
-    if stored is None or exporter_for(stored, str(folder)) is native:
-        shapes_only(config, str(folder))  # a config that fits no model is bad input, not a defect
-        model, info = cls.from_pretrained(str(folder), **options)
+    pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
+    bare = shapes_only(config, where, pooler=pooler)  # a config that fits no model is bad input, not a defect
+    exporter = exporter_for(stored, where) if stored is not None else native
+    layers = linear_shapes(bare)
+    assigned = exporter.schemes(stored, layers) if stored is not None else {}
+    slots = {s.name: s for n, x in assigned.items() for s in exporter.slots(n, x, layers[n], torch.float32)}
+    _check_shapes(index, bare, assigned, slots)
+    options: dict[str, Any] = {
+        "dtype": dtype or main_dtype(index, slots),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `_check` refuses them, naming one
+        **class_options(cls, pooler=pooler),
+    }
+    if exporter is native:
+        model, info = cls.from_pretrained(where, **options)
     else:
-        state, config.quantization_config = _as_native(index, config, stored, str(folder))
+        read = reader(index)
+        state = read([name for name in index.tensors if name not in slots])
+        for name, scheme in assigned.items():
+            q = exporter.unpack(name, lambda key: read([key])[key], scheme, layers[name])
+            state.update(native.pack(name, q, scheme))
+        config.quantization_config = native.config(assigned, [])
         model, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
-    _check(info, str(folder))
+    _check(info, where)
     return model.to(device).eval()
 
 
-def _as_native(
-    index: CheckpointIndex, config: Any, stored: dict[str, Any], where: str
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A checkpoint of another format as tensors and config of zq's own."""
-    exporter = exporter_for(stored, where)
-    model = shapes_only(config, where)
-    linears = {name: linear_shape(m) for name, m in model.named_modules() if is_linear(m)}
-    read = reader(index)
-    state = {}
-    assigned = exporter.schemes(stored, linears)
-    used: set[str] = set()
-    for name, scheme in assigned.items():
-        q = exporter.unpack(name, lambda key: read([key])[key], scheme, linears[name])
-        state.update(native.pack(name, q, scheme))
-        used |= {slot.name for slot in exporter.slots(name, scheme, linears[name], torch.float32)}
-    rest = [name for name in index.tensors if name not in used]
-    return {**state, **read(rest)}, native.config(assigned, [])
+def load_decoder(folder: str | Path, *, device: str = "cpu") -> Any:
+    """`load`, for what predicts tokens. Raises ZqError when the model has no language-model head."""
+    model = load(folder, device=device)
+    if model.get_output_embeddings() is None:
+        raise ZqError(
+            f"{folder} holds a {type(model).__name__}, which has no language-model head and predicts no "
+            "tokens; start from a checkpoint of the whole model"
+        )
+    return model
+
+
+def _check_shapes(
+    index: CheckpointIndex, bare: torch.nn.Module, assigned: dict[str, Scheme], slots: dict[str, Slot]
+) -> None:
+    """Compare headers with what the model has: some releases of transformers (5.16) load a tensor of any
+    shape into a quantized model."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
+    for name in assigned:
+        del wanted[f"{name}.weight"]
+    wanted |= {name: tuple(slot.shape) for name, slot in slots.items()}
+    found = names.match(wanted, index.tensors, str(bare.base_model_prefix)).found
+    wrong = sorted(key for name, key in found.items() if index.tensors[key].shape != wanted[name])
+    if wrong:
+        shape = next(wanted[name] for name, key in found.items() if key == wrong[0])
+        raise ZqError(
+            f"{index.root}: {len(wrong)} tensors do not have the shape that config.json asks for, first "
+            f"'{wrong[0]}' with {list(index.tensors[wrong[0]].shape)} instead of {list(shape)}; quantize or "
+            "download again"
+        )
 
 
 def _check(info: dict[str, Any], where: str) -> None:
     """transformers only logs what it could not load; a quantized model must not have random weights."""
     for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(key):
-            names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info[key])
+            found = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info[key])
             raise ZqError(
-                f"{where}: {len(names)} {key[:-5]} tensors, first '{names[0]}'; the weights do not belong "
+                f"{where}: {len(found)} {key[:-5]} tensors, first '{found[0]}'; the weights do not belong "
                 "to this config, quantize or download again"
             )
