@@ -264,6 +264,24 @@ def shape_mismatch(model: Model) -> None:
     model.config(vocab_size=161)
 
 
+@situation("lost-blocks")
+def lost_blocks(model: Model) -> None:
+    model.config(num_hidden_layers=1)
+
+
+@situation("overflow")
+def overflow(model: Model) -> None:
+    model.change(lambda t: t.update({name: tensor.half() for name, tensor in t.items()}))
+    model.change(lambda t: t.update({Q_PROJ: torch.full_like(t[Q_PROJ], -65472.0)}))
+    rule = 'rules: [{match: "*", weights: "int4:g32"}]\nsteps: [{rtn: {scale: absmax}}]\n'
+    Path("RECIPE.yaml").write_text(rule)
+
+
+@situation("config-nested")
+def config_nested(model: Model) -> None:
+    (model.folder / "config.json").write_text("[" * 100_000)
+
+
 @situation("no-config")
 def no_config(model: Model) -> None:
     (model.folder / "config.json").unlink()
@@ -362,6 +380,8 @@ RULE = 'rules:\n  - {match: "*", weights: "int8:channel"}\n'
 RECIPES = {
     "bad-yaml": 'rules:\n  - match: "*\n',
     "not-a-recipe": "- one\n- two\n",
+    "yaml-nested": "{" * 2000 + "}" * 2000 + "\n",
+    "too-many-tokens": RULE + "calibration: {samples: 1000000000000}\n",
     "unknown-key": RULE + "bits: 4\n",
     "wrong-type": RULE + "seed: many\n",
     "no-rules": "about: nothing\n",

@@ -177,7 +177,7 @@ BAD = {
     "seed bool": (RULES + "seed: true", 4, "'seed' must be a whole number"),
     "seed negative": (RULES + "seed: -1", 4, "'seed' must be from 0"),
     "seed huge": (RULES + f"seed: {2**63}", 4, "'seed' must be from 0"),
-    "samples zero": (RULES + "calibration: {samples: 0}", 4, "'samples' must be at least 1"),
+    "samples zero": (RULES + "calibration: {samples: 0}", 4, "'samples' must be from 1 to"),
     "length float": (RULES + "calibration: {length: 1.5}", 4, "'length' must be a whole number"),
     "format": (RULES + "format: gguf", 4, "allowed: auto, compressed-tensors, zq"),
     "about a date": ("about: 2024-01-01\n" + RULES, 1, "'about' must be text"),

@@ -44,6 +44,8 @@ def load_text(source: str) -> str:
 
     Raises ZqError when the source is unknown, unreadable, empty or not UTF-8.
     """
+    if not source.strip():
+        raise ZqError(f"the name of a text is empty; allowed are {SOURCES}")
     if source == RANDOM:
         raise ZqError("random is no text: it can calibrate but not evaluate; use bundled-eval or a file")
     if source in BUNDLED:

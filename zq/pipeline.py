@@ -103,8 +103,9 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
             continue
         begun = time.monotonic()
         block = _load(plan, unit, read)
-        running = captured is not None and isinstance(unit, int)
-        if running:
+        running = False
+        if captured is not None and isinstance(unit, int):
+            running = True
             _feed(plan, block, unit, captured, float_stream, quant_stream)
             float_stream = block.targets
         for method, options in plan.steps:

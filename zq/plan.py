@@ -10,6 +10,7 @@ Only headers are read, so a plan of a 70B model takes seconds and no memory.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -160,6 +161,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
     layers, recipe = _assign(skeleton, recipe, notes)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, index, layers)
+    _refuse_lost_blocks(skeleton, where)
     if skeleton.extra:
         count, cls = len(skeleton.extra), type(skeleton.model).__name__
         notes.append(f"{count} tensors that {cls} does not use are left out, first {skeleton.extra[0]}")
@@ -179,6 +181,18 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         windows=_windows(folder, skeleton, recipe, steps, notes),
         notes=notes,
     )
+
+
+def _refuse_lost_blocks(skeleton: Skeleton, where: str) -> None:
+    """A checkpoint with more blocks than its config would lose them without a word."""
+    numbered = re.compile(rf"(?:^|\.){re.escape(skeleton.arch.blocks)}\.(\d+)\.")
+    for key in skeleton.extra:
+        found = numbered.search(key)
+        if found and int(found[1]) >= skeleton.n_blocks:
+            raise ZqError(
+                f"{where}: the config has {skeleton.n_blocks} blocks, but the checkpoint also holds '{key}'; "
+                "correct the number of layers in config.json"
+            )
 
 
 def _check_dtypes(skeleton: Skeleton, index: CheckpointIndex, layers: list[PlannedLayer]) -> None:

@@ -102,7 +102,8 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
         rows.append(("relative squared error after the last block", last))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     extra = "import zq  # registers the format\n" if plan.format == "zq" else ""
-    auto = "AutoModel" if plan.skeleton.arch.encoder else "AutoModelForCausalLM"
+    headless = plan.skeleton.model.get_output_embeddings() is None
+    auto = "AutoModel" if plan.skeleton.arch.encoder or headless else "AutoModelForCausalLM"
     return f"""---
 {yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip()}
 ---

@@ -193,6 +193,9 @@ def load(name_or_file: str) -> Recipe:
     return Recipe.parse(text, where, Path(name_or_file).stem)
 
 
+MOST = 1 << 20  # calibration windows, and tokens in one
+
+
 class _Map(dict):
     """A mapping that remembers the line of each key."""
 
@@ -208,11 +211,13 @@ def _read(text: str, where: str) -> _Map:
                 f"{where}:{alias.start_mark.line + 1}: alias '*{alias.anchor}' is not allowed; write it out"
             )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = _convert(node, where) if node is not None else None
+    except RecursionError:
+        raise ZqError(f"{where}:1: nested too deeply for a recipe; see `zq recipes show w4a8`") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ZqError(f"{where}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
-    value = _convert(node, where) if node is not None else None
     if not isinstance(value, _Map):
         raise ZqError(
             f"{where}:1: a recipe is a mapping with 'rules' and 'steps'; see `zq recipes show w4a8`"
@@ -245,7 +250,7 @@ def _build(data: _Map, where: str, name: str) -> Recipe:
     _known(data, KEYS, where)
     base = None
     if "extends" in data:
-        base = _extended(_typed(data, "extends", str, where), f"{where}:{data.lines['extends']}")
+        base = _extended(_typed(data, "extends", str, where), where, data.lines["extends"])
     rules = tuple(_rule(r, where, data.lines["rules"]) for r in _typed(data, "rules", list, where, []))
     values: dict[str, Any] = {"where": where}
     if "steps" in data:
@@ -275,11 +280,15 @@ def _build(data: _Map, where: str, name: str) -> Recipe:
     return replace(base, rules=rules, **values) if base else Recipe(rules=rules, **values)
 
 
-def _extended(name: str, where: str) -> Recipe:
-    text, source = source_text(name)
+def _extended(name: str, where: str, line: int) -> Recipe:
+    """The recipe that another one extends; a file is looked for beside the one that names it."""
+    beside = Path(where).parent / name
+    text, source = source_text(str(beside) if Path(where).is_file() and beside.is_file() else name)
     data = _read(text, source)
     if "extends" in data:
-        raise ZqError(f"{where}: '{name}' itself extends '{data['extends']}'; only one level is allowed")
+        raise ZqError(
+            f"{where}:{line}: '{name}' itself extends '{data['extends']}'; only one level is allowed"
+        )
     return _build(data, source, Path(name).stem)
 
 
@@ -337,8 +346,10 @@ def _calibration(data: _Map, where: str, base: Recipe | None) -> Calibration:
     for key, kind in (("source", str), ("samples", int), ("length", int)):
         if key in entry:
             values[key] = _typed(entry, key, kind, where)
-            if kind is int and values[key] < 1:
-                raise ZqError(f"{where}:{entry.lines[key]}: '{key}' must be at least 1, not {values[key]}")
+            if kind is int and not 1 <= values[key] <= MOST:
+                raise ZqError(
+                    f"{where}:{entry.lines[key]}: '{key}' must be from 1 to {MOST}, not {values[key]}"
+                )
     return Calibration(**values)
 
 

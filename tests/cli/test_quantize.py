@@ -151,7 +151,7 @@ def test_dry_run_json_is_what_the_run_then_does(llama, tmp_path):
         assert set(row) == {"name", "shape", "becomes", "why", "bytes"}
         parts = [row["name"] + suffix for suffix in SUFFIXES]
         assert row["bytes"] == sum(nbytes(after[part]) for part in parts if part in after)
-    assert plan["disk"] == plan["bytes_after"]
+    assert plan["disk"] > plan["bytes_after"]  # and the streams that a job carries
 
 
 def test_group_size(llama, tmp_path):

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Job:
         self.done: dict[str, dict[str, Any]] = {}
         self._carry: str | None = None
         self._lock: int | None = None
+        self._made = [out]  # deepest first
 
     @classmethod
     def begin(cls, out: Path, fingerprint: dict[str, str]) -> Job:
@@ -49,6 +51,7 @@ class Job:
         process works there."""
         check_output(out)
         job = cls(out, fingerprint)
+        job._made = [folder for folder in (out, *out.parents) if not folder.exists()] or job._made
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -118,10 +121,11 @@ class Job:
         self.release()
 
     def discard(self) -> None:
-        """Undo everything: the job folder, and `out` if nothing else is in it."""
+        """Undo everything: the job folder, and the folders that `begin` made if nothing else is in them."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()
+        with suppress(OSError):  # not empty: somebody else's now
+            for folder in self._made:
+                folder.rmdir()
         self.release()
 
     def release(self) -> None:

@@ -17,7 +17,7 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id, or `demo`.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: greedy; else 0.01 or more.")] = 0.0,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="Use the chat template. Default: when there is one."),
@@ -31,7 +31,7 @@ def generate(
         from zq.source import resolve
 
         check_number("--max-tokens", max_tokens, 1)
-        check_number("--temperature", temperature, 0)
+        check_number("--temperature", temperature, 0 if temperature == 0 else 0.01)
         check_number("--seed", seed, 0, MAX_SEED)
         if not prompt:
             raise ZqError("the prompt is empty; give some text")

@@ -33,7 +33,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     where = str(Path(folder) / "config.json")
     try:
         raw = json.loads(Path(where).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ZqError(
             f"{where}: cannot be read as JSON ({one_line(error)}); "
             "give a folder that holds a Hugging Face checkpoint"

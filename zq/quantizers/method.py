@@ -119,16 +119,14 @@ class Block:
         cross = torch.zeros_like(hessian) if with_cross else None
         for index, hidden in enumerate(self.inputs):
             with quantized_inputs(self.layers):
-                seen = _site_input(self.module, first.module, lambda i=index, h=hidden: self.run(h, i))
+                seen = _site_input(first.module, lambda i=index, h=hidden: self.run(h, i))
             x = seen.reshape(-1, k).float()
             hessian.addmm_(x.T, x)
             if cross is not None:
-                assert self.teacher is not None
-                call, clean = self.calls[index], self.teacher_inputs[index]
-                twin = _twin(self.module, self.teacher, first.module)
-                wanted = _site_input(
-                    self.teacher, twin, lambda c=call, h=clean: run_block(self.teacher, h, c)
-                )
+                teacher, call, clean = self.teacher, self.calls[index], self.teacher_inputs[index]
+                assert teacher is not None
+                twin = _twin(self.module, teacher, first.module)
+                wanted = _site_input(twin, lambda t=teacher, c=call, h=clean: run_block(t, h, c))
                 cross.addmm_((wanted.reshape(-1, k).float() - x).T, x)
         return hessian, cross
 
@@ -157,7 +155,8 @@ class _Seen(Exception):
     """Ends a forward pass once the input that was wanted has been seen."""
 
 
-def _site_input(block: nn.Module | None, layer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+def _site_input(layer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """The input of `layer` when `run` reaches it; the rest of the pass is not computed."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
