@@ -6,9 +6,11 @@ zq is not imported: the compressed-tensors package does the loading, as it would
 """
 
 import logging
+import os
 import sys
 
 logging.disable(logging.INFO)
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def main(folder: str, prompt: str) -> None:
