@@ -31,7 +31,7 @@ def generate(
         from zq.source import resolve
 
         check_number("--max-tokens", max_tokens, 1)
-        check_number("--temperature", temperature, 0 if temperature == 0 else 0.01)
+        check_number("--temperature", temperature, 0.01 if temperature > 0 else 0)
         check_number("--seed", seed, 0, MAX_SEED)
         if not prompt:
             raise ZqError("the prompt is empty; give some text")
