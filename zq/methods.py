@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
+from zq.distill import lkd
 from zq.errors import ZqError
 from zq.quantizers import gptq, rtn
 from zq.quantizers.method import Method
 from zq.recipe import Step
 
-METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD)}
+METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD, lkd.METHOD)}
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:

@@ -289,6 +289,7 @@ def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command
         "bits_per_weight": plan.bits_per_weight,
         "weight_sqnr_db": {kind: sum(v) / len(v) for kind, v in sorted(kinds.items())},
         "output_error": errors,
+        "held_out_loss": {u: r["held_out_loss"] for u, r in job.done.items() if "held_out_loss" in r},
         "seconds": round(seconds, 2),
         "notes": plan.notes + _overflow(plan, errors),
         **facts,

@@ -204,6 +204,9 @@ def _line(event: dict[str, Any], left: float) -> str:
     if "output_error" in event:
         error = event["output_error"]
         parts.append("output error " + ("unknown: overflow" if error is None else f"{error:.2e}"))
+    if "held_out_loss" in event:
+        loss = event["held_out_loss"]
+        parts.append(f"held-out loss {loss['start']:.2e} -> {loss['end']:.2e}")
     parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
     return "  ".join(parts)
 
