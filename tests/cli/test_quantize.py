@@ -16,7 +16,16 @@ from zq.cli.quantize import SHORTCUTS
 from zq.recipe import Recipe
 
 KEYS = {"zq", "torch", "command", "format", "recipe", "source_fingerprint", "bytes_before", "bytes_after"}
-KEYS |= {"bits_per_weight", "weight_sqnr_db", "output_error", "seconds", "notes", "calibration", "audit"}
+KEYS |= {
+    "bits_per_weight",
+    "weight_sqnr_db",
+    "output_error",
+    "held_out_loss",
+    "seconds",
+    "notes",
+    "calibration",
+    "audit",
+}
 KEYS |= {"quantization_config", "output", "peak_memory", "seconds_total"}
 SUFFIXES = ("", "_packed", "_scale", "_shape", "_zero_point", "_zero", "_sub")
 
