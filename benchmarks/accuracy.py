@@ -2,6 +2,7 @@
 
 usage: python benchmarks/accuracy.py MODEL --text NAME=FILE [--text NAME=FILE ...] [--windows 24]
        [--length 1024] [--start 0.55] [--device cuda] [--only REGEX] [--out results.json]
+       [--commit HASH]
 
 MODEL is what `zq quantize` takes. Each row is a full run of the pipeline into a temporary folder, loaded
 back and compared with the original on the same windows. The JSON holds device, versions and commit.
@@ -48,13 +49,13 @@ def rows() -> list[tuple[str, str, Recipe]]:
     return found
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: str, commit: str | None) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": name,
         "zq": zq.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or git.stdout.strip() or "unknown",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default=".*", help="regex over 'scheme scale'")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="to note in the results, where there is no git")
     args = parser.parse_args()
 
     folder = resolve(args.model, print)
@@ -110,7 +112,11 @@ def main() -> None:
     print("original " + " ".join(f"{n} PPL {m['reference']['ppl']:.3f}" for n, m in first.items()))
     if args.out:
         protocol = {"windows": args.windows, "length": args.length, "start": args.start}
-        document = {"environment": environment(args.device), "protocol": protocol, "rows": results}
+        document = {
+            "environment": environment(args.device, args.commit),
+            "protocol": protocol,
+            "rows": results,
+        }
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
