@@ -138,3 +138,12 @@ def test_it_needs_a_step_before_it(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     with pytest.raises(ZqError, match="put gptq or rtn before it"):
         _run(tmp_path / "model", tmp_path / "out", "{lkd: {}}")
+
+
+def test_it_refuses_to_select_on_what_it_trained_on(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    text = RECIPE.replace("STEPS", "{rtn: {}}, {lkd: {iterations: 2}}").replace("WEIGHTS", "int4:g32")
+    plan = make_plan(tmp_path / "model", Recipe.parse(text.replace("samples: 96", "samples: 4")))
+    with pytest.raises(ZqError, match="holds windows out"):
+        run(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

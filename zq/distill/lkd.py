@@ -12,8 +12,6 @@ check, and the best state is kept: on held-out data the result is never worse th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +22,7 @@ from zq.distill.losses import token_weights, weighted_mse
 from zq.distill.rounding import LearnedRounding
 from zq.errors import ZqError
 from zq.models.capture import run_block
-from zq.numerics.qtensor import fake_quantize_tokens
-from zq.quantizers.method import Block, Layer, Method, Needs, quantized_inputs
+from zq.quantizers.method import Block, Method, Needs, quantized_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +83,15 @@ class _Data:
         self.size = block.inputs[0].shape[0]
         self.inputs, self.targets = torch.cat(block.inputs), torch.cat(block.targets)
         self.weights = token_weights(self.targets, options.loss)
-        held = max(1, round(len(block.inputs) * options.holdout))
-        self.held = range(len(block.inputs) - held, len(block.inputs)) if len(block.inputs) > 1 else range(1)
-        last = len(self.inputs) - sum(block.inputs[i].shape[0] for i in self.held)
-        self.training = last if last >= self.size else len(self.inputs)
+        count = len(block.inputs)
+        if count < 2:
+            raise ZqError(
+                f"step lkd holds windows out and has only {len(self.inputs)}; give calibration more samples "
+                f"than {self.size}"
+            )
+        held = min(count - 1, max(1, round(count * options.holdout)))
+        self.held = range(count - held, count)
+        self.training = sum(x.shape[0] for x in block.inputs[: count - held])
 
     def training_loss(self, learned: list[LearnedRounding], generator: torch.Generator) -> Tensor:
         """One batch of random windows through the block with differentiable weights."""
@@ -102,7 +104,7 @@ class _Data:
             dense = state.weight().to(state.layer.weight.dtype)
             dense = dense.T if state.layer.transposed else dense
             weights[f"{names[state.layer.module]}.weight"] = dense
-        with _straight_through(self.block.layers):
+        with quantized_inputs(self.block.layers, straight_through=True):
             outputs = functional_call(module, weights, (self.inputs[chosen], *call["args"]), call["kwargs"])
         outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         return weighted_mse(outputs, self.targets[chosen], self.weights[chosen])
@@ -119,26 +121,6 @@ class _Data:
                 outputs = run_block(self.block.module, self.inputs[part], self.block.calls[i])
                 total += float(weighted_mse(outputs, self.targets[part], self.weights[part]))
         return total / len(self.held)
-
-
-@contextmanager
-def _straight_through(layers: list[Layer]) -> Iterator[None]:
-    """Like `quantized_inputs`, with gradients that pass the rounding of activations straight through."""
-    hooks = []
-    for layer in layers:
-        spec = layer.scheme.activations
-        if spec is not None:
-
-            def hook(module, args, spec=spec):  # type: ignore[no-untyped-def]
-                x = args[0]
-                return (x + (fake_quantize_tokens(x, spec) - x).detach(), *args[1:])
-
-            hooks.append(layer.module.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def needs(options: Options) -> Needs:

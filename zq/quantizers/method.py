@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zq.models.capture import Call, run_block
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
-from zq.spec import Scheme
+from zq.spec import Scheme, TensorSpec
 
 
 class Needs(enum.Flag):
@@ -132,12 +132,17 @@ class Block:
 
 
 @contextmanager
-def quantized_inputs(layers: list[Layer]) -> Iterator[None]:
-    """Inside, the layers quantize their input as their scheme says."""
+def quantized_inputs(layers: list[Layer], straight_through: bool = False) -> Iterator[None]:
+    """Inside, the layers quantize their input as their scheme says; with `straight_through` gradients pass
+    the rounding as if it were not there."""
+
+    def quantized(x: Tensor, spec: TensorSpec) -> Tensor:
+        rounded = fake_quantize_tokens(x, spec)
+        return x + (rounded - x).detach() if straight_through else rounded
 
     def hook_for(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
         spec = layer.scheme.activations
-        return spec and (lambda module, args: (fake_quantize_tokens(args[0], spec), *args[1:]))
+        return spec and (lambda module, args: (quantized(args[0], spec), *args[1:]))
 
     hooks = [
         layer.module.register_forward_pre_hook(hook)
