@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 BUNDLED = {"bundled": "calibration.txt", "bundled-eval": "evaluation.txt"}
 RANDOM = "random"
 SOURCES = "bundled, bundled-eval, random, a .txt, .jsonl or .parquet file, or hf:dataset:config"
+BEGINNING = 4  # tokens
 HF_LIMIT = 64 << 20  # characters; a data set is read only until this much is there
 
 
@@ -116,6 +117,35 @@ def evaluation_windows(
         )
     kept = torch.tensor(ids[: windows * length], dtype=torch.int64).view(windows, length)
     return _checked(kept, vocab_size)
+
+
+def beginnings(windows: Tensor, count: int, vocab_size: int, start: int | None, seed: int) -> Tensor:
+    """`count` beginnings for a model to go on from: int64 [count, BEGINNING].
+
+    Every second one is cut from `windows` [S, T]; the others (all, when there are no windows) are random
+    ids below `vocab_size` after the model's `start` token, if it has one. The same arguments give the same.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (count, BEGINNING), generator=generator)
+    if start is not None:
+        ids[:, 0] = start
+    if len(windows):
+        length = min(BEGINNING, windows.shape[1])
+        window = torch.randint(len(windows), (count,), generator=generator)
+        first = torch.randint(windows.shape[1] - length + 1, (count,), generator=generator)
+        cut = windows[window[:, None], first[:, None] + torch.arange(length)]
+        ids[1::2, :length] = cut[1::2]
+    return ids
+
+
+def mixed(windows: Tensor, more: Tensor, seed: int) -> Tensor:
+    """Both [S, T] as one, in a seeded order, so that every part holds some of each."""
+    import torch
+
+    both = torch.cat([windows, more])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
 
 
 def tokenize(text: str, tokenizer: Any) -> list[int]:

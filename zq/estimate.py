@@ -32,7 +32,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     if plan.windows is not None:
         reading = any(Needs.INPUTS in method.needs(options) for method, options in plan.steps)
         passes = 2 + len(plan.skeleton.arch.sites) * reading  # both streams, and once to each site
-        work = 2 * passes * plan.windows.numel() * sum(math.prod(layer.shape) for layer in plan.layers)
+        work = 2 * passes * plan.tokens * sum(math.prod(layer.shape) for layer in plan.layers)
         seconds += work * _per_operation(plan)
     seconds += 3 * (plan.bytes_before + plan.bytes_after) / 1e9  # reading, hashing, writing, reading back
     return {

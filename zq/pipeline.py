@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ from torch import Tensor
 
 import zq
 from zq.audit import audit, audit_published
+from zq.calibration import calibration
 from zq.checkpoint.index import FLOATS
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read, reader
 from zq.checkpoint.writer import ShardWriter
-from zq.data import describe
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
-from zq.models.capture import Captured, capture_inputs
+from zq.models.capture import Captured, capture_inputs, has_head, head
 from zq.numerics.metrics import sqnr_db, tensor_hash
 from zq.plan import Plan
 from zq.publish import publish
 from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
+
+LARGE = 128 << 20  # bytes of a stream; larger ones are saved with a block only when
+SAVE_EVERY = 60.0  # seconds have passed since the last time
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -96,8 +100,10 @@ def quantize(
 @torch.no_grad()
 def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
     read = reader(plan.index)
-    captured, facts = _capture(plan, read)
+    windows, facts = calibration(plan, read, job, progress)
+    captured = _capture(plan, read, windows)
     float_stream, quant_stream = _streams(job, captured)
+    saved = time.monotonic()
     for unit in plan.units:
         if str(unit) in job.done:
             continue
@@ -106,7 +112,7 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
         running = False
         if captured is not None and isinstance(unit, int):
             running = True
-            _feed(plan, block, unit, captured, float_stream, quant_stream)
+            _feed(plan, block, unit, captured, float_stream, quant_stream, read)
             float_stream = block.targets
         for method, options in plan.steps:
             method.run(block, options)
@@ -118,21 +124,28 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
             report |= block.facts
         report["tensors"] = writer.write(tensors)
         report["seconds"] = round(time.monotonic() - begun, 3)
-        job.commit(str(unit), report, _carry(float_stream, quant_stream) if running else None)
-        _unload(plan, unit)
+        last = unit == plan.skeleton.n_blocks - 1
+        lazily = running and not last and plan.stream_bytes > LARGE and time.monotonic() - saved < SAVE_EVERY
+        job.commit(
+            str(unit),
+            report,
+            _carry(float_stream, quant_stream) if running and not (last or lazily) else None,
+            lazily=lazily,
+        )
+        saved = saved if lazily else time.monotonic()
+        _unload(plan, unit, block)
         progress({"unit": block.name, "done": len(job.done), **report})
-    return facts
+    return {"calibration": facts}
 
 
-def _capture(plan: Plan, read: Read) -> tuple[Captured | None, dict[str, Any]]:
-    """Calibration tokens as inputs of the first block, and facts about them; None when there are none."""
-    source = plan.recipe.calibration.source
-    if plan.windows is None:
-        return None, {"calibration": {"source": source}}
+def _capture(plan: Plan, read: Read, windows: Tensor | None) -> Captured | None:
+    """Calibration tokens as inputs of the first block; None when there are none."""
+    if windows is None:
+        return None
     plan.skeleton.load_outside(read)
-    captured = capture_inputs(plan.skeleton, list(plan.windows.split(4)))
+    captured = capture_inputs(plan.skeleton, list(windows.split(plan.batch)))
     plan.skeleton.unload_outside()
-    return captured, {"calibration": {"source": source, **describe(plan.windows)}}
+    return captured
 
 
 def _streams(job: Job, captured: Captured | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -179,9 +192,13 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     return Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
 
 
-def _unload(plan: Plan, unit: int | str) -> None:
+def _unload(plan: Plan, unit: int | str, block: Block) -> None:
     if isinstance(unit, int):
-        plan.skeleton.unload_block(unit)
+        for i in range(unit, unit + 1 + len(block.ahead)):
+            plan.skeleton.unload_block(i)
+        if block.logits is not None:
+            plan.skeleton.unload_outside()
+            plan.skeleton.unload_tail()
     else:
         (plan.skeleton.unload_tail if unit == "tail" else plan.skeleton.unload_outside)()
     with suppress(OSError, AttributeError):  # glibc keeps freed pages between live ones: 1-2 MB per block
@@ -229,13 +246,31 @@ def _feed(
     captured: Captured,
     float_stream: list[Tensor],
     quant_stream: list[Tensor],
+    read: Read,
 ) -> None:
     """Give a block, still as it was, what its steps need."""
     block.calls = captured.calls[index]
     block.inputs = quant_stream
     block.targets = block.forward(float_stream)
-    if any(Needs.TEACHER in method.needs(options) for method, options in plan.steps):
-        block.teacher, block.teacher_inputs = copy.deepcopy(block.module), float_stream
+    needed = [method.needs(options) for method, options in plan.steps]
+    if any(need & (Needs.FLOAT_INPUTS | Needs.TEACHER) for need in needed):
+        block.teacher_inputs = float_stream
+    if any(Needs.TEACHER in need for need in needed):
+        block.teacher = copy.deepcopy(block.module)
+    _look_ahead(plan, block, index, captured, read)
+
+
+def _look_ahead(plan: Plan, block: Block, index: int, captured: Captured, read: Read) -> None:
+    """Load the float blocks behind this one, and the head, as far as a step looks ahead."""
+    skeleton = plan.skeleton
+    distance = max(method.ahead(options) for method, options in plan.steps)
+    for i in range(index + 1, min(index + 1 + distance, skeleton.n_blocks)):
+        skeleton.load_block(i, read)
+        block.ahead.append((skeleton.block(i), captured.calls[i]))
+    if index + distance >= skeleton.n_blocks and has_head(skeleton):
+        skeleton.load_outside(read)  # a tied head takes its weight from there
+        skeleton.load_tail(read)
+        block.logits = partial(head, skeleton)
 
 
 def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float | None:

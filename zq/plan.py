@@ -35,6 +35,7 @@ from zq.quantizers.method import Method
 from zq.recipe import Recipe, Rule
 from zq.spec import AUTO, Layout, Scheme, choose_group_size
 
+BATCH = 8  # windows
 SHARD_BYTES = 5_000_000_000
 
 
@@ -63,7 +64,7 @@ class Plan:
     steps: list[tuple[Method, Any]]
     units: dict[int | str, list[Slot]]
     shards: list[Shard]
-    windows: Tensor | None
+    windows: Tensor | None  # of text, [samples, length]; [0, length] when the model writes all
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -127,7 +128,20 @@ class Plan:
         """Bytes of one stream of hidden states of all calibration tokens."""
         if self.windows is None:
             return 0
-        return self.windows.numel() * self.skeleton.config.hidden_size * self.dtype.itemsize
+        return self.tokens * self.skeleton.config.hidden_size * self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """How many calibration tokens run through the blocks, written ones included."""
+        if self.windows is None:
+            return 0
+        return (len(self.windows) + self.recipe.calibration.generated) * self.windows.shape[1]
+
+    @property
+    def batch(self) -> int:
+        """Windows that run through a block at once: what the steps ask for."""
+        asked = [method.batch(options) for method, options in self.steps]
+        return min((size for size in asked if size), default=BATCH)
 
     @property
     def memory_estimate(self) -> int:
@@ -139,6 +153,8 @@ class Plan:
             names = [name for name in self.skeleton.zone(unit) if name in self.skeleton.param_keys]
             sizes.append(sum(self.source(name).nbytes for name in names))
         layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
+        if self.recipe.calibration.generated:  # to write, the whole model is needed
+            sizes.append(self.bytes_before // 2)
         return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + 4 * self.stream_bytes
 
 
@@ -373,13 +389,22 @@ def _windows(
 ) -> Tensor | None:
     """Calibration tokens [samples, length]; None when the recipe wants none."""
     wanted = recipe.calibration
-    if wanted.source == "none":
+    if wanted.generated and skeleton.arch.encoder:
+        raise ZqError(f"{recipe.where}: an encoder writes no text; set 'generated' of 'calibration' to 0")
+    if wanted.source == "none" and not wanted.generated:
         if any(method.needs(options) for method, options in steps):
             raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
         return None
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:
         notes.append(f"calibration windows of {length} tokens: the model has no more positions")
+    if wanted.generated:
+        notes.append(
+            f"{wanted.generated} calibration windows are written by the model itself (sampled, seeded); for "
+            "that it is loaded as a whole"
+        )
+    if wanted.source == "none":
+        return torch.empty(0, length, dtype=torch.int64)
     tokenizer = (
         None if wanted.source == "random" else load_tokenizer(folder, ", or calibrate with --calib random")
     )

@@ -81,11 +81,13 @@ class Step:
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Tokens that run through the blocks: `samples` windows of `length` tokens from `source`
-    ("bundled", "random", "none", a file, or "hf:dataset")."""
+    ("bundled", "random", "none", a file, or "hf:dataset"), and `generated` windows that the model itself
+    writes (zq/models/sampling.py)."""
 
     source: str = "bundled"
     samples: int = 8
     length: int = 256
+    generated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,14 +343,14 @@ def _plain(value: Any) -> Any:
 
 def _calibration(data: _Map, where: str, base: Recipe | None) -> Calibration:
     entry = _typed(data, "calibration", _Map, where)
-    _known(entry, ("source", "samples", "length"), where)
+    _known(entry, ("source", "samples", "length", "generated"), where)
     values = dict(vars(base.calibration)) if base else {}
-    for key, kind in (("source", str), ("samples", int), ("length", int)):
+    for key, least in (("source", None), ("samples", 1), ("length", 1), ("generated", 0)):
         if key in entry:
-            values[key] = _typed(entry, key, kind, where)
-            if kind is int and not 1 <= values[key] <= MOST:
+            values[key] = _typed(entry, key, str if least is None else int, where)
+            if least is not None and not least <= values[key] <= MOST:
                 raise ZqError(
-                    f"{where}:{entry.lines[key]}: '{key}' must be from 1 to {MOST}, not {values[key]}"
+                    f"{where}:{entry.lines[key]}: '{key}' must be from {least} to {MOST}, not {values[key]}"
                 )
     return Calibration(**values)
 

@@ -3,11 +3,12 @@
     OUT/.zq-job/job.json              fingerprint and one report per finished unit
     OUT/.zq-job/carry-<unit>.safetensors   activations that enter the next block, saved verbatim:
                                       recomputing them would not give the same bits
+    OUT/.zq-job/<name>.safetensors    what a run made once and needs again (`keep`)
     OUT/.zq-job/shards/               output shards, partly filled
     OUT/.zq-job/lock                  held while a process works here; the kernel frees it when it dies
 
 `commit` is the only step that counts: it replaces job.json atomically after everything the unit wrote
-is on disk, so a kill at any moment repeats at most one block.
+is on disk, so a kill at any moment repeats at most the units since the last commit.
 """
 
 from __future__ import annotations
@@ -98,8 +99,19 @@ class Job:
             )
         self.done, self._carry = done, carry
 
-    def commit(self, unit: str, report: dict[str, Any], carry: dict[str, torch.Tensor] | None = None) -> None:
-        """Mark `unit` as done; `carry` replaces the carried activations when given."""
+    def commit(
+        self,
+        unit: str,
+        report: dict[str, Any],
+        carry: dict[str, torch.Tensor] | None = None,
+        *,
+        lazily: bool = False,
+    ) -> None:
+        """Mark `unit` as done; `carry` replaces the carried activations when given. `lazily` leaves the disk
+        as it is: until the next commit that is not lazy, a resumed run does the unit again."""
+        if lazily:
+            self.done[unit] = report
+            return
         previous = self._carry
         if carry is not None:
             self._carry = f"carry-{len(self.done):05d}.safetensors"
@@ -108,6 +120,15 @@ class Job:
         self._save()
         if previous is not None and previous != self._carry:
             (self.folder / previous).unlink(missing_ok=True)
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Save a tensor that a resumed run must not make again. Raises OutputError."""
+        _save_tensors(self.folder / f"{name}.safetensors", {name: tensor})
+
+    def kept(self, name: str) -> torch.Tensor | None:
+        """What `keep` saved under this name, or None."""
+        file = self.folder / f"{name}.safetensors"
+        return load_file(file)[name] if file.is_file() else None
 
     def carried(self) -> dict[str, torch.Tensor]:
         """The activations saved by the last commit that had any."""

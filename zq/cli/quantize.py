@@ -77,6 +77,19 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
             help="Calibration text: bundled, random, none, a file, or hf:DATASET. Default: the recipe's.",
         ),
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Windows of calibration text. Default: the recipe's.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Tokens per calibration window. Default: the recipe's.")
+    ] = None,
+    generated: Annotated[
+        int | None,
+        typer.Option(
+            "--generated",
+            help="Further calibration windows that the model writes itself. Default: the recipe's.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's.")] = None,
     device: Annotated[
         str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.", rich_help_panel=RUN)
@@ -104,7 +117,8 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     flags["w4w8a8"] = w4w8a8
     with command(json):
         started = time.monotonic()
-        chosen = _recipe(flags, recipe, group_size, calib, seed)
+        wanted = {"source": calib, "samples": samples, "length": length, "generated": generated}
+        chosen = _recipe(flags, recipe, group_size, wanted, seed)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
@@ -131,10 +145,15 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
 
 
 def _recipe(
-    flags: dict[str, bool], name: str | None, group_size: str, calib: str | None, seed: int | None
+    flags: dict[str, bool],
+    name: str | None,
+    group_size: str,
+    calibration: dict[str, str | int | None],
+    seed: int | None,
 ) -> Recipe:
-    """The recipe that the options ask for. Raises ZqError unless it is exactly one."""
-    from zq.recipe import load
+    """The recipe that the options ask for; `calibration` holds what replaces the recipe's unless it is None.
+    Raises ZqError unless it is exactly one."""
+    from zq.recipe import MOST, load
 
     wanted = [flag for flag, on in flags.items() if on] + ([name] if name else [])
     if len(wanted) != 1:
@@ -148,8 +167,11 @@ def _recipe(
         if not any(rule.scheme and rule.scheme.weights.layout.kind == "group" for rule in recipe.rules):
             raise ZqError(f"--group-size {group_size}: {recipe.where} has no groups of weights; drop it")
         recipe = recipe.with_group_size(int(group_size))
-    if calib is not None:
-        recipe = replace(recipe, calibration=replace(recipe.calibration, source=calib))
+    given = {key: value for key, value in calibration.items() if value is not None}
+    for key, value in given.items():
+        if isinstance(value, int):
+            check_number(f"--{key}", value, 0 if key == "generated" else 1, MOST)
+    recipe = replace(recipe, calibration=replace(recipe.calibration, **given))  # type: ignore[arg-type]
     if seed is None:
         return recipe
     check_number("--seed", seed, 0, MAX_SEED)
@@ -183,6 +205,10 @@ def _run(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, Any]:
 
         def show(event: dict[str, Any]) -> None:
             nonlocal done
+            if "written" in event:
+                bar.update(task, description=f"writing {event['written']}/{event['of']}")
+                return
+            bar.update(task, description="blocks")
             done += 1
             bar.advance(task)
             if quiet:

@@ -6,7 +6,13 @@ it learns is how each weight is rounded and how large each scale is (distill/rou
 and the format stay the same. Signed gradient descent with a rate that falls linearly to zero: an offset can
 move by at most rate / 2 steps of the grid in all.
 
-Some windows are held out. The hard-rounded block is measured on them before the first step and at every
+    inputs      quantized: what the quantized blocks before it produce; float: what the float ones do
+    loss        normalised: each token counts by its relative error; mse: by its absolute one
+    lookahead   blocks of the float model that the error passes through before it is measured; what passes
+                the last block becomes logits, and their divergence is measured
+    batch       windows per iteration
+
+Some windows are held out. The hard-rounded block is measured on them before the first iteration and at every
 check, and the best state is kept: on held-out data the result is never worse than its start.
 """
 
@@ -16,21 +22,22 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from zq.distill.losses import token_weights, weighted_mse
 from zq.distill.rounding import LearnedRounding
+from zq.distill.student import Course, recorded
 from zq.errors import ZqError
-from zq.models.capture import run_block
-from zq.quantizers.method import Block, Method, Needs, quantized_inputs
+from zq.quantizers.method import Block, Method, Needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    iterations: int = 200
+    iterations: int = 400
+    batch: int = 8
     rounding_rate: float = 1.0
     scale_rate: float = 0.2
+    inputs: str = field(default="quantized", metadata={"allowed": ("quantized", "float")})
     loss: str = field(default="normalised", metadata={"allowed": ("normalised", "mse")})
+    lookahead: int = 0
     holdout: float = 0.0625
     checks: int = 4
 
@@ -45,29 +52,67 @@ def run(block: Block, options: Options) -> None:
     learned = [LearnedRounding(layer) for layer in block.layers if layer.scheme.weights.info.is_int]
     if not learned:
         return
-    data = _Data(block, options)
-    best, states = data.held_out_loss(), [state.state() for state in learned]
+    training, held = _split(block, options)
+    course = Course(block, options.loss, options.inputs)
+    best, states = course.loss(held), [state.state() for state in learned]
     facts = block.facts["held_out_loss"] = {"start": best, "end": best}
-    generator = torch.Generator().manual_seed(block.seed)
-    for step in range(options.iterations):
-        parameters = [p for state in learned for p in state.parameters]
-        with torch.enable_grad():
-            loss = data.training_loss(learned, generator)
-            gradients = torch.autograd.grad(loss * 1000, parameters)
-        fall = (1 - step / options.iterations) / options.iterations
-        with torch.no_grad():
-            for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                rate = options.scale_rate if i % 2 else options.rounding_rate
-                parameter.sub_(gradient.sign_(), alpha=rate * fall)
-        if (step + 1) % max(1, options.iterations // options.checks) == 0 or step + 1 == options.iterations:
-            _apply(learned)
-            now = data.held_out_loss()
-            if now < best:
-                best, states = now, [state.state() for state in learned]
+    for done in _descend(course, learned, training, options):
+        if done % max(1, options.iterations // options.checks) and done != options.iterations:
+            continue
+        _apply(learned)
+        now = course.loss(held)
+        if now < best:
+            best, states = now, [state.state() for state in learned]
     for state, values in zip(learned, states, strict=True):
         state.restore(values)
     _apply(learned)
     facts["end"] = best
+
+
+def _split(block: Block, options: Options) -> tuple[int, range]:
+    """(windows to train on, batches held out: the last ones)."""
+    count = len(block.inputs)
+    if count < 2:
+        raise ZqError(
+            f"step lkd holds windows out and has only {block.inputs[0].shape[0]}; give calibration more "
+            f"samples than {options.batch}, or the step a smaller batch"
+        )
+    held = min(count - 1, max(1, round(count * options.holdout)))
+    return sum(x.shape[0] for x in block.inputs[: count - held]), range(count - held, count)
+
+
+def _descend(course: Course, learned: list[LearnedRounding], training: int, options: Options):
+    """Signed gradient descent over random batches; yields the number of iterations done, after each."""
+    device = course.inputs.device
+    parameters = [p for state in learned for p in state.parameters]
+    chosen = torch.zeros(course.size, dtype=torch.long, device=device)
+    fall = torch.zeros((), device=device)
+
+    def step() -> Tensor:
+        with torch.enable_grad():
+            loss = course.training_loss(learned, chosen)
+            gradients = torch.autograd.grad(loss * 1000, parameters)
+        with torch.no_grad():
+            for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+                rate = options.scale_rate if i % 2 else options.rounding_rate
+                parameter.sub_(gradient.sign_().mul_(rate * fall))
+        return loss
+
+    play = recorded(step, device)
+    batches = _batches(training, course.size, options.iterations, course.block.seed).to(device)
+    for done in range(options.iterations):
+        chosen.copy_(batches[done])
+        fall.fill_((1 - done / options.iterations) / options.iterations)
+        play()
+        yield done + 1
+
+
+def _batches(windows: int, size: int, count: int, seed: int) -> Tensor:
+    """int64 [count, size]: every window once in a random order, then once more, and so on."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-count * size // windows)
+    order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(rounds)])
+    return order[: count * size].view(count, size)
 
 
 def _apply(learned: list[LearnedRounding]) -> None:
@@ -75,56 +120,15 @@ def _apply(learned: list[LearnedRounding]) -> None:
         state.layer.replace(state.harden())
 
 
-class _Data:
-    """Training and held-out windows of a block, as single tensors [S, T, D]."""
-
-    def __init__(self, block: Block, options: Options) -> None:
-        self.block = block
-        self.size = block.inputs[0].shape[0]
-        self.inputs, self.targets = torch.cat(block.inputs), torch.cat(block.targets)
-        self.weights = token_weights(self.targets, options.loss)
-        count = len(block.inputs)
-        if count < 2:
-            raise ZqError(
-                f"step lkd holds windows out and has only {len(self.inputs)}; give calibration more samples "
-                f"than {self.size}"
-            )
-        held = min(count - 1, max(1, round(count * options.holdout)))
-        self.held = range(count - held, count)
-        self.training = sum(x.shape[0] for x in block.inputs[: count - held])
-
-    def training_loss(self, learned: list[LearnedRounding], generator: torch.Generator) -> Tensor:
-        """One batch of random windows through the block with differentiable weights."""
-        chosen = torch.randperm(self.training, generator=generator)[: self.size].to(self.inputs.device)
-        module, call = self.block.module, self.block.calls[0]
-        assert module is not None
-        names = {child: name for name, child in module.named_modules()}
-        weights = {}
-        for state in learned:
-            dense = state.weight().to(state.layer.weight.dtype)
-            dense = dense.T if state.layer.transposed else dense
-            weights[f"{names[state.layer.module]}.weight"] = dense
-        with quantized_inputs(self.block.layers, straight_through=True):
-            outputs = functional_call(module, weights, (self.inputs[chosen], *call["args"]), call["kwargs"])
-        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
-        return weighted_mse(outputs, self.targets[chosen], self.weights[chosen])
-
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """The block as it would be written, on the held-out windows."""
-        total = 0.0
-        assert self.block.module is not None
-        with quantized_inputs(self.block.layers):
-            for i in self.held:
-                first = sum(x.shape[0] for x in self.block.inputs[:i])
-                part = slice(first, first + self.block.inputs[i].shape[0])
-                outputs = run_block(self.block.module, self.inputs[part], self.block.calls[i])
-                total += float(weighted_mse(outputs, self.targets[part], self.weights[part]))
-        return total / len(self.held)
-
-
 def needs(options: Options) -> Needs:
-    return Needs.INPUTS
+    return Needs.INPUTS | (Needs.FLOAT_INPUTS if options.inputs == "float" else Needs.NOTHING)
 
 
-METHOD = Method(name="lkd", options=Options, needs=needs, run=run)
+METHOD = Method(
+    name="lkd",
+    options=Options,
+    needs=needs,
+    run=run,
+    batch=lambda options: options.batch,
+    ahead=lambda options: options.lookahead,
+)

@@ -86,6 +86,11 @@ def last_hidden(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
+def has_head(skeleton: Skeleton) -> bool:
+    """Whether the model has a language-model head, so that `head` gives logits."""
+    return skeleton.model.get_output_embeddings() is not None
+
+
 def head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, vocab] from the last block's output [B, T, D]; needs `load_tail`.
 

@@ -26,7 +26,8 @@ class Needs(enum.Flag):
 
     NOTHING = 0
     INPUTS = enum.auto()  # calibration tokens run through the block: hidden states before and after
-    TEACHER = enum.auto()  # the block as it was, beside the one that changes
+    FLOAT_INPUTS = enum.auto()  # the float model's inputs to the block
+    TEACHER = enum.auto()  # the block as it was, beside the one that changes, and its inputs
 
 
 @dataclass
@@ -77,7 +78,10 @@ class Block:
     sites    layers that read one input, in the order in which the block computes
     inputs   hidden states [B, T, D] that the quantized blocks before this one produce, per batch
     targets  what the float block makes of the float inputs; the same shapes
-    teacher  the block as it was, and the float model's inputs to it: only when a step needs them
+    ahead    the float blocks that follow, with their calls: as many as a step looks ahead
+    logits   from the output of the last block to logits, when a step looks ahead to the end of the model
+    teacher  the block as it was, and (`teacher_inputs`) the float model's inputs to it: only when a step
+             needs them
     """
 
     name: str
@@ -89,6 +93,8 @@ class Block:
     inputs: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    ahead: list[tuple[nn.Module, list[Call]]] = field(default_factory=list)
+    logits: Callable[[Tensor], Tensor] | None = None
     teacher: nn.Module | None = None
     teacher_inputs: list[Tensor] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -188,9 +194,12 @@ def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.M
 @dataclass(frozen=True)
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
-    what the method is about."""
+    what the method is about; `batch(options)` is the number of windows that it wants to work on at once,
+    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one)."""
 
     name: str
     options: type
     needs: Callable[[Any], Needs]
     run: Callable[[Block, Any], None]
+    batch: Callable[[Any], int | None] = lambda options: None
+    ahead: Callable[[Any], int] = lambda options: 0

@@ -1,0 +1,103 @@
+"""A block that computes with weights that are being learned, and one step of learning as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from zq.distill.losses import divergence, token_weights, weighted_mse
+from zq.distill.rounding import LearnedRounding
+from zq.models.capture import Call, run_block
+from zq.quantizers.method import Block, quantized_inputs
+
+KL_TOKENS = 2048  # logits of more tokens at once would take gigabytes
+
+
+class Course:
+    """What a block learns from: inputs, where they should lead, and how the distance is measured.
+
+    The distance is taken behind the block, or further on: the output runs through the float blocks of
+    `block.ahead` first, and at the end of the model becomes logits whose divergence counts. So errors
+    that the rest of the model ignores cost nothing. `inputs` and `targets` are [S, T, D].
+    """
+
+    def __init__(self, block: Block, loss: str, inputs: str = "quantized") -> None:
+        self.block = block
+        self.size = block.inputs[0].shape[0]
+        self.inputs = torch.cat(block.inputs if inputs == "quantized" else block.teacher_inputs)
+        self.targets = torch.cat([_ahead(block, y, i) for i, y in enumerate(block.targets)])
+        self.weights = token_weights(self.targets, loss)
+
+    def distance(self, outputs: Tensor, chosen: Tensor | slice, index: int) -> Tensor:
+        """Of the block's outputs [B, T, D] for the windows `chosen`; their calls are those of batch `index`."""
+        reached = _ahead(self.block, outputs, index)
+        targets = self.targets[chosen]
+        if self.block.logits is None:
+            return weighted_mse(reached, targets, self.weights[chosen])
+        # A decoder's tokens share one head, so an even selection of positions stands for all.
+        step = max(1, -(-targets.shape[0] * targets.shape[1] // KL_TOKENS))
+        with torch.no_grad():
+            wanted = self.block.logits(targets[:, step // 2 :: step])
+        return divergence(self.block.logits(reached[:, step // 2 :: step]), wanted)
+
+    def training_loss(self, learned: list[LearnedRounding], chosen: Tensor) -> Tensor:
+        """Of a batch of windows `chosen` int64 [B], with weights that are differentiable."""
+        module, call = self.block.module, self.block.calls[0]
+        assert module is not None
+        names = {child: name for name, child in module.named_modules()}
+        weights = {}
+        for state in learned:
+            dense = state.weight().to(state.layer.module.weight.dtype)  # type: ignore[union-attr]
+            weights[f"{names[state.layer.module]}.weight"] = dense.T if state.layer.transposed else dense
+        with quantized_inputs(self.block.layers, straight_through=True):
+            outputs = functional_call(module, weights, (self.inputs[chosen], *call["args"]), call["kwargs"])
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        return self.distance(outputs, chosen, 0)
+
+    @torch.no_grad()
+    def loss(self, batches: range) -> float:
+        """Of the block as it would be written, on whole batches of windows."""
+        total = 0.0
+        assert self.block.module is not None
+        for i in batches:
+            first = i * self.size
+            chosen = slice(first, first + self.block.inputs[i].shape[0])
+            with quantized_inputs(self.block.layers):
+                outputs = run_block(self.block.module, self.inputs[chosen], self.block.calls[i])
+            total += float(self.distance(outputs, chosen, i))
+        return total / len(batches)
+
+
+def _ahead(block: Block, hidden: Tensor, index: int) -> Tensor:
+    """The output of the block, further on through the float blocks that it looks ahead to."""
+    for module, calls in block.ahead:
+        call: Call = calls[index]
+        hidden = run_block(module, hidden, call)
+    return hidden
+
+
+def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """`step`, recorded as a CUDA graph, so that its many small kernels cost no launches; itself on a CPU.
+
+    It runs three times while it is recorded: what it changes must not depend on that.
+    """
+    if device.type != "cuda":
+        return step
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
