@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from zq.models.capture import Call, run_block
+from zq.models.skeleton import Skeleton
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
+from zq.quantizers.view import View
 from zq.spec import Scheme, TensorSpec
 
 
@@ -188,9 +190,11 @@ def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.M
 @dataclass(frozen=True)
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
-    what the method is about."""
+    what the method is about. A method that changes the whole model first has `view(skeleton, view, options,
+    seed)`, which gives the view that every later step sees."""
 
     name: str
     options: type
     needs: Callable[[Any], Needs]
     run: Callable[[Block, Any], None]
+    view: Callable[[Skeleton, View, Any, int], View] | None = None
