@@ -4,7 +4,7 @@
                an outlier of one channel is spread evenly over all (QuaRot, arXiv:2404.00456)
     random     Q uniform over all orthogonal matrices: any size, n^2 operations per row
 
-Computed in float64: sums of bfloat16 weights are then exact, in whatever order they are taken.
+Computed in float64: sums of bfloat16 weights of like size are then exact, in whatever order they are taken.
 """
 
 from __future__ import annotations
