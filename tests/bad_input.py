@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.command import Done, run, spawn
 from tests.letters import save_tokenizer
-from tests.tiny import build_tiny
+from tests.tiny import TINY, build_tiny, random_model
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -397,6 +397,8 @@ RECIPES = {
     "yaml-tag": RULE + "about: !!python/name:os.system\n",
     "extends-twice": "extends: BASE.yaml\n",
     "not-expressible": 'format: compressed-tensors\nrules:\n  - {match: "*", weights: "e2m1fn:b64"}\n',
+    "rotate-late": RULE + "steps:\n  - rtn: {}\n  - rotate: {}\n",
+    "rotate-nothing": RULE + "steps:\n  - rotate: {r1: false, r2: false}\n  - rtn: {}\n",
     "tied-head": RULE + '  - {match: lm_head, weights: "int8:channel"}\n',
 }
 SITUATIONS |= {name: _recipe(text) for name, text in RECIPES.items()}
@@ -412,6 +414,62 @@ def extends_twice(model: Model) -> None:
 def tied_head(model: Model) -> None:
     _recipe(RECIPES["tied-head"])(model)
     save_model(model.folder, "llama-tied")
+
+
+ROTATE = RULE + "steps:\n  - rotate: {}\n  - rtn: {}\ncalibration: {source: none}\n"
+
+
+def _rotate(name: str = "llama", change: Callable[[Model], None] | None = None) -> Callable[[Model], None]:
+    def build(model: Model) -> None:
+        _recipe(ROTATE)(model)
+        save_model(model.folder, name)
+        if change:
+            change(model)
+
+    return build
+
+
+SITUATIONS["rotate-family"] = _rotate("gpt2")
+SITUATIONS["rotate-nan"] = _rotate(change=_poison(float("nan"), "model.norm.weight"))
+
+
+@situation("rotate-no-head")
+def rotate_no_head(model: Model) -> None:
+    base_only(model)
+    _recipe(ROTATE)(model)
+
+
+@situation("rotate-no-hadamard")
+def rotate_no_hadamard(model: Model) -> None:
+    _recipe(ROTATE)(model)
+    shutil.rmtree(model.folder)
+    sizes = {"hidden_size": 188, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 94}
+    config = TINY["llama"]()
+    random_model(type(config)(**config.to_dict() | sizes)).save_pretrained(model.folder)
+
+
+@situation("rotate-dtype")
+def rotate_dtype(model: Model) -> None:
+    _recipe(ROTATE)(model)
+    name = "model.embed_tokens.weight"
+    model.change(lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+
+
+@situation("rotate-overflow")
+def rotate_overflow(model: Model) -> None:
+    """Each of the two tensors is finite; their product is not."""
+    _recipe(ROTATE)(model)
+    model.change(lambda t: t.update({name: tensor.half() for name, tensor in t.items()}))
+    model.change(lambda t: (t["lm_head.weight"].fill_(3e4), t["model.norm.weight"].fill_(3e4)))
+
+
+@situation("audit-untied")
+def audit_untied(model: Model) -> None:
+    """OUT is a finished output of a rotated model; its config.json was edited since."""
+    _recipe(ROTATE)(model)
+    run("quantize", model.folder, "--recipe", "RECIPE.yaml", "-o", "OUT").ok()
+    path = Path("OUT", "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
 
 
 @situation("job-in-output", "resume-other-recipe")

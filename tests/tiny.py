@@ -164,8 +164,14 @@ def build_tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     Norm weights scatter around 1, biases around 0, everything else has a scale that keeps hidden
     states of order one, so that a swapped norm, a lost bias or a wrong layout shows.
     """
-    config = TINY[name]()
-    model = getattr(transformers, config.architectures[0])(config, **options(name))
+    return random_model(TINY[name](), dtype, seed, **options(name))
+
+
+def random_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **options: bool
+) -> PreTrainedModel:
+    """`build_tiny` for any config."""
+    model = getattr(transformers, config.architectures[0])(config, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -2,8 +2,9 @@
 
 Streaming, one layer at a time: every planned tensor is there with its dtype and shape and nothing else
 is; every layer that the plan quantizes unpacks to exactly the weight that was measured; scales are
-finite and positive; untouched tensors are byte-identical to the source; and the `quantization_config`
-that will be published, read by its own rules, gives every layer the planned scheme and no other.
+finite and positive; untouched tensors are byte-identical to the source, or to what a step on the whole
+model (rotate) makes of it, computed anew; and the `quantization_config` that will be published, read by
+its own rules, gives every layer the planned scheme and no other.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def audit_folder(folder: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         hashes, config = report["tensors"], report["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = report.get("rotated", {}).get("config", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ZqError(
             f"{folder} has no readable {REPORT} to compare with; only what `zq quantize` wrote has one"
         ) from None
@@ -76,6 +78,7 @@ def audit_folder(folder: Path) -> dict[str, Any]:
         raise AuditError(
             f"audit: quantization_config in {folder / 'config.json'} is not that of the run; quantize again"
         )
+    _check_settings(settings, folder)
     return {"passed": True, "tensors": len(hashes)}
 
 
@@ -87,6 +90,7 @@ def audit_published(plan: Plan, folder: Path) -> None:
     _check_headers(plan, folder)
     try:
         _check_config(plan, quantization_config(folder) or {})
+        _check_settings(plan.view.settings, folder)
     except AuditError:
         raise
     except ZqError as error:
@@ -145,9 +149,10 @@ def _check_hashes(tensors: dict[str, Tensor], written: dict[str, str]) -> None:
 
 def _check_copy(plan: Plan, name: str, tensor: Tensor) -> None:
     key = plan.skeleton.param_keys[name]
-    original = reader(plan.index)([key])[key]
+    original = plan.view.read([key])[key]
     if not torch.equal(original.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
-        raise AuditError(f"audit: tensor '{name}' was to be copied unchanged but differs from '{key}'")
+        was = f"({plan.view.becomes[name]})" if name in plan.view.becomes else "unchanged"
+        raise AuditError(f"audit: tensor '{name}' was to be copied {was} but differs from '{key}'")
 
 
 def _check_config(plan: Plan, config: dict[str, Any]) -> None:
@@ -157,6 +162,17 @@ def _check_config(plan: Plan, config: dict[str, Any]) -> None:
             raise AuditError(
                 f"audit: config.json would give '{layer.name}' the scheme {read_back.get(layer.name)} "
                 f"instead of {layer.scheme}"
+            )
+
+
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
+    """What a step changed in config.json beside the quantization; engines would tie a rotated embedding."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if config.get(key) != value:
+            raise AuditError(
+                f"audit: '{key}' in {folder / 'config.json'} is {config.get(key)}, and the weights were made "
+                f"for {value}; quantize again"
             )
 
 

@@ -1,8 +1,8 @@
 """What a run will take, before it runs: memory, disk and time.
 
 Time is measured, not assumed: each distinct weight spec quantizes one random matrix with the recipe's
-own steps on this device, and the calibration tokens are charged with the time of a matrix product of the
-same number of operations.
+own steps on this device, one matrix is read as a step on the whole model makes it, and the calibration
+tokens are charged with the time of a matrix product of the same number of operations.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         passes = 2 + len(plan.skeleton.arch.sites) * reading  # both streams, and once to each site
         work = 2 * passes * plan.tokens * sum(math.prod(layer.shape) for layer in plan.layers)
         seconds += work * _per_operation(plan)
+    seconds += _per_folded(plan) * sum(plan.source(name).numel for name in plan.view.becomes)
     seconds += 3 * (plan.bytes_before + plan.bytes_after) / 1e9  # reading, hashing, writing, reading back
     return {
         "bytes_before": plan.bytes_before,
@@ -61,6 +62,17 @@ def _per_weight(plan: Plan, scheme: Scheme) -> float:
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - begun)
     return best / math.prod(PROBE)
+
+
+def _per_folded(plan: Plan) -> float:
+    """Seconds per weight that a step on the whole model takes: its smallest matrix is timed."""
+    matrices = [name for name in plan.view.becomes if len(plan.source(name).shape) == 2]
+    if not matrices:
+        return 0.0
+    smallest = min(matrices, key=lambda name: plan.source(name).numel)
+    begun = time.perf_counter()
+    plan.view.read([plan.skeleton.key_of(smallest)])
+    return (time.perf_counter() - begun) / plan.source(smallest).numel
 
 
 def _per_operation(plan: Plan) -> float:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
 from zq.distill import lkd
 from zq.errors import ZqError
-from zq.quantizers import gptq, rtn
+from zq.quantizers import gptq, rotate, rtn
 from zq.quantizers.method import Method
 from zq.recipe import Step
 
-METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD, lkd.METHOD)}
+METHODS: dict[str, Method] = {m.name: m for m in (rotate.METHOD, rtn.METHOD, gptq.METHOD, lkd.METHOD)}
+
+
+def resolve_steps(steps: Iterable[Step], where: str) -> list[tuple[Method, Any]]:
+    """The methods of a recipe's steps and their checked options, in order. Raises ZqError as `resolve`, and
+    for a step on the whole model that is not the first."""
+    found = []
+    for step in steps:
+        method, options = resolve(step, where)
+        if method.view and found:
+            raise ZqError(
+                f"{step.where or where}: step '{step.name}' changes the whole model, so it must be the first "
+                "step, and given once; move it up or drop it"
+            )
+        found.append((method, options))
+    return found
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:

@@ -31,7 +31,7 @@ from zq.audit import audit, audit_published
 from zq.calibration import calibration
 from zq.checkpoint.index import FLOATS
 from zq.checkpoint.job import Job
-from zq.checkpoint.reader import Read, reader
+from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
 from zq.models.capture import Captured, capture_inputs, has_head, head
@@ -99,7 +99,7 @@ def quantize(
 
 @torch.no_grad()
 def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
-    read = reader(plan.index)
+    read = plan.view.read
     windows, facts = calibration(plan, read, job, progress)
     captured = _capture(plan, read, windows)
     float_stream, quant_stream = _streams(job, captured)
@@ -233,7 +233,7 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     keys = {name: skeleton.param_keys[name] for name in promised}
     originals = read(keys.values())
     for name, key in keys.items():
-        if plan.index.tensors[key].dtype in FLOATS and not bool(torch.isfinite(originals[key]).all()):
+        if plan.view.index.tensors[key].dtype in FLOATS and not bool(torch.isfinite(originals[key]).all()):
             raise ZqError(f"'{key}' holds NaN or Inf; repair the checkpoint first")
         tensors[name] = originals[key]
     return tensors, {"layers": measured}
@@ -327,6 +327,7 @@ def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command
         "held_out_loss": {u: r["held_out_loss"] for u, r in job.done.items() if "held_out_loss" in r},
         "seconds": round(seconds, 2),
         "notes": plan.notes + _overflow(plan, errors),
+        **plan.view.facts,
         **facts,
         "layers": layers,
         "tensors": {name: h for unit in job.done.values() for name, h in unit["tensors"].items()},

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_index
-from zq.checkpoint.reader import same_tensor
+from zq.checkpoint.reader import reader, same_tensor
 from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
-from zq.methods import resolve
+from zq.methods import resolve_steps
 from zq.models.capture import positions
-from zq.models.find import find_arch, load_config, one_line
+from zq.models.find import find_arch, load_config, load_tokenizer
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton, build_skeleton
 from zq.quantizers.method import Method
+from zq.quantizers.view import View
 from zq.recipe import Recipe, Rule
 from zq.spec import AUTO, Layout, Scheme, choose_group_size
 
@@ -57,6 +58,7 @@ class Plan:
     folder: Path
     recipe: Recipe
     index: CheckpointIndex
+    view: View
     skeleton: Skeleton
     dtype: torch.dtype
     format: str
@@ -87,8 +89,8 @@ class Plan:
         return self.exporter.slots(layer.name, layer.scheme, layer.shape, self.dtype)
 
     def source(self, name: str) -> TensorInfo:
-        """The checkpoint entry of a parameter of the model."""
-        return self.index.tensors[self.skeleton.param_keys[name]]
+        """The entry of a parameter of the model in the checkpoint, as the steps see that."""
+        return self.view.index.tensors[self.skeleton.param_keys[name]]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per tensor of the source: what it becomes, why, and the bytes that it will take."""
@@ -103,6 +105,7 @@ class Plan:
                 if layer and layer.scheme:
                     becomes, nbytes = str(layer.scheme), sum(s.nbytes for s in self.layer_slots(layer))
                 why = layer.why if layer else "not a linear layer"
+                why += f"; {self.view.becomes[name]}" if name in self.view.becomes else ""
                 shape = list(info.shape)
                 rows.append({"name": name, "shape": shape, "becomes": becomes, "why": why, "bytes": nbytes})
         return rows
@@ -147,7 +150,7 @@ class Plan:
     def memory_estimate(self) -> int:
         """Bytes: torch and transformers themselves; the largest unit twice (as it was, as it becomes); the
         largest quantized layer in float32, as input, target and result of the search for its scales; four
-        streams of hidden states (float and quantized, before and after a block)."""
+        streams of hidden states (float and quantized, before and after a block); what the view takes."""
         sizes = [sum(slot.nbytes for slot in slots) for slots in self.units.values()]
         for unit in self.units:
             names = [name for name in self.skeleton.zone(unit) if name in self.skeleton.param_keys]
@@ -155,20 +158,26 @@ class Plan:
         layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
         if self.recipe.calibration.generated:  # to write, the whole model is needed
             sizes.append(self.bytes_before // 2)
-        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + 4 * self.stream_bytes
+        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + 4 * self.stream_bytes + self.view.memory
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
     """Raises ZqError when the checkpoint, the recipe and the format do not fit together."""
     where = str(folder / "config.json")
-    steps = [resolve(step, recipe.where) for step in recipe.steps]
+    steps = resolve_steps(recipe.steps, recipe.where)
     config = load_config(folder)
     arch = find_arch(config, where)
     index = read_index(folder)
     dtype = main_dtype(index)
     same = partial(same_tensor, index)
-    skeleton = build_skeleton(config, arch, index.shapes, dtype, device=device, where=str(folder), same=same)
-    notes: list[str] = []
+    build = partial(build_skeleton, arch=arch, dtype=dtype, device=device, where=str(folder), same=same)
+    skeleton = build(config, shapes=index.shapes)
+    view = View(config=config, index=index, read=reader(index))
+    for method, options in steps:
+        if method.view:
+            view = method.view(skeleton, view, options, recipe.seed)
+            skeleton = build(view.config, shapes=view.index.shapes)
+    notes = list(view.notes)
     for target, source in skeleton.model.all_tied_weights_keys.items():
         if target not in skeleton.tied:
             notes.append(
@@ -176,17 +185,18 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
             )
     layers, recipe = _assign(skeleton, recipe, notes)
     format_name = _choose_format(recipe, layers, dtype, notes)
-    _check_dtypes(skeleton, index, layers)
+    _check_dtypes(skeleton, view.index, layers)
     _refuse_lost_blocks(skeleton, where)
     if skeleton.extra:
         count, cls = len(skeleton.extra), type(skeleton.model).__name__
         notes.append(f"{count} tensors that {cls} does not use are left out, first {skeleton.extra[0]}")
-    units = _units(skeleton, index, layers, EXPORTERS[format_name], dtype)
+    units = _units(skeleton, view.index, layers, EXPORTERS[format_name], dtype)
     shards = plan_shards([slot for slots in units.values() for slot in slots], shard_bytes)
     return Plan(
         folder=folder,
         recipe=recipe,
         index=index,
+        view=view,
         skeleton=skeleton,
         dtype=dtype,
         format=format_name,
@@ -410,16 +420,3 @@ def _windows(
     )
     vocabulary = skeleton.config.vocab_size
     return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
-
-
-def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
-    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read;
-    `otherwise` is what else the user can do."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
-        raise ZqError(
-            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it{otherwise}"
-        ) from None

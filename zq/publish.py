@@ -33,6 +33,7 @@ def publish(plan: Plan, writer: ShardWriter, out: Path, report: dict[str, Any]) 
         except OSError as error:
             raise disk_error(error, target, 0) from None
     config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
+    config |= plan.view.settings
     config["quantization_config"] = plan.quantization_config
     write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -97,6 +98,11 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
         ("bits per quantized weight, as written", f"{report['bits_per_weight']:.3f}"),
         *((f"weight SQNR, {kind}", f"{db:.2f} dB") for kind, db in report["weight_sqnr_db"].items()),
     ]
+    if "rotated" in report:
+        sizes = (
+            f"{name.upper()} [{size} x {size}]" for name in ("r1", "r2") if (size := report["rotated"][name])
+        )
+        rows.append(("rotations folded into the weights", ", ".join(sizes)))
     if errors:
         last = "not measurable: activations overflow" if errors[-1] is None else f"{errors[-1]:.4f}"
         rows.append(("relative squared error after the last block", last))

@@ -57,6 +57,12 @@ def test_description_is_consistent(arch: Arch):
         else:
             assert link.kind == "linear"
             assert link.producer in linears
+    assert set(arch.writers) <= set(linears)
+    if arch.writers:  # what rotate relies on: all linears but the writers read the stream, through a norm
+        read = [path for link in arch.links if link.kind == "norm" for path in link.consumers]
+        assert sorted([*read, *arch.writers]) == sorted(linears)
+        assert len([link for link in arch.links if link.channels == "kv"]) == 1
+        assert len(arch.tail) == 1
     assert arch.site_of("nowhere") is None
     assert linears[0] in arch.site_of(linears[0]).linears  # type: ignore[union-attr]
 

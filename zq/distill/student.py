@@ -32,7 +32,7 @@ class Course:
         self.weights = token_weights(self.targets, loss)
 
     def distance(self, outputs: Tensor, chosen: Tensor | slice, index: int) -> Tensor:
-        """Of the block's outputs [B, T, D] for the windows `chosen`; their calls are those of batch `index`."""
+        """Of the outputs [B, T, D] of the block for the windows `chosen`, with the calls of batch `index`."""
         reached = _ahead(self.block, outputs, index)
         targets = self.targets[chosen]
         if self.block.logits is None:

@@ -54,6 +54,8 @@ class Arch:
     """One architecture.
 
     blocks: path of the ModuleList of blocks.
+    writers: linears whose outputs, and nothing else, are added to the residual stream, where every
+        reader of the stream is an RMSNorm and is the producer of a link; () in every other family.
     norms: norms inside a block; a path that a config switches off may be missing from the module.
     tail: modules applied after the last block, in order; those that a config switches off
         (None in the module) are passed over.
@@ -68,6 +70,7 @@ class Arch:
     sites: tuple[Site, ...]
     links: tuple[Link, ...]
     norms: tuple[str, ...]
+    writers: tuple[str, ...] = ()
     tail: tuple[str, ...] = ()
     pooler: str = ""
     encoder: bool = False

@@ -49,6 +49,19 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise ZqError(f"{where}: transformers rejects it ({one_line(error)}); correct the value") from error
 
 
+def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
+    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read;
+    `otherwise` is what else the user can do."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
+        raise ZqError(
+            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it{otherwise}"
+        ) from None
+
+
 def find_family(folder: Path) -> Arch:
     """The description of a local checkpoint's architecture, quantized or not. Raises ZqError."""
     return _supported(load_config(folder).model_type, str(Path(folder) / "config.json"))

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from zq.models.capture import Call, run_block
+from zq.models.skeleton import Skeleton
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
+from zq.quantizers.view import View
 from zq.spec import Scheme, TensorSpec
 
 
@@ -195,7 +197,11 @@ def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.M
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
     what the method is about; `batch(options)` is the number of windows that it wants to work on at once,
-    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one)."""
+    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one).
+
+    A method that changes the whole model first has `view(skeleton, view, options, seed)`, which gives
+    the view that every later step sees.
+    """
 
     name: str
     options: type
@@ -203,3 +209,4 @@ class Method:
     run: Callable[[Block, Any], None]
     batch: Callable[[Any], int | None] = lambda options: None
     ahead: Callable[[Any], int] = lambda options: 0
+    view: Callable[[Skeleton, View, Any, int], View] | None = None

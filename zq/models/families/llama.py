@@ -41,5 +41,6 @@ LLAMA = Arch(
         Link(producer="mlp.up_proj", consumers=("mlp.down_proj",), kind="linear"),
     ),
     norms=("input_layernorm", "post_attention_layernorm"),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
     tail=("norm",),
 )
