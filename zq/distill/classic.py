@@ -1,0 +1,94 @@
+"""LKD as it was published (ZeroQuant, Yao et al. 2022, arXiv:2206.01861, section 4).
+
+    L_k = MSE(block_k(X), quantized block_k(X)),   X = what the float blocks before block k produce
+
+Every parameter of the block learns: linear weights through nearest rounding with the gradient passed straight,
+norms and biases directly. Weight scales are the largest magnitude of each group at that moment, activations are
+quantized per token. AdamW at rate 5e-6 without a schedule, 100 iterations of 32 windows, no selection: what the
+last iteration leaves is written. No block's input depends on another block's result, so blocks could be trained
+in any order or at once. Use `calibration: {source: random}` for the paper's setting without data.
+
+`lkd` (distill/lkd.py) is what grew out of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from zq.distill.lkd import shuffled
+from zq.numerics.qtensor import SCALES, quantize
+from zq.quantizers.method import Block, Layer, Method, Needs, quantized_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    iterations: int = field(default=100, metadata={"range": (0, 1 << 20)})
+    batch: int = field(default=32, metadata={"range": (1, 1 << 20)})
+    rate: float = field(default=5e-6, metadata={"range": (0.0, 1.0)})
+    decay: float = field(default=0.01, metadata={"range": (0.0, 1.0)})
+    scale: str = field(default="absmax", metadata={"allowed": tuple(SCALES)})
+
+
+def run(block: Block, options: Options) -> None:
+    """Train a copy of the block's parameters in float32, then round its weights once more and keep them."""
+    learned = {layer.name: layer.weight.float() for layer in block.layers}
+    if block.module is not None:
+        _train(block, learned, options)
+    for layer in block.layers:
+        spec = layer.scheme.weights
+        layer.replace(quantize(learned[layer.name], spec, options.scale, block.scale_dtype))
+
+
+def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
+    """Fills `learned` with the new weights [N, K]; the other parameters change in the module."""
+    module = block.module
+    assert module is not None
+    paths = {child: path for path, child in module.named_modules()}
+    layers = {f"{paths[layer.module]}.weight": layer for layer in block.layers}
+    held = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
+    optimizer = torch.optim.AdamW(held.values(), lr=options.rate, weight_decay=options.decay)
+    inputs, targets = torch.cat(block.teacher_inputs), torch.cat(block.targets)
+    size, call = block.inputs[0].shape[0], block.calls[0]
+    losses = []
+    for chosen in shuffled(len(inputs), size, options.iterations, block.seed).to(inputs.device):
+        with torch.enable_grad(), quantized_inputs(block.layers, straight_through=True):
+            weights = {
+                name: (_rounded(p, layers[name], options.scale) if name in layers else p).to(inputs.dtype)
+                for name, p in held.items()
+            }
+            outputs = functional_call(module, weights, (inputs[chosen], *call["args"]), call["kwargs"])
+            outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+            loss = (outputs.float() - targets[chosen].float()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    for name, p in module.named_parameters():
+        value = held[name].detach()
+        if name in layers:
+            learned[layers[name].name] = value.T if layers[name].transposed else value
+        elif not torch.equal(value.to(p.dtype), p):
+            p.data.copy_(value)
+            block.changed.add(f"{block.name}.{name}")
+    if losses:
+        block.facts["training_loss"] = {"start": float(losses[0]), "end": float(losses[-1])}
+
+
+def _rounded(weight: Tensor, layer: Layer, scale: str) -> Tensor:
+    """A weight as its module stores it, rounded to nearest; the gradient passes as if it were not."""
+    dense = weight.detach().T if layer.transposed else weight.detach()
+    rounded = quantize(dense, layer.scheme.weights, scale, torch.float32).dequantize()
+    return weight + ((rounded.T if layer.transposed else rounded) - weight).detach()
+
+
+def needs(options: Options) -> Needs:
+    return Needs.INPUTS | Needs.FLOAT_INPUTS
+
+
+METHOD = Method(
+    name="lkd-classic", options=Options, needs=needs, run=run, batch=lambda options: options.batch
+)
