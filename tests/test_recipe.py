@@ -21,11 +21,12 @@ globs = st.one_of(
     text.filter(lambda t: not t.startswith(("@", "re:"))),
 )
 values = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-9, 9), text)
+of_rules = st.one_of(st.none(), schemes.filter(lambda scheme: not scheme.weights.rank))
 recipes = st.builds(
     Recipe,
     name=text,
     about=text,
-    rules=st.lists(st.builds(Rule, globs, st.one_of(st.none(), schemes)), min_size=1, max_size=4).map(tuple),
+    rules=st.lists(st.builds(Rule, globs, of_rules), min_size=1, max_size=4).map(tuple),
     steps=st.lists(
         st.builds(
             Step,

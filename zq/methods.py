@@ -7,11 +7,24 @@ from typing import Any
 
 from zq.distill import lkd
 from zq.errors import ZqError
-from zq.quantizers import gptq, rtn
+from zq.quantizers import gptq, lorc, rtn
 from zq.quantizers.method import Method
-from zq.recipe import Step
+from zq.recipe import Recipe, Step
 
-METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD, lkd.METHOD)}
+METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD, lkd.METHOD, lorc.METHOD)}
+
+
+def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
+    """The steps of a recipe, each as `resolve` has it. Raises ZqError also for an order that makes no sense:
+    a correction of what quantization left comes after it, once, and nothing may change the codes later."""
+    names = [step.name for step in recipe.steps]
+    for place, step in enumerate(recipe.steps):
+        if step.name == lorc.METHOD.name and (place == 0 or names[place:] != [step.name]):
+            raise ZqError(
+                f"{step.where or recipe.where}: step 'lorc' corrects what the steps before it left; put it "
+                "once, as the last step, after rtn or gptq"
+            )
+    return [resolve(step, recipe.where) for step in recipe.steps]
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:

@@ -26,7 +26,7 @@ from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
-from zq.methods import resolve
+from zq.methods import resolve_all
 from zq.models.capture import positions
 from zq.models.find import find_arch, load_config, one_line
 from zq.models.layout import is_transposed, linear_shape
@@ -145,7 +145,7 @@ class Plan:
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
     """Raises ZqError when the checkpoint, the recipe and the format do not fit together."""
     where = str(folder / "config.json")
-    steps = [resolve(step, recipe.where) for step in recipe.steps]
+    steps = resolve_all(recipe)
     config = load_config(folder)
     arch = find_arch(config, where)
     index = read_index(folder)
@@ -159,6 +159,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
                 f"config.json ties {target} to {source}, but they are stored and differ: both are kept"
             )
     layers, recipe = _assign(skeleton, recipe, notes)
+    layers = [_with_stored(layer, steps, recipe) for layer in layers]
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, index, layers)
     _refuse_lost_blocks(skeleton, where)
@@ -254,6 +255,17 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
         raise ZqError(f"{recipe.where} quantizes nothing: every rule skips; see `zq recipes show w4a8`")
     fixed = tuple(replace(r, scheme=r.scheme and r.scheme.with_group(size)) for r in recipe.rules)
     return layers, replace(recipe, rules=fixed)
+
+
+def _with_stored(layer: PlannedLayer, steps: list[tuple[Method, Any]], recipe: Recipe) -> PlannedLayer:
+    """The layer's scheme with whatever the steps store beside the codes."""
+    scheme = layer.scheme
+    for (method, options), step in zip(steps, recipe.steps, strict=True):
+        try:
+            scheme = scheme and method.stores(scheme, layer.shape, options)
+        except ZqError as error:
+            raise ZqError(f"{step.where or recipe.where}: '{layer.name}': {error}") from None
+    return replace(layer, scheme=scheme)
 
 
 def _check_rules(

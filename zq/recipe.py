@@ -316,6 +316,11 @@ def _rule(entry: Any, where: str, line: int) -> Rule:
     except ZqError as error:
         message = str(error)
         raise ZqError(message if message.startswith(where) else f"{spot}: {message}") from None
+    if weights.rank:
+        raise ZqError(
+            f"{spot}: '{weights}': a rule gives no rank; drop 'lorc={weights.rank}' and add the step "
+            f"- lorc: {{rank: {weights.rank}}}"
+        )
     return Rule(match, scheme, spot)
 
 

@@ -188,9 +188,11 @@ def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.M
 @dataclass(frozen=True)
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
-    what the method is about."""
+    what the method is about; `stores(scheme, shape, options)` is the scheme of an [N, K] layer with what the
+    method adds to what is stored, and raises ZqError when the layer cannot have it."""
 
     name: str
     options: type
     needs: Callable[[Any], Needs]
     run: Callable[[Block, Any], None]
+    stores: Callable[[Scheme, tuple[int, int], Any], Scheme] = lambda scheme, shape, options: scheme
