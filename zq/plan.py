@@ -65,6 +65,8 @@ class Plan:
     shards: list[Shard]
     windows: Tensor | None
     notes: list[str] = field(default_factory=list)
+    shard_bytes: int = SHARD_BYTES
+    sensitivity: dict[str, Any] | None = None  # what the widths were chosen by (zq/autobits.py)
 
     @property
     def exporter(self) -> ModuleType:
@@ -181,6 +183,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         shards=shards,
         windows=_windows(folder, skeleton, recipe, steps, notes),
         notes=notes,
+        shard_bytes=shard_bytes,
     )
 
 
@@ -230,7 +233,11 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
     layers = []
     for (name, unit, kind, shape, transposed), rule in zip(found, rules, strict=True):
         scheme = rule.scheme and rule.scheme.with_group(size) if rule else None
-        why = f"rule '{rule.match}'" if rule else ("no rule names it" if kind is None else "no rule matches")
+        why = (
+            (rule.why or f"rule '{rule.match}'")
+            if rule
+            else ("no rule names it" if kind is None else "no rule matches")
+        )
         shared = ties.get(f"{name}.weight")
         if scheme and shared:
             spot = (rule and rule.where) or recipe.where
@@ -388,6 +395,8 @@ def _windows(
     if wanted.source == "none":
         if any(method.needs(options) for method, options in steps):
             raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
+        if recipe.bits:
+            raise ZqError(f"{recipe.bits.where}: bits are chosen by calibration tokens; drop --calib none")
         return None
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:

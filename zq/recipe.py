@@ -11,6 +11,7 @@
     steps:
       - rtn: {scale: mse}
     calibration: {source: bundled, samples: 8, length: 256}
+    bits: 4.5                               # optional: choose the width of every layer (zq/autobits.py)
 
 Strict: an unknown key, a wrong type or a rule that matches nothing is an error naming the line. Layers
 outside the blocks (lm_head, poolers) are touched only by a pattern that names them. `extends: NAME`
@@ -34,7 +35,7 @@ import yaml
 from zq.errors import ZqError
 from zq.spec import Scheme, TensorSpec
 
-KEYS = ("name", "about", "extends", "rules", "steps", "calibration", "seed", "format")
+KEYS = ("name", "about", "extends", "rules", "bits", "steps", "calibration", "seed", "format")
 OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq")
 KINDS = ("@attention", "@mlp")
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
@@ -44,12 +45,14 @@ PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 class Rule:
     """Layers that `match` get `scheme`, or stay as they are when it is None (skip).
 
-    `where` is the place of the rule in its own file, "FILE:LINE", also when it was inherited.
+    `where` is the place of the rule in its own file, "FILE:LINE", also when it was inherited; `why` says why
+    a rule that nobody wrote is there.
     """
 
     match: str
     scheme: Scheme | None
     where: str = field(default="", compare=False)
+    why: str = field(default="", compare=False)
 
     def matches(self, name: str, kind: str | None) -> bool:
         """`kind` is "attention" or "mlp" inside a block and None outside of the blocks."""
@@ -89,6 +92,16 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bits:
+    """A budget: `mean` bits per quantized weight, scales included, by choosing among `widths` for every site
+    (none: those of zq/autobits.py); `where` as in Rule."""
+
+    mean: float
+    widths: tuple[int, ...] = ()
+    where: str = field(default="--bits", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """`where` is how messages call it: the path of a file, or "recipe NAME" of a shipped one."""
 
@@ -99,6 +112,7 @@ class Recipe:
     about: str = ""
     seed: int = 0
     format: str = "auto"
+    bits: Bits | None = None
     where: str = field(default="recipe", compare=False)
 
     @classmethod
@@ -120,6 +134,7 @@ class Recipe:
             "name": self.name,
             "about": self.about,
             "rules": rules,
+            **self._budget(),
             "steps": [{s.name: dict(s.options)} for s in self.steps],
             "calibration": vars(self.calibration),
             "seed": self.seed,
@@ -130,6 +145,12 @@ class Recipe:
         if re.search("[\x85\u2028\u2029]", text):
             return yaml.safe_dump(data, sort_keys=False, width=100)
         return text
+
+    def _budget(self) -> dict[str, Any]:
+        if self.bits is None:
+            return {}
+        widths = {"widths": list(self.bits.widths)} if self.bits.widths else {}
+        return {"bits": {"mean": self.bits.mean, **widths}}
 
     @property
     def digest(self) -> str:
@@ -261,6 +282,8 @@ def _build(data: _Map, where: str, name: str) -> Recipe:
             raise ZqError(f"{where}:{data.lines['steps']}: 'steps' is empty; the simplest is: - rtn: {{}}")
     if "calibration" in data:
         values["calibration"] = _calibration(data, where, base)
+    if "bits" in data:
+        values["bits"] = _bits(data, where)
     values["name"] = _typed(data, "name", str, where, name)
     for key, kind in (("about", str), ("seed", int), ("format", str)):
         if key in data:
@@ -342,6 +365,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _bits(data: _Map, where: str) -> Bits:
+    """`bits: 4.5`, or `bits: {mean: 4.5, widths: [3, 4, 8]}`."""
+    spot = f"{where}:{data.lines['bits']}"
+    entry = data["bits"] if isinstance(data["bits"], _Map) else {"mean": data["bits"]}
+    if isinstance(entry, _Map):
+        _known(entry, ("mean", "widths"), where)
+    mean, widths = entry.get("mean"), entry.get("widths", [])
+    if isinstance(mean, bool) or not isinstance(mean, (int, float)) or not 1 <= mean <= 32:
+        raise ZqError(
+            f"{spot}: 'bits' must be a mean from 1 to 32, such as 4.5 or {{mean: 4.5, widths: [4, 8]}}, "
+            f"not {mean!r}"
+        )
+    whole = isinstance(widths, list) and all(type(width) is int and 2 <= width <= 8 for width in widths)
+    if not whole or len(set(widths)) != len(widths) or ("widths" in entry and not widths):
+        raise ZqError(
+            f"{spot}: 'widths' must be a list of different whole numbers from 2 to 8, not {widths!r}"
+        )
+    return Bits(mean=float(mean), widths=tuple(widths), where=spot)
 
 
 def _calibration(data: _Map, where: str, base: Recipe | None) -> Calibration:

@@ -41,6 +41,7 @@ class Job:
         self.shards = self.folder / "shards"
         self.fingerprint = fingerprint
         self.done: dict[str, dict[str, Any]] = {}
+        self.remembered: dict[str, str] = {}  # the fingerprint that a resumed job was begun with
         self._carry: str | None = None
         self._lock: int | None = None
         self._made = [out]  # deepest first
@@ -96,7 +97,7 @@ class Job:
                 f"the job in {out} was begun with another {' and '.join(changed)}; resume with what it was "
                 f"begun with, or delete {out / FOLDER} and start anew"
             )
-        self.done, self._carry = done, carry
+        self.done, self._carry, self.remembered = done, carry, old
 
     def commit(self, unit: str, report: dict[str, Any], carry: dict[str, torch.Tensor] | None = None) -> None:
         """Mark `unit` as done; `carry` replaces the carried activations when given."""
