@@ -27,8 +27,9 @@ import zq
 from zq.data import evaluation_windows, load_text
 from zq.eval.adapt import decoder_logits
 from zq.eval.divergence import divergence
+from zq.models.find import load_tokenizer
 from zq.pipeline import quantize
-from zq.plan import load_tokenizer, make_plan
+from zq.plan import make_plan
 from zq.recipe import Recipe, Step, load
 from zq.source import resolve
 

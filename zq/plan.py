@@ -28,12 +28,13 @@ from zq.errors import ZqError
 from zq.export import EXPORTERS
 from zq.methods import resolve_all
 from zq.models.capture import positions
-from zq.models.find import find_arch, load_config, one_line
+from zq.models.find import find_arch, load_config, load_tokenizer
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton, build_skeleton
 from zq.quantizers.method import Method
-from zq.recipe import Recipe, Rule
-from zq.spec import AUTO, Layout, Scheme, choose_group_size
+from zq.recipe import Recipe
+from zq.rules import auto_group, check_rules
+from zq.spec import Scheme
 
 SHARD_BYTES = 5_000_000_000
 
@@ -225,8 +226,8 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
         found.append((name, unit, None, linear_shape(module), is_transposed(module)))
 
     rules = [recipe.rule_for(name, kind) for name, _, kind, _, _ in found]
-    _check_rules(recipe, [(name, kind) for name, _, kind, _, _ in found], rules, notes)
-    size = _auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
+    check_rules(recipe, [(name, kind) for name, _, kind, _, _ in found], rules, notes)
+    size = auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
     # As config.json declares them: engines tie what it says even where both tensors are stored.
     declared = skeleton.model.all_tied_weights_keys
     ties = {source: target for target, source in declared.items()} | declared
@@ -273,52 +274,6 @@ def _with_stored(layer: PlannedLayer, steps: list[tuple[Method, Any]], recipe: R
         except ZqError as error:
             raise ZqError(f"{step.where or recipe.where}: '{layer.name}': {error}") from None
     return replace(layer, scheme=scheme)
-
-
-def _check_rules(
-    recipe: Recipe, found: list[tuple[str, str | None]], chosen: list[Rule | None], notes: list[str]
-) -> None:
-    """A rule that no layer gets is a mistake; one that was inherited may be meant for other models.
-
-    `found` is (name, kind) of every linear layer, `chosen` the rule that each gets.
-    """
-    for rule in recipe.rules:
-        if any(rule is other for other in chosen):
-            continue
-        taken = {id(c): c for (name, kind), c in zip(found, chosen, strict=True) if rule.matches(name, kind)}
-        earlier = ", ".join(f"'{c.match}' ({c.where or 'above'})" for c in taken.values() if c)
-        if earlier:
-            problem = f"rule '{rule.match}' never applies, every layer that it matches is taken by {earlier}"
-            remedy = "put it first or drop it"
-        else:
-            problem = f"rule '{rule.match}' matches no linear layer of this model"
-            remedy = f"layers are named like {found[0][0]}; `zq inspect --layers` lists them"
-        spot = rule.where or recipe.where
-        if not recipe.inherits(rule):
-            raise ZqError(f"{spot}: {problem}; {remedy}")
-        notes.append(f"{spot}: {problem}")
-
-
-def _auto_group(rules: list[Rule | None], shapes: list[tuple[int, int]], notes: list[str]) -> int:
-    """The size of automatic groups; AUTO when no rule in use has any."""
-    auto = Layout("group", AUTO)
-    ks = {
-        shape[1]
-        for rule, shape in zip(rules, shapes, strict=True)
-        if rule and rule.scheme and rule.scheme.weights.layout == auto
-    }
-    if not ks:
-        return AUTO
-    size = choose_group_size(ks)
-    if size is None:
-        raise ZqError(
-            f"no group size of 128, 64 or 32 divides every input size of the layers to quantize "
-            f"({', '.join(map(str, sorted(ks)))}); give --group-size, or int4:channel in a recipe"
-        )
-    if size != 128:
-        odd = next(k for k in sorted(ks) if k % 128)
-        notes.append(f"group size {size}: 128 does not divide {odd}, an input size of this model")
-    return size
 
 
 def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtype, notes: list[str]) -> str:
@@ -406,16 +361,3 @@ def _windows(
     )
     vocabulary = skeleton.config.vocab_size
     return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
-
-
-def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
-    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read;
-    `otherwise` is what else the user can do."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
-        raise ZqError(
-            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it{otherwise}"
-        ) from None

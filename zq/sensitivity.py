@@ -101,8 +101,8 @@ def measure(
 def _refuse_overflow(plan: Plan, place: str, finite: bool) -> None:
     if not finite:
         raise ZqError(
-            f"the calibration activations overflow {plan.dtype} at {place}, so no bits can be chosen; save the "
-            "model in a wider dtype first, or give no bits"
+            f"the calibration activations overflow {plan.dtype} at {place}, so no bits can be chosen; save "
+            "the model in a wider dtype first, or give no bits"
         )
 
 

@@ -67,8 +67,7 @@ def measure(  # noqa: PLR0913 (what the command line can say)
 ) -> dict[str, Any]:
     """Load, run, and return the report of zq.eval as a dict with its kind."""
     from zq.data import load_text
-    from zq.models.find import find_family, find_positions
-    from zq.plan import load_tokenizer
+    from zq.models.find import find_family, find_positions, load_tokenizer
     from zq.runtime.load import load, load_decoder
 
     encoder = find_family(folder).encoder

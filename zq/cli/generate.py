@@ -40,8 +40,7 @@ def generate(
         import torch
         from transformers import TextStreamer
 
-        from zq.models.find import find_family, find_positions
-        from zq.plan import load_tokenizer
+        from zq.models.find import find_family, find_positions, load_tokenizer
         from zq.runtime.load import load_decoder
 
         if find_family(folder).encoder:
