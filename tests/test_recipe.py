@@ -281,7 +281,7 @@ def test_group_size_replaces_every_group_and_only_groups() -> None:
     assert [str(r.scheme) for r in recipe.rules] == ["int4:g32", "int8:channel", "None", "int4:b64"]
 
 
-def test_a_budget_in_its_two_forms_inherited_and_refused() -> None:
+def test_a_budget_in_its_two_forms_inherited_and_refused(tmp_path: Path) -> None:
     rules = "rules: [{match: '*', weights: 'int4:gauto'}]\n"
     assert Recipe.parse(rules).bits is None
     assert Recipe.parse(rules + "bits: 5\n").bits == Bits(mean=5.0)
@@ -289,6 +289,9 @@ def test_a_budget_in_its_two_forms_inherited_and_refused() -> None:
     assert long.bits == Bits(mean=4.25, widths=(3, 4, 8))
     assert long.bits
     assert long.bits.where == "r.yaml:2"
+    (tmp_path / "base.yaml").write_text(rules + "bits: 5\n")
+    (tmp_path / "own.yaml").write_text("extends: base.yaml\n")
+    assert load(str(tmp_path / "own.yaml")).bits == Bits(mean=5.0)
     assert "bits:" not in str(load("w4a16")), "a recipe without a budget has the digest that it always had"
     for wrong in ("yes", "0.5", "33", ".nan", "[4]", "{widths: [4]}", "{mean: many}", "{mean: 4, most: 8}"):
         with pytest.raises(ZqError, match=r"^r\.yaml:2: "):

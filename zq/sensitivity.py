@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from zq.checkpoint.reader import Read, reader
 from zq.errors import ZqError
 from zq.models.capture import Call, capture_inputs, head, last_hidden, run_block
-from zq.numerics.qtensor import quantize
+from zq.numerics.qtensor import SCALES, quantize
 from zq.plan import Plan, PlannedLayer
 from zq.quantizers.method import Layer, quantized_inputs
 from zq.spec import Scheme
@@ -70,11 +70,11 @@ def measure(
     """The error of every site at every width, nats per token (without a head: relative squared error).
 
     `progress` gets {"measured", "done", "of", "seconds"} after every block. Raises ZqError when
-    activations overflow.
+    activations are not finite.
     """
     read, skeleton = reader(plan.index), plan.skeleton
     streams, calls = _forward(plan, read)
-    _refuse_overflow(plan, "the last block", all(bool(torch.isfinite(h).all()) for h in streams[-1]))
+    _refuse_nan(plan, "the last block", all(bool(torch.isfinite(h).all()) for h in streams[-1]))
     pulls = _from_the_end(plan, streams.pop(), read)
     tokens = sum(pull.values.shape[0] * pull.values.shape[1] for pull in pulls)
     errors: dict[str, dict[int, float]] = {}
@@ -89,7 +89,7 @@ def measure(
                 with _quantized(plan, site, schemes):
                     outputs = [run_block(block, h, call) for h, call in zip(inputs, calls[i], strict=True)]
                 outcome[width] = _effect(outputs, targets, pulls) / tokens
-            _refuse_overflow(plan, site.name, all(map(math.isfinite, outcome.values())))
+            _refuse_nan(plan, site.name, all(map(math.isfinite, outcome.values())))
             errors[site.name] = outcome
         pulls = pulls_before
         skeleton.unload_block(i)
@@ -98,11 +98,11 @@ def measure(
     return [errors[site.name] for site in sites]
 
 
-def _refuse_overflow(plan: Plan, place: str, finite: bool) -> None:
+def _refuse_nan(plan: Plan, place: str, finite: bool) -> None:
     if not finite:
         raise ZqError(
-            f"the calibration activations overflow {plan.dtype} at {place}, so no bits can be chosen; save "
-            "the model in a wider dtype first, or give no bits"
+            f"the calibration activations are NaN or Inf at {place}, so no bits can be chosen; repair the "
+            f"checkpoint, save it in a wider dtype than {plan.dtype}, or give no bits"
         )
 
 
@@ -177,7 +177,7 @@ def _effect(outputs: list[Tensor], targets: list[Tensor], pulls: list[_Pull]) ->
 @contextmanager
 def _quantized(plan: Plan, site: SiteWidths, schemes: tuple[Scheme, ...]) -> Iterator[None]:
     """Inside, the layers of the site are rounded to nearest and quantize their inputs."""
-    scale = next((o.scale for _, o in plan.steps if hasattr(o, "scale")), "mse")
+    scale = next((o.scale for _, o in plan.steps if getattr(o, "scale", None) in SCALES), "mse")
     layers, kept = [], []
     for planned, scheme in zip(site.layers, schemes, strict=True):
         module = plan.skeleton.model.get_submodule(planned.name)

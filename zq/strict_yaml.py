@@ -19,6 +19,7 @@ class Map(dict):
 
 
 def read(text: str, where: str) -> Map:
+    """A recipe's text as a mapping. Raises ZqError `where:line: what is wrong`."""
     try:
         alias = next((e for e in yaml.parse(text, yaml.SafeLoader) if isinstance(e, yaml.AliasEvent)), None)
         if alias is not None:  # aliases can be recursive, or blow up when expanded
@@ -66,6 +67,7 @@ _NAMES = {str: "text", int: "a whole number", bool: "true or false", list: "a li
 
 
 def typed(data: Map, key: str, kind: type, where: str, default: Any = _MISSING) -> Any:
+    """data[key], of this type. Raises ZqError when it is another, or missing without a default."""
     if key not in data:
         if default is _MISSING:
             raise ZqError(f"{where}:{data.line}: '{key}' is missing")
@@ -77,6 +79,7 @@ def typed(data: Map, key: str, kind: type, where: str, default: Any = _MISSING) 
 
 
 def known(data: Map, keys: tuple[str, ...], where: str) -> None:
+    """Raises ZqError for a key that is none of `keys`."""
     for key in data:
         if key not in keys:
             raise ZqError(

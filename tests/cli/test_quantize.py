@@ -255,6 +255,7 @@ def test_bits_are_chosen_shown_kept_within_and_reported(llama, tmp_path):
     assert {row["why"].split(":")[0] for row in rows.values() if row["becomes"] == "int8:g64"} == {"bits 5.5"}
     report = quantize(llama, tmp_path / "out", "--w4a16", "--bits", "5.5")
     assert set(report) == KEYS | {"sensitivity"}
+    assert plan.json["sensitivity"] == report["sensitivity"]
     assert plan.json["bits_per_weight"] == report["bits_per_weight"] <= 5.5
     assert report["bits_per_weight"] == pytest.approx(bits_on_disk(tmp_path / "out", llama), rel=1e-12)
     full = json.loads((tmp_path / "out" / "zq_report.json").read_text())

@@ -255,7 +255,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     guess = estimate(plan)
     rows = plan.rows()
     if as_json:
-        return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **guess})
+        chosen = {"sensitivity": plan.sensitivity} if plan.sensitivity else {}
+        return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **chosen, **guess})
     listing(
         ("tensor", "shape", "becomes", "why", "bytes"),
         [
