@@ -167,6 +167,7 @@ def situation(
     *("unknown-option", "not-a-number", "bad-seed", "bad-shard-size", "unknown-device", "missing-device"),
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
+    *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:
@@ -382,7 +383,7 @@ RECIPES = {
     "not-a-recipe": "- one\n- two\n",
     "yaml-nested": "{" * 2000 + "}" * 2000 + "\n",
     "too-many-tokens": RULE + "calibration: {samples: 1000000000000}\n",
-    "unknown-key": RULE + "bits: 4\n",
+    "unknown-key": RULE + "budget: 4\n",
     "wrong-type": RULE + "seed: many\n",
     "no-rules": "about: nothing\n",
     "rule-never-applies": RULE + '  - {match: "@mlp", weights: "int8:channel"}\n',
@@ -390,6 +391,15 @@ RECIPES = {
     "all-skipped": 'rules:\n  - {match: "*", skip: true}\n',
     "unknown-step": RULE + "steps:\n  - magic: {}\n",
     "unknown-step-option": RULE + "steps:\n  - rtn: {speed: 9}\n",
+    "lorc-not-last": RULE + "steps:\n  - lorc: {}\n  - rtn: {}\n",
+    "lorc-rank": RULE + "steps:\n  - rtn: {}\n  - lorc: {rank: 33}\n",
+    "lorc-in-rule": 'rules:\n  - {match: "*", weights: "int4:g32:lorc=8"}\n',
+    "lorc-not-expressible": RULE + "steps:\n  - rtn: {}\n  - lorc: {}\nformat: compressed-tensors\n",
+    "bits-no-number": RULE + "bits: many\n",
+    "bits-widths": RULE + "bits: {mean: 5, widths: [4, 9]}\n",
+    "bits-width-not-held": RULE.replace('int8:channel"', 'int4:channel", activations: e4m3fn:token')
+    + "bits: {mean: 8, widths: [8]}\ncalibration: {source: random}\n"
+    "format: compressed-tensors\n",
     "bad-option-value": RULE + "steps:\n  - rtn: {scale: best}\n",
     "unknown-number-format": 'rules:\n  - {match: "*", weights: "int9:channel"}\n',
     "unknown-layout": 'rules:\n  - {match: "*", weights: "int4:row"}\n',
@@ -472,7 +482,7 @@ def audit_untied(model: Model) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
 
 
-@situation("job-in-output", "resume-other-recipe")
+@situation("job-in-output", "resume-other-recipe", "resume-other-bits")
 def interrupted_job(model: Model) -> None:
     """OUT holds a `--w8a8 --calib random` run that was stopped after two units."""
     from zq.pipeline import quantize

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.test_spec import schemes
 from zq.errors import ZqError
 from zq.methods import resolve
-from zq.recipe import Calibration, Recipe, Rule, Step, load, shipped, source_text
+from zq.recipe import Bits, Calibration, Recipe, Rule, Step, load, shipped, source_text
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 globs = st.one_of(
@@ -21,11 +21,12 @@ globs = st.one_of(
     text.filter(lambda t: not t.startswith(("@", "re:"))),
 )
 values = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-9, 9), text)
+of_rules = st.one_of(st.none(), schemes.filter(lambda scheme: not scheme.weights.rank))
 recipes = st.builds(
     Recipe,
     name=text,
     about=text,
-    rules=st.lists(st.builds(Rule, globs, st.one_of(st.none(), schemes)), min_size=1, max_size=4).map(tuple),
+    rules=st.lists(st.builds(Rule, globs, of_rules), min_size=1, max_size=4).map(tuple),
     steps=st.lists(
         st.builds(
             Step,
@@ -40,6 +41,12 @@ recipes = st.builds(
     ),
     seed=st.integers(0, 2**63 - 1),
     format=st.sampled_from(["auto", "compressed-tensors", "zq"]),
+    bits=st.none()
+    | st.builds(
+        Bits,
+        mean=st.floats(1, 32),
+        widths=st.lists(st.integers(2, 8), unique=True, max_size=4).map(tuple),
+    ),
 )
 
 
@@ -56,13 +63,15 @@ def test_the_digest_follows_what_matters_and_nothing_else() -> None:
     assert replace(base, name="other", about="else").digest == base.digest
     others = [
         replace(base, seed=1),
+        replace(base, bits=Bits(mean=4.5)),
+        replace(base, bits=Bits(mean=4.5, widths=(4, 8))),
         replace(base, rules=(*base.rules[:-1], replace(base.rules[-1], match="@mlp"))),
         replace(base, steps=(Step("rtn", (("scale", "absmax"),)),)),
         replace(base, calibration=Calibration(samples=9)),
         replace(base, format="zq"),
         base.with_group_size(32),
     ]
-    assert len({r.digest for r in [base, *others]}) == 7
+    assert len({r.digest for r in [base, *others]}) == 9
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -270,3 +279,23 @@ def test_group_size_replaces_every_group_and_only_groups() -> None:
         "  - {match: c, skip: true}\n  - {match: d, weights: 'int4:b64'}\n"
     ).with_group_size(32)
     assert [str(r.scheme) for r in recipe.rules] == ["int4:g32", "int8:channel", "None", "int4:b64"]
+
+
+def test_a_budget_in_its_two_forms_inherited_and_refused(tmp_path: Path) -> None:
+    rules = "rules: [{match: '*', weights: 'int4:gauto'}]\n"
+    assert Recipe.parse(rules).bits is None
+    assert Recipe.parse(rules + "bits: 5\n").bits == Bits(mean=5.0)
+    long = Recipe.parse(rules + "bits: {mean: 4.25, widths: [3, 4, 8]}\n", where="r.yaml")
+    assert long.bits == Bits(mean=4.25, widths=(3, 4, 8))
+    assert long.bits
+    assert long.bits.where == "r.yaml:2"
+    (tmp_path / "base.yaml").write_text(rules + "bits: 5\n")
+    (tmp_path / "own.yaml").write_text("extends: base.yaml\n")
+    assert load(str(tmp_path / "own.yaml")).bits == Bits(mean=5.0)
+    assert "bits:" not in str(load("w4a16")), "a recipe without a budget has the digest that it always had"
+    for wrong in ("yes", "0.5", "33", ".nan", "[4]", "{widths: [4]}", "{mean: many}", "{mean: 4, most: 8}"):
+        with pytest.raises(ZqError, match=r"^r\.yaml:2: "):
+            Recipe.parse(f"{rules}bits: {wrong}\n", where="r.yaml")
+    for wrong in ("[]", "4", "[4, 4]", "[1]", "[9]", "[4.0]", "[true, 4]"):
+        with pytest.raises(ZqError, match=r"^r\.yaml:2: 'widths' must be a list of different whole numbers"):
+            Recipe.parse(f"{rules}bits: {{mean: 5, widths: {wrong}}}\n", where="r.yaml")

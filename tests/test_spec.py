@@ -31,6 +31,7 @@ def weight_specs(draw: st.DrawFn) -> TensorSpec:
         format=name,
         layout=layout,
         scale_dtype=draw(st.sampled_from([None, *SCALE_DTYPES])),
+        rank=draw(st.sampled_from([0, 0, 1, 64])),
         **draw(st.sampled_from(options)),
     )
 

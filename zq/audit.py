@@ -126,6 +126,9 @@ def _check_layer(
         is_scale = name.endswith("_scale")
         if is_scale and not bool((torch.isfinite(tensor) & (tensor != 0)).all()):
             raise AuditError(f"audit: '{name}' holds a scale that is zero, NaN or Inf")
+        is_factor = name.endswith(("_lorc_a", "_lorc_b"))
+        if is_factor and not bool(torch.isfinite(tensor).all()):
+            raise AuditError(f"audit: '{name}' holds a low-rank factor with NaN or Inf")
     if layer.name not in measured:
         raise AuditError(f"audit: layer '{layer.name}' was planned but never measured")
     try:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from zq.distill import lkd
+from zq.distill import classic, lkd
 from zq.errors import ZqError
-from zq.quantizers import gptq, rotate, rtn
+from zq.quantizers import gptq, lorc, rotate, rtn
 from zq.quantizers.method import Method
-from zq.recipe import Step
+from zq.recipe import Recipe, Step
 
-METHODS: dict[str, Method] = {m.name: m for m in (rotate.METHOD, rtn.METHOD, gptq.METHOD, lkd.METHOD)}
+METHODS: dict[str, Method] = {
+    m.name: m for m in (rotate.METHOD, rtn.METHOD, gptq.METHOD, lkd.METHOD, classic.METHOD, lorc.METHOD)
+}
 
 
-def resolve_steps(steps: Iterable[Step], where: str) -> list[tuple[Method, Any]]:
-    """The methods of a recipe's steps and their checked options, in order. Raises ZqError as `resolve`, and
-    for a step on the whole model that is not the first."""
-    found = []
-    for step in steps:
-        method, options = resolve(step, where)
-        if method.view and found:
+def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
+    """The steps of a recipe, each as `resolve` has it, in order. Raises ZqError also for an order that makes no
+    sense: what changes the whole model comes first, and a correction of what quantization left comes last."""
+    found = [resolve(step, recipe.where) for step in recipe.steps]
+    for place, (step, (method, _)) in enumerate(zip(recipe.steps, found, strict=True)):
+        spot = step.where or recipe.where
+        if method.view and place:
             raise ZqError(
-                f"{step.where or where}: step '{step.name}' changes the whole model, so it must be the first "
-                "step, and given once; move it up or drop it"
+                f"{spot}: step '{step.name}' changes the whole model, so it must be the first step, and "
+                "given once; move it up or drop it"
             )
-        found.append((method, options))
+        if method is lorc.METHOD and (place == 0 or step is not recipe.steps[-1]):
+            raise ZqError(
+                f"{spot}: step 'lorc' corrects what the steps before it left; put it once, as the last step, "
+                "after rtn or gptq"
+            )
     return found
 
 

@@ -27,10 +27,11 @@ import transformers
 from torch import Tensor
 
 import zq
+from zq import autobits
 from zq.audit import audit, audit_published
 from zq.calibration import calibration
 from zq.checkpoint.index import FLOATS
-from zq.checkpoint.job import Job
+from zq.checkpoint.job import Job, check_output
 from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
@@ -64,10 +65,15 @@ def quantize(
 ) -> Result:
     """Carry out a plan into the folder `out`.
 
-    `progress` gets {"unit", "error", "seconds", ...} after every unit. Raises ZqError (nothing is left
-    behind), OutputKept (disk; what is done is kept) or AuditError (what was written is not to be used).
+    `progress` gets {"unit", "error", "seconds", ...} after every unit, and before them what `autobits.settle`
+    tells when the recipe has a budget of bits and the plan is not settled yet. Raises ZqError (nothing is
+    left behind), OutputKept (disk; what is done is kept) or AuditError (what was written is not to be used).
     """
     started = time.monotonic()
+    if plan.recipe.bits is not None:
+        if not resume:
+            check_output(out)
+        plan = autobits.settle(plan, resume=out if resume else None, progress=progress)
     job = (Job.resume if resume else Job.begin)(out, _fingerprint(plan))
     writer = ShardWriter(job.shards, plan.shards)
     try:
@@ -302,6 +308,7 @@ def _fingerprint(plan: Plan) -> dict[str, str]:
         "torch version": torch.__version__,
         "transformers version": transformers.__version__,
         "device": str(plan.skeleton.device),
+        **autobits.fingerprint(plan),
     }
 
 
@@ -326,6 +333,7 @@ def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command
         "output_error": errors,
         "held_out_loss": {u: r["held_out_loss"] for u, r in job.done.items() if "held_out_loss" in r},
         "seconds": round(seconds, 2),
+        **({"sensitivity": plan.sensitivity} if plan.sensitivity else {}),
         "notes": plan.notes + _overflow(plan, errors),
         **plan.view.facts,
         **facts,

@@ -26,15 +26,16 @@ from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
-from zq.methods import resolve_steps
+from zq.methods import resolve_all
 from zq.models.capture import positions
 from zq.models.find import find_arch, load_config, load_tokenizer
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton, build_skeleton
 from zq.quantizers.method import Method
 from zq.quantizers.view import View
-from zq.recipe import Recipe, Rule
-from zq.spec import AUTO, Layout, Scheme, choose_group_size
+from zq.recipe import Recipe
+from zq.rules import auto_group, check_rules
+from zq.spec import Scheme
 
 BATCH = 8  # windows
 SHARD_BYTES = 5_000_000_000
@@ -68,6 +69,8 @@ class Plan:
     shards: list[Shard]
     windows: Tensor | None  # of text, [samples, length]; [0, length] when the model writes all
     notes: list[str] = field(default_factory=list)
+    shard_bytes: int = SHARD_BYTES
+    sensitivity: dict[str, Any] | None = None  # what the widths were chosen by (zq/autobits.py)
 
     @property
     def exporter(self) -> ModuleType:
@@ -164,7 +167,7 @@ class Plan:
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
     """Raises ZqError when the checkpoint, the recipe and the format do not fit together."""
     where = str(folder / "config.json")
-    steps = resolve_steps(recipe.steps, recipe.where)
+    steps = resolve_all(recipe)
     config = load_config(folder)
     arch = find_arch(config, where)
     index = read_index(folder)
@@ -184,6 +187,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
                 f"config.json ties {target} to {source}, but they are stored and differ: both are kept"
             )
     layers, recipe = _assign(skeleton, recipe, notes)
+    layers = [_with_stored(layer, steps, recipe) for layer in layers]
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, view.index, layers)
     _refuse_lost_blocks(skeleton, where)
@@ -206,6 +210,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         shards=shards,
         windows=_windows(folder, skeleton, recipe, steps, notes),
         notes=notes,
+        shard_bytes=shard_bytes,
     )
 
 
@@ -247,15 +252,19 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
         found.append((name, unit, None, linear_shape(module), is_transposed(module)))
 
     rules = [recipe.rule_for(name, kind) for name, _, kind, _, _ in found]
-    _check_rules(recipe, [(name, kind) for name, _, kind, _, _ in found], rules, notes)
-    size = _auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
+    check_rules(recipe, [(name, kind) for name, _, kind, _, _ in found], rules, notes)
+    size = auto_group(rules, [shape for _, _, _, shape, _ in found], notes)
     # As config.json declares them: engines tie what it says even where both tensors are stored.
     declared = skeleton.model.all_tied_weights_keys
     ties = {source: target for target, source in declared.items()} | declared
     layers = []
     for (name, unit, kind, shape, transposed), rule in zip(found, rules, strict=True):
         scheme = rule.scheme and rule.scheme.with_group(size) if rule else None
-        why = f"rule '{rule.match}'" if rule else ("no rule names it" if kind is None else "no rule matches")
+        why = (
+            (rule.why or f"rule '{rule.match}'")
+            if rule
+            else ("no rule names it" if kind is None else "no rule matches")
+        )
         shared = ties.get(f"{name}.weight")
         if scheme and shared:
             spot = (rule and rule.where) or recipe.where
@@ -282,50 +291,15 @@ def _assign(skeleton: Skeleton, recipe: Recipe, notes: list[str]) -> tuple[list[
     return layers, replace(recipe, rules=fixed)
 
 
-def _check_rules(
-    recipe: Recipe, found: list[tuple[str, str | None]], chosen: list[Rule | None], notes: list[str]
-) -> None:
-    """A rule that no layer gets is a mistake; one that was inherited may be meant for other models.
-
-    `found` is (name, kind) of every linear layer, `chosen` the rule that each gets.
-    """
-    for rule in recipe.rules:
-        if any(rule is other for other in chosen):
-            continue
-        taken = {id(c): c for (name, kind), c in zip(found, chosen, strict=True) if rule.matches(name, kind)}
-        earlier = ", ".join(f"'{c.match}' ({c.where or 'above'})" for c in taken.values() if c)
-        if earlier:
-            problem = f"rule '{rule.match}' never applies, every layer that it matches is taken by {earlier}"
-            remedy = "put it first or drop it"
-        else:
-            problem = f"rule '{rule.match}' matches no linear layer of this model"
-            remedy = f"layers are named like {found[0][0]}; `zq inspect --layers` lists them"
-        spot = rule.where or recipe.where
-        if not recipe.inherits(rule):
-            raise ZqError(f"{spot}: {problem}; {remedy}")
-        notes.append(f"{spot}: {problem}")
-
-
-def _auto_group(rules: list[Rule | None], shapes: list[tuple[int, int]], notes: list[str]) -> int:
-    """The size of automatic groups; AUTO when no rule in use has any."""
-    auto = Layout("group", AUTO)
-    ks = {
-        shape[1]
-        for rule, shape in zip(rules, shapes, strict=True)
-        if rule and rule.scheme and rule.scheme.weights.layout == auto
-    }
-    if not ks:
-        return AUTO
-    size = choose_group_size(ks)
-    if size is None:
-        raise ZqError(
-            f"no group size of 128, 64 or 32 divides every input size of the layers to quantize "
-            f"({', '.join(map(str, sorted(ks)))}); give --group-size, or int4:channel in a recipe"
-        )
-    if size != 128:
-        odd = next(k for k in sorted(ks) if k % 128)
-        notes.append(f"group size {size}: 128 does not divide {odd}, an input size of this model")
-    return size
+def _with_stored(layer: PlannedLayer, steps: list[tuple[Method, Any]], recipe: Recipe) -> PlannedLayer:
+    """The layer's scheme with whatever the steps store beside the codes."""
+    scheme = layer.scheme
+    for (method, options), step in zip(steps, recipe.steps, strict=True):
+        try:
+            scheme = scheme and method.stores(scheme, layer.shape, options)
+        except ZqError as error:
+            raise ZqError(f"{step.where or recipe.where}: '{layer.name}': {error}") from None
+    return replace(layer, scheme=scheme)
 
 
 def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtype, notes: list[str]) -> str:
@@ -401,6 +375,8 @@ def _windows(
     wanted = recipe.calibration
     if wanted.generated and skeleton.arch.encoder:
         raise ZqError(f"{recipe.where}: an encoder writes no text; set 'generated' of 'calibration' to 0")
+    if wanted.source == "none" and recipe.bits:
+        raise ZqError(f"{recipe.bits.where}: bits are chosen by calibration tokens; drop --calib none")
     if wanted.source == "none" and not wanted.generated:
         if any(method.needs(options) for method, options in steps):
             raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")

@@ -11,6 +11,7 @@
     steps:
       - rtn: {scale: mse}
     calibration: {source: bundled, samples: 8, length: 256}
+    bits: 4.5                               # optional: choose the width of every layer (zq/autobits.py)
 
 Strict: an unknown key, a wrong type or a rule that matches nothing is an error naming the line. Layers
 outside the blocks (lm_head, poolers) are touched only by a pattern that names them. `extends: NAME`
@@ -33,23 +34,25 @@ import yaml
 
 from zq.errors import ZqError
 from zq.spec import Scheme, TensorSpec
+from zq.strict_yaml import Map, known, read, typed
 
-KEYS = ("name", "about", "extends", "rules", "steps", "calibration", "seed", "format")
+KEYS = ("name", "about", "extends", "rules", "bits", "steps", "calibration", "seed", "format")
 OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq")
 KINDS = ("@attention", "@mlp")
-PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 
 
 @dataclass(frozen=True)
 class Rule:
     """Layers that `match` get `scheme`, or stay as they are when it is None (skip).
 
-    `where` is the place of the rule in its own file, "FILE:LINE", also when it was inherited.
+    `where` is the place of the rule in its own file, "FILE:LINE", also when it was inherited; `why` says why
+    a rule that nobody wrote is there.
     """
 
     match: str
     scheme: Scheme | None
     where: str = field(default="", compare=False)
+    why: str = field(default="", compare=False)
 
     def matches(self, name: str, kind: str | None) -> bool:
         """`kind` is "attention" or "mlp" inside a block and None outside of the blocks."""
@@ -91,6 +94,16 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bits:
+    """A budget: `mean` bits per quantized weight, scales included, by choosing among `widths` for every site
+    (none: those of zq/autobits.py); `where` as in Rule."""
+
+    mean: float
+    widths: tuple[int, ...] = ()
+    where: str = field(default="--bits", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """`where` is how messages call it: the path of a file, or "recipe NAME" of a shipped one."""
 
@@ -101,12 +114,13 @@ class Recipe:
     about: str = ""
     seed: int = 0
     format: str = "auto"
+    bits: Bits | None = None
     where: str = field(default="recipe", compare=False)
 
     @classmethod
     def parse(cls, text: str, where: str = "recipe", name: str = "recipe") -> Recipe:
         """YAML text -> Recipe. Raises ZqError `where:line: what is wrong`."""
-        return _build(_read(text, where), where, name)
+        return _build(read(text, where), where, name)
 
     def __str__(self) -> str:
         rules: list[dict[str, Any]] = []
@@ -122,6 +136,7 @@ class Recipe:
             "name": self.name,
             "about": self.about,
             "rules": rules,
+            **self._budget(),
             "steps": [{s.name: dict(s.options)} for s in self.steps],
             "calibration": vars(self.calibration),
             "seed": self.seed,
@@ -132,6 +147,12 @@ class Recipe:
         if re.search("[\x85\u2028\u2029]", text):
             return yaml.safe_dump(data, sort_keys=False, width=100)
         return text
+
+    def _budget(self) -> dict[str, Any]:
+        if self.bits is None:
+            return {}
+        widths = {"widths": list(self.bits.widths)} if self.bits.widths else {}
+        return {"bits": {"mean": self.bits.mean, **widths}}
 
     @property
     def digest(self) -> str:
@@ -198,75 +219,27 @@ def load(name_or_file: str) -> Recipe:
 MOST = 1 << 20  # calibration windows, and tokens in one
 
 
-class _Map(dict):
-    """A mapping that remembers the line of each key."""
-
-    lines: dict[str, int]
-    line: int
-
-
-def _read(text: str, where: str) -> _Map:
-    try:
-        alias = next((e for e in yaml.parse(text, yaml.SafeLoader) if isinstance(e, yaml.AliasEvent)), None)
-        if alias is not None:  # aliases can be recursive, or blow up when expanded
-            raise ZqError(
-                f"{where}:{alias.start_mark.line + 1}: alias '*{alias.anchor}' is not allowed; write it out"
-            )
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = _convert(node, where) if node is not None else None
-    except RecursionError:
-        raise ZqError(f"{where}:1: nested too deeply for a recipe; see `zq recipes show w4a8`") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ZqError(f"{where}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
-    if not isinstance(value, _Map):
-        raise ZqError(
-            f"{where}:1: a recipe is a mapping with 'rules' and 'steps'; see `zq recipes show w4a8`"
-        )
-    return value
-
-
-def _convert(node: yaml.Node, where: str) -> Any:
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
-        raise ZqError(f"{where}:{node.start_mark.line + 1}: tag '{node.tag}' is not allowed; plain YAML only")
-    if isinstance(node, yaml.MappingNode):
-        result = _Map()
-        result.lines, result.line = {}, node.start_mark.line + 1
-        for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in result:
-                raise ZqError(f"{where}:{line}: key '{key}' is given twice; drop one")
-            result[key] = _convert(value_node, where)
-            result.lines[key] = line
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_convert(child, where) for child in node.value]
-    try:
-        return yaml.SafeLoader("").construct_object(node)
-    except (yaml.YAMLError, ValueError):
-        raise ZqError(f"{where}:{node.start_mark.line + 1}: cannot read value '{node.value}'") from None
-
-
-def _build(data: _Map, where: str, name: str) -> Recipe:
-    _known(data, KEYS, where)
+def _build(data: Map, where: str, name: str) -> Recipe:
+    known(data, KEYS, where)
     base = None
     if "extends" in data:
-        base = _extended(_typed(data, "extends", str, where), where, data.lines["extends"])
-    rules = tuple(_rule(r, where, data.lines["rules"]) for r in _typed(data, "rules", list, where, []))
+        base = _extended(typed(data, "extends", str, where), where, data.lines["extends"])
+    rules = tuple(_rule(r, where, data.lines["rules"]) for r in typed(data, "rules", list, where, []))
     values: dict[str, Any] = {"where": where}
     if "steps" in data:
         values["steps"] = tuple(
-            _step(s, where, data.lines["steps"]) for s in _typed(data, "steps", list, where)
+            _step(s, where, data.lines["steps"]) for s in typed(data, "steps", list, where)
         )
         if not values["steps"]:
             raise ZqError(f"{where}:{data.lines['steps']}: 'steps' is empty; the simplest is: - rtn: {{}}")
     if "calibration" in data:
         values["calibration"] = _calibration(data, where, base)
-    values["name"] = _typed(data, "name", str, where, name)
+    if "bits" in data:
+        values["bits"] = _bits(data, where)
+    values["name"] = typed(data, "name", str, where, name)
     for key, kind in (("about", str), ("seed", int), ("format", str)):
         if key in data:
-            values[key] = _typed(data, key, kind, where)
+            values[key] = typed(data, key, kind, where)
     if not 0 <= values.get("seed", 0) < 1 << 63:
         raise ZqError(
             f"{where}:{data.lines['seed']}: 'seed' must be from 0 to 2**63 - 1, not {values['seed']}"
@@ -286,7 +259,7 @@ def _extended(name: str, where: str, line: int) -> Recipe:
     """The recipe that another one extends; a file is looked for beside the one that names it."""
     beside = Path(where).parent / name
     text, source = source_text(str(beside) if Path(where).is_file() and beside.is_file() else name)
-    data = _read(text, source)
+    data = read(text, source)
     if "extends" in data:
         raise ZqError(
             f"{where}:{line}: '{name}' itself extends '{data['extends']}'; only one level is allowed"
@@ -295,11 +268,11 @@ def _extended(name: str, where: str, line: int) -> Recipe:
 
 
 def _rule(entry: Any, where: str, line: int) -> Rule:
-    if not isinstance(entry, _Map):
+    if not isinstance(entry, Map):
         raise ZqError(f"{where}:{line}: a rule is a mapping such as {{match: '*', weights: int4:g128}}")
-    _known(entry, ("match", "weights", "activations", "skip"), where)
+    known(entry, ("match", "weights", "activations", "skip"), where)
     spot = f"{where}:{entry.line}"
-    match = _typed(entry, "match", str, where)
+    match = typed(entry, "match", str, where)
     if match.startswith("@") and match not in KINDS:
         raise ZqError(f"{spot}: kind '{match}' is unknown; allowed: {', '.join(KINDS)}")
     if match.startswith("re:"):
@@ -307,29 +280,34 @@ def _rule(entry: Any, where: str, line: int) -> Rule:
             re.compile(match[3:])
         except re.error as error:
             raise ZqError(f"{spot}: '{match[3:]}' is not a regular expression: {error}") from None
-    if _typed(entry, "skip", bool, where, False):
+    if typed(entry, "skip", bool, where, False):
         if "weights" in entry or "activations" in entry:
             raise ZqError(f"{spot}: a rule either skips or gives weights, not both")
         return Rule(match, None, spot)
     try:
-        weights = TensorSpec.parse(_typed(entry, "weights", str, where))
-        acts = _typed(entry, "activations", str, where, None)
+        weights = TensorSpec.parse(typed(entry, "weights", str, where))
+        acts = typed(entry, "activations", str, where, None)
         scheme = Scheme(weights, TensorSpec.parse(acts) if acts is not None else None)
     except ZqError as error:
         message = str(error)
         raise ZqError(message if message.startswith(where) else f"{spot}: {message}") from None
+    if weights.rank:
+        raise ZqError(
+            f"{spot}: '{weights}': a rule gives no rank; drop 'lorc={weights.rank}' and add the step "
+            f"- lorc: {{rank: {weights.rank}}}"
+        )
     return Rule(match, scheme, spot)
 
 
 def _step(entry: Any, where: str, line: int) -> Step:
     if isinstance(entry, str):
         return Step(entry, (), f"{where}:{line}")
-    if not isinstance(entry, _Map) or len(entry) != 1:
+    if not isinstance(entry, Map) or len(entry) != 1:
         raise ZqError(f"{where}:{line}: a step is one name with options, for example - rtn: {{scale: mse}}")
     ((name, options),) = entry.items()
     if options is None:
-        options = _Map()
-    if not isinstance(options, _Map):
+        options = Map()
+    if not isinstance(options, Map):
         raise ZqError(f"{where}:{entry.line}: the options of step '{name}' must be a mapping")
     return Step(name, tuple(sorted(_plain(options).items())), f"{where}:{entry.line}")
 
@@ -341,38 +319,35 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _calibration(data: _Map, where: str, base: Recipe | None) -> Calibration:
-    entry = _typed(data, "calibration", _Map, where)
-    _known(entry, ("source", "samples", "length", "generated"), where)
+def _bits(data: Map, where: str) -> Bits:
+    """`bits: 4.5`, or `bits: {mean: 4.5, widths: [3, 4, 8]}`."""
+    spot = f"{where}:{data.lines['bits']}"
+    entry = data["bits"] if isinstance(data["bits"], Map) else {"mean": data["bits"]}
+    if isinstance(entry, Map):
+        known(entry, ("mean", "widths"), where)
+    mean, widths = entry.get("mean"), entry.get("widths", [])
+    if isinstance(mean, bool) or not isinstance(mean, (int, float)) or not 1 <= mean <= 32:
+        raise ZqError(
+            f"{spot}: 'bits' must be a mean from 1 to 32, such as 4.5 or {{mean: 4.5, widths: [4, 8]}}, "
+            f"not {mean!r}"
+        )
+    whole = isinstance(widths, list) and all(type(width) is int and 2 <= width <= 8 for width in widths)
+    if not whole or len(set(widths)) != len(widths) or ("widths" in entry and not widths):
+        raise ZqError(
+            f"{spot}: 'widths' must be a list of different whole numbers from 2 to 8, not {widths!r}"
+        )
+    return Bits(mean=float(mean), widths=tuple(widths), where=spot)
+
+
+def _calibration(data: Map, where: str, base: Recipe | None) -> Calibration:
+    entry = typed(data, "calibration", Map, where)
+    known(entry, ("source", "samples", "length", "generated"), where)
     values = dict(vars(base.calibration)) if base else {}
     for key, least in (("source", None), ("samples", 1), ("length", 1), ("generated", 0)):
         if key in entry:
-            values[key] = _typed(entry, key, str if least is None else int, where)
+            values[key] = typed(entry, key, str if least is None else int, where)
             if least is not None and not least <= values[key] <= MOST:
                 raise ZqError(
                     f"{where}:{entry.lines[key]}: '{key}' must be from {least} to {MOST}, not {values[key]}"
                 )
     return Calibration(**values)
-
-
-_MISSING: Any = object()
-_NAMES = {str: "text", int: "a whole number", bool: "true or false", list: "a list", _Map: "a mapping"}
-
-
-def _typed(data: _Map, key: str, kind: type, where: str, default: Any = _MISSING) -> Any:
-    if key not in data:
-        if default is _MISSING:
-            raise ZqError(f"{where}:{data.line}: '{key}' is missing")
-        return default
-    value = data[key]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ZqError(f"{where}:{data.lines[key]}: '{key}' must be {_NAMES[kind]}, not {value!r}")
-    return value
-
-
-def _known(data: _Map, keys: tuple[str, ...], where: str) -> None:
-    for key in data:
-        if key not in keys:
-            raise ZqError(
-                f"{where}:{data.lines[key]}: key '{key}' is unknown; allowed here: {', '.join(keys)}"
-            )

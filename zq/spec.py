@@ -9,6 +9,7 @@
     int4:g128:two-level  integer group scale (1..15) under a floating-point channel scale
     e2m1fn:b64           4-bit floats in flat blocks of 64 values
     int4:g64:s=fp32      scales stored in fp32 (default: the dtype of the checkpoint)
+    int4:g64:lorc=8      plus a correction of rank 8; the step `lorc` makes it, no rule can ask for it
 
 A `Scheme` is a weight spec and, when activations are quantized too, an activation spec:
 `int4:g128 @ int8:token`.
@@ -104,6 +105,7 @@ class TensorSpec:
     narrow: bool = False
     two_level: bool = False
     scale_dtype: str | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -132,6 +134,7 @@ class TensorSpec:
         parts += ["asym"] * (not self.symmetric) + ["narrow"] * self.narrow
         parts += ["two-level"] * self.two_level
         parts += [f"s={self.scale_dtype}"] if self.scale_dtype else []
+        parts += [f"lorc={self.rank}"] if self.rank else []
         return ":".join(parts)
 
     @classmethod
@@ -166,6 +169,8 @@ def _option(part: str, text: str) -> tuple[str, object]:
         return flags[part]
     if part.startswith("s="):
         return "scale_dtype", part[2:]
+    if re.fullmatch("lorc=[1-9][0-9]{0,6}", part):
+        return "rank", int(part[5:])
     raise ZqError(f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, s=fp32|bf16|fp16")
 
 
@@ -182,7 +187,8 @@ class Scheme:
         act = self.activations
         if act is None:
             return
-        plain = act.symmetric and act.scale_dtype is None  # scales made at run time are float32
+        # Scales made at run time are float32, and there is no error to correct before it.
+        plain = act.symmetric and act.scale_dtype is None and not act.rank
         if act.layout.kind != "token" or not plain or act.bits != 8:
             raise ZqError(
                 f"activations '{act}' are not supported; allowed: int8:token, e4m3fn:token, e5m2:token"

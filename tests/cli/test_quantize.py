@@ -244,3 +244,25 @@ def test_an_encoder(bert, tmp_path):
     report = quantize(bert, tmp_path / "out", "--w4w8a8")
     assert report["audit"]["passed"]
     assert report["bits_per_weight"] == pytest.approx(bits_on_disk(tmp_path / "out", bert))
+
+
+def test_bits_are_chosen_shown_kept_within_and_reported(llama, tmp_path):
+    asked = ("--w4a16", "--calib", "random", "--bits", "5.5")
+    plan = run("quantize", llama, *asked, "--dry-run", "--json").ok()
+    assert list(tmp_path.iterdir()) == []
+    rows = {row["name"]: row for row in plan.json["tensors"] if row["becomes"].startswith("int")}
+    assert {row["becomes"] for row in rows.values()} == {"int4:g64", "int8:g64"}
+    assert {row["why"].split(":")[0] for row in rows.values() if row["becomes"] == "int8:g64"} == {"bits 5.5"}
+    report = quantize(llama, tmp_path / "out", "--w4a16", "--bits", "5.5")
+    assert set(report) == KEYS | {"sensitivity"}
+    assert plan.json["sensitivity"] == report["sensitivity"]
+    assert plan.json["bits_per_weight"] == report["bits_per_weight"] <= 5.5
+    assert report["bits_per_weight"] == pytest.approx(bits_on_disk(tmp_path / "out", llama), rel=1e-12)
+    full = json.loads((tmp_path / "out" / "zq_report.json").read_text())
+    assert {f"{name}.weight": layer["scheme"] for name, layer in full["layers"].items()} == {
+        name: row["becomes"] for name, row in rows.items()
+    }
+    said = run("quantize", llama, *asked, "-o", tmp_path / "again").ok()
+    assert said.err.count("sensitivity measured") == 2
+    assert "bits 5.5: sites" in said.err
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()

@@ -42,6 +42,7 @@ class Job:
         self.shards = self.folder / "shards"
         self.fingerprint = fingerprint
         self.done: dict[str, dict[str, Any]] = {}
+        self.remembered: dict[str, str] = {}  # the fingerprint that a resumed job was begun with
         self._carry: str | None = None
         self._lock: int | None = None
         self._made = [out]  # deepest first
@@ -97,7 +98,7 @@ class Job:
                 f"the job in {out} was begun with another {' and '.join(changed)}; resume with what it was "
                 f"begun with, or delete {out / FOLDER} and start anew"
             )
-        self.done, self._carry = done, carry
+        self.done, self._carry, self.remembered = done, carry, old
 
     def commit(
         self,

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +71,14 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
             "128, 64 and 32 that divides every input size.",
         ),
     ] = "auto",
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            help="Mean bits per quantized weight, scales included: every group of layers that read one input "
+            "gets 4 or 8 bits, by what it measurably costs. Other widths: `bits` in a recipe.",
+        ),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +127,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     with command(json):
         started = time.monotonic()
         wanted = {"source": calib, "samples": samples, "length": length, "generated": generated}
-        chosen = _recipe(flags, recipe, group_size, wanted, seed)
+        chosen = _with_bits(_recipe(flags, recipe, group_size, wanted, seed), bits)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
@@ -131,6 +140,10 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         from zq.plan import make_plan
 
         plan = make_plan(folder, chosen, shard_bytes=int(shard_size * 1e9), device=place)
+        if plan.recipe.bits:
+            from zq.autobits import settle
+
+            plan = settle(plan, resume=output if resume and not dry_run else None, progress=_measuring(json))
         if dry_run:
             return _show_plan(plan, as_json=json)
         assert output is not None
@@ -176,6 +189,31 @@ def _recipe(
         return recipe
     check_number("--seed", seed, 0, MAX_SEED)
     return replace(recipe, seed=seed)
+
+
+def _with_bits(recipe: Recipe, mean: float | None) -> Recipe:
+    """The recipe with another budget, of the same widths."""
+    from zq.recipe import Bits
+
+    if mean is None:
+        return recipe
+    check_number("--bits", mean, 1, 32)
+    return replace(recipe, bits=replace(recipe.bits or Bits(mean=mean), mean=mean, where="--bits"))
+
+
+def _measuring(quiet: bool) -> Callable[[dict[str, Any]], None]:
+    """One line per block while sensitivities are measured, the last block first."""
+
+    def show(event: dict[str, Any]) -> None:
+        left = event["seconds"] * (event["of"] - event["done"])
+        if not quiet:
+            err.print(
+                f"{event['measured']:<28}  sensitivity measured  "
+                f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]",
+                soft_wrap=True,
+            )
+
+    return show
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -243,7 +281,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     guess = estimate(plan)
     rows = plan.rows()
     if as_json:
-        return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **guess})
+        chosen = {"sensitivity": plan.sensitivity} if plan.sensitivity else {}
+        return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **chosen, **guess})
     listing(
         ("tensor", "shape", "becomes", "why", "bytes"),
         [

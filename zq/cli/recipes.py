@@ -49,9 +49,9 @@ def show(
         text, where = source_text(name)
         recipe = Recipe.parse(text, where, Path(name).stem)
         if name not in shipped():  # those are known to be right, and the methods need torch
-            from zq.methods import resolve_steps
+            from zq.methods import resolve_all
 
-            resolve_steps(recipe.steps, where)
+            resolve_all(recipe)
         if json:
             return print_json(
                 {"name": recipe.name, "about": recipe.about, "digest": recipe.digest, "yaml": text}

@@ -99,7 +99,7 @@ def _descend(course: Course, learned: list[LearnedRounding], training: int, opti
         return loss
 
     play = recorded(step, device)
-    batches = _batches(training, course.size, options.iterations, course.block.seed).to(device)
+    batches = shuffled(training, course.size, options.iterations, course.block.seed).to(device)
     for done in range(options.iterations):
         chosen.copy_(batches[done])
         fall.fill_((1 - done / options.iterations) / options.iterations)
@@ -107,7 +107,7 @@ def _descend(course: Course, learned: list[LearnedRounding], training: int, opti
         yield done + 1
 
 
-def _batches(windows: int, size: int, count: int, seed: int) -> Tensor:
+def shuffled(windows: int, size: int, count: int, seed: int) -> Tensor:
     """int64 [count, size]: every window once in a random order, then once more, and so on."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-count * size // windows)

@@ -41,6 +41,7 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
     problems = [
         (transposed, "its layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
         (w.layout.kind == "block", "compressed-tensors has no flat blocks"),
+        (w.rank > 0, "compressed-tensors has no low-rank corrections"),
         (w.two_level, "compressed-tensors has no two-level scales"),
         (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
         (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),

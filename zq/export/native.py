@@ -6,6 +6,8 @@ For a linear layer NAME with an [N, K] weight, whatever the layout of its scales
     NAME.weight_scale   model dtype or s=...         zq.spec.scale_shape; two-level: [N, 1]
     NAME.weight_zero    int8, shape of the scales    asymmetric only
     NAME.weight_sub     uint8 [N, G]                 two-level only
+    NAME.weight_lorc_a  model dtype [N, r]           lorc=r only: the weight is dequantize(codes) + A B
+    NAME.weight_lorc_b  model dtype [r, K]
 
 Integer codes are offset binary, u = q + 2^(bits-1); float codes are the format's bit pattern.
 config.json lists the layers of each scheme by name, so nothing is quantized or skipped by a pattern.
@@ -51,6 +53,9 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
         result.append(Slot(f"{name}.weight_zero", "I8", scales))
     if spec.two_level:
         result.append(Slot(f"{name}.weight_sub", "U8", scales))
+    if spec.rank:
+        result.append(Slot(f"{name}.weight_lorc_a", CODES[dtype], (n, spec.rank)))
+        result.append(Slot(f"{name}.weight_lorc_b", CODES[dtype], (spec.rank, k)))
     return result
 
 
@@ -63,6 +68,8 @@ def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
         tensors[f"{name}.weight_zero"] = q.zero
     if q.sub is not None:
         tensors[f"{name}.weight_sub"] = q.sub
+    if q.left is not None and q.right is not None:
+        tensors[f"{name}.weight_lorc_a"], tensors[f"{name}.weight_lorc_b"] = q.left, q.right
     return tensors
 
 
@@ -71,7 +78,9 @@ def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTe
     codes = from_unsigned(unpack_bits(read(f"{name}.weight_packed"), spec.bits, shape[1]), spec)
     zero = None if spec.symmetric else read(f"{name}.weight_zero")
     sub = read(f"{name}.weight_sub") if spec.two_level else None
-    return QTensor(codes, read(f"{name}.weight_scale"), zero, sub, spec)
+    left = read(f"{name}.weight_lorc_a") if spec.rank else None
+    right = read(f"{name}.weight_lorc_b") if spec.rank else None
+    return QTensor(codes, read(f"{name}.weight_scale"), zero, sub, spec, left, right)
 
 
 def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:

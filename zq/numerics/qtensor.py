@@ -2,6 +2,7 @@
 
     integers   w = (q - z) * s          q in [qmin, qmax], z = 0 when symmetric
     floats     w = value(code) * s
+    low rank   w = either of these + A B
 
 All arithmetic is float32 whatever the dtype of the input, so a bf16 division never decides a code.
 """
@@ -37,6 +38,7 @@ class QTensor:
     scale  in the stored dtype, shape `zq.spec.scale_shape` (two-level: [N, 1])
     zero   int8, shape of the scales, or None
     sub    uint8 [N, G], integer group scales of a two-level spec, or None
+    left, right   A [N, r] and B [r, K] in the stored dtype, a correction of rank r = spec.rank, or None
     """
 
     codes: Tensor
@@ -44,6 +46,8 @@ class QTensor:
     zero: Tensor | None
     sub: Tensor | None
     spec: TensorSpec
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,7 +64,12 @@ class QTensor:
             values = codes.float()
         else:
             values = codes.float() - grouped_scale(self.zero, spec).float().unsqueeze(-1)
-        return ungroup(values * step, self.shape, spec).to(dtype)
+        dense = ungroup(values * step, self.shape, spec)
+        if self.left is not None and self.right is not None:
+            a, b = self.left.float(), self.right.float()
+            for i in range(a.shape[1]):  # in one order: a matrix product gives other bits on every device
+                dense = dense + a[:, i, None] * b[i]
+        return dense.to(dtype)
 
     def _scale(self) -> Scale:
         sub = None if self.sub is None else self.sub.int()

@@ -197,7 +197,9 @@ def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.M
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
     what the method is about; `batch(options)` is the number of windows that it wants to work on at once,
-    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one).
+    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one);
+    `stores(scheme, shape, options)` is the scheme of an [N, K] layer with what the method adds to what is
+    stored, and raises ZqError when the layer cannot have it.
 
     A method that changes the whole model first has `view(skeleton, view, options, seed)`, which gives
     the view that every later step sees.
@@ -210,3 +212,4 @@ class Method:
     batch: Callable[[Any], int | None] = lambda options: None
     ahead: Callable[[Any], int] = lambda options: 0
     view: Callable[[Skeleton, View, Any, int], View] | None = None
+    stores: Callable[[Scheme, tuple[int, int], Any], Scheme] = lambda scheme, shape, options: scheme

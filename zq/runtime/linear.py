@@ -1,6 +1,8 @@
 """QuantLinear: a linear layer whose weight is held as codes and scales.
 
-    y = quantize_tokens(x) W^T + b,   W = dequantize(codes, scales)
+    y = quantize_tokens(x) W^T + b,   W = dequantize(codes, scales) + A B
+
+A B is the low-rank correction of the layers that have one (`lorc=r`); it sees the same quantized input.
 
 This is the reference path: the weight is dequantized once, on the first call, into the dtype of the
 input, and activations are quantized and dequantized in float32 before an ordinary matrix product. It is
