@@ -7,11 +7,12 @@ from typing import Any
 
 from zq.distill import lkd
 from zq.errors import ZqError
-from zq.quantizers import gptq, rtn
-from zq.quantizers.method import Method
-from zq.recipe import Step
+from zq.quantizers import awq, gptq, rtn, smoothquant
+from zq.quantizers.method import Method, Needs
+from zq.recipe import Recipe, Step
 
-METHODS: dict[str, Method] = {m.name: m for m in (rtn.METHOD, gptq.METHOD, lkd.METHOD)}
+_ROWS = (rtn.METHOD, gptq.METHOD, lkd.METHOD, smoothquant.METHOD, awq.METHOD)
+METHODS: dict[str, Method] = {m.name: m for m in _ROWS}
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:
@@ -31,6 +32,26 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
         if allowed and value not in allowed:
             raise ZqError(f"{spot}: '{key}: {value}' is not allowed; allowed: {', '.join(map(str, allowed))}")
         default = known[key].default
-        if default is not MISSING and type(value) is not type(default):
+        whole = type(value) is int and type(default) is float
+        if default is not MISSING and type(value) is not type(default) and not whole:
             raise ZqError(f"{spot}: '{key}' must be {type(default).__name__}, not {value!r}")
+        low, high = known[key].metadata.get("range", (None, None))
+        if low is not None and not low <= value <= high:
+            raise ZqError(f"{spot}: '{key}: {value}' is not allowed; allowed: {low} to {high}")
     return method, method.options(**dict(step.options))
+
+
+def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
+    """Every step of a recipe, resolved. Raises ZqError also when a step that folds scales into float weights
+    comes after one that quantizes them."""
+    steps = [resolve(step, recipe.where) for step in recipe.steps]
+    quantizer = None
+    for step, (method, options) in zip(recipe.steps, steps, strict=True):
+        if Needs.LINKS not in method.needs(options):
+            quantizer = quantizer or method.name
+        elif quantizer:
+            raise ZqError(
+                f"{step.where or recipe.where}: step '{method.name}' scales float weights; put it "
+                f"before '{quantizer}'"
+            )
+    return steps

@@ -27,16 +27,18 @@ from torch import Tensor
 
 import zq
 from zq.audit import audit, audit_published
-from zq.checkpoint.index import FLOATS
+from zq.checkpoint.index import COMPUTE, FLOATS
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read, reader
 from zq.checkpoint.writer import ShardWriter
 from zq.data import describe
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
+from zq.models.build import get
 from zq.models.capture import Captured, capture_inputs
 from zq.numerics.metrics import sqnr_db, tensor_hash
 from zq.plan import Plan
 from zq.publish import publish
+from zq.quantizers.links import block_links, folding
 from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
 
 Progress = Callable[[dict[str, Any]], None]
@@ -176,7 +178,10 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     named = [[f"{prefix}.{path}" for path in site.linears] for site in skeleton.arch.sites]
     sites = [[by_name[name] for name in names if name in by_name] for names in named]
     module = skeleton.block(unit)
-    return Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
+    block = Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
+    if folding(plan.steps):
+        block.links = block_links(skeleton, unit, layers, lambda name: COMPUTE[plan.source(name).dtype])
+    return block
 
 
 def _unload(plan: Plan, unit: int | str) -> None:
@@ -191,7 +196,8 @@ def _unload(plan: Plan, unit: int | str) -> None:
 def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dict[str, Tensor], dict]:
     """The output tensors of a unit, and what was measured on its layers.
 
-    Tensors that no step touches are copied as they are in the checkpoint, in their own dtype.
+    Tensors that no step touches are copied as they are in the checkpoint; what a step changed beside the
+    quantized weights is written as changed. Both keep their own dtype.
     """
     tensors: dict[str, Tensor] = {}
     measured: dict[str, dict[str, Any]] = {}
@@ -218,8 +224,10 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     for name, key in keys.items():
         if plan.index.tensors[key].dtype in FLOATS and not bool(torch.isfinite(originals[key]).all()):
             raise ZqError(f"'{key}' holds NaN or Inf; repair the checkpoint first")
-        tensors[name] = originals[key]
-    return tensors, {"layers": measured}
+        changed = name in block.changed
+        tensors[name] = get(skeleton.model, name).to(originals[key].dtype) if changed else originals[key]
+    folded = {name: tensor_hash(get(skeleton.model, name)) for name in sorted(block.changed)}
+    return tensors, {"layers": measured, "folded": folded}
 
 
 def _feed(
@@ -289,6 +297,8 @@ def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command
         "bits_per_weight": plan.bits_per_weight,
         "weight_sqnr_db": {kind: sum(v) / len(v) for kind, v in sorted(kinds.items())},
         "output_error": errors,
+        "folded": {u: list(r["folded"]) for u, r in job.done.items() if r["folded"]},
+        "smoothing": {u: r["smoothing"] for u, r in job.done.items() if "smoothing" in r},
         "held_out_loss": {u: r["held_out_loss"] for u, r in job.done.items() if "held_out_loss" in r},
         "seconds": round(seconds, 2),
         "notes": plan.notes + _overflow(plan, errors),

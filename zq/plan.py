@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +26,12 @@ from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
-from zq.methods import resolve
+from zq.methods import resolve_all
 from zq.models.capture import positions
-from zq.models.find import find_arch, load_config, one_line
+from zq.models.find import find_arch, load_config, load_tokenizer
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton, build_skeleton
+from zq.quantizers.links import may_change, without_scale
 from zq.quantizers.method import Method
 from zq.recipe import Recipe, Rule
 from zq.spec import AUTO, Layout, Scheme, choose_group_size
@@ -80,6 +81,11 @@ class Plan:
         skipped = [*(layer.name for layer in self.layers if not layer.scheme), *self.skeleton.omitted]
         return self.exporter.config(self.assigned, skipped)
 
+    @cached_property
+    def may_change(self) -> dict[str, str]:
+        """Tensors beside quantized weights that a step may change -> the names of the steps."""
+        return may_change(self.skeleton, self.assigned, self.steps)
+
     def layer_slots(self, layer: PlannedLayer) -> list[Slot]:
         """The output tensors of a quantized layer's weight."""
         assert layer.scheme is not None
@@ -102,6 +108,7 @@ class Plan:
                 if layer and layer.scheme:
                     becomes, nbytes = str(layer.scheme), sum(s.nbytes for s in self.layer_slots(layer))
                 why = layer.why if layer else "not a linear layer"
+                why += f", changed by {self.may_change[name]}" if name in self.may_change else ""
                 shape = list(info.shape)
                 rows.append({"name": name, "shape": shape, "becomes": becomes, "why": why, "bytes": nbytes})
         return rows
@@ -132,20 +139,22 @@ class Plan:
     @property
     def memory_estimate(self) -> int:
         """Bytes: torch and transformers themselves; the largest unit twice (as it was, as it becomes); the
-        largest quantized layer in float32, as input, target and result of the search for its scales; four
-        streams of hidden states (float and quantized, before and after a block)."""
+        largest quantized layer in float32, as input, target and result of the search for its scales; with
+        folded scales, the weights of a block in float32; four streams of hidden states (float and quantized,
+        before and after a block)."""
         sizes = [sum(slot.nbytes for slot in slots) for slots in self.units.values()]
         for unit in self.units:
             names = [name for name in self.skeleton.zone(unit) if name in self.skeleton.param_keys]
             sizes.append(sum(self.source(name).nbytes for name in names))
         layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
-        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + 4 * self.stream_bytes
+        folded = 4 * max(sizes) // self.dtype.itemsize if self.may_change else 0
+        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + folded + 4 * self.stream_bytes
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
     """Raises ZqError when the checkpoint, the recipe and the format do not fit together."""
     where = str(folder / "config.json")
-    steps = [resolve(step, recipe.where) for step in recipe.steps]
+    steps = resolve_all(recipe)
     config = load_config(folder)
     arch = find_arch(config, where)
     index = read_index(folder)
@@ -159,6 +168,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
                 f"config.json ties {target} to {source}, but they are stored and differ: both are kept"
             )
     layers, recipe = _assign(skeleton, recipe, notes)
+    notes += without_scale(skeleton, {layer.name for layer in layers if layer.scheme}, steps)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, index, layers)
     _refuse_lost_blocks(skeleton, where)
@@ -385,16 +395,3 @@ def _windows(
     )
     vocabulary = skeleton.config.vocab_size
     return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
-
-
-def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
-    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read;
-    `otherwise` is what else the user can do."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
-        raise ZqError(
-            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it{otherwise}"
-        ) from None

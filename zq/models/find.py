@@ -127,3 +127,16 @@ def _method(quantization: Any) -> str:
 def one_line(error: Exception) -> str:
     """The text of a foreign error on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200]
+
+
+def load_tokenizer(folder: Path, otherwise: str = "") -> Any:
+    """The checkpoint's own tokenizer. Raises ZqError when there is none that transformers can read;
+    `otherwise` is what else the user can do."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a missing or foreign tokenizer
+        raise ZqError(
+            f"{folder} has no tokenizer that transformers can read ({one_line(error)}); add it{otherwise}"
+        ) from None
