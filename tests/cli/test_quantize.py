@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -247,3 +248,24 @@ def test_an_encoder(bert, tmp_path):
     report = quantize(bert, tmp_path / "out", "--w4w8a8")
     assert report["audit"]["passed"]
     assert report["bits_per_weight"] == pytest.approx(bits_on_disk(tmp_path / "out", bert))
+
+
+def test_folded_scales_are_planned_said_and_reported(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rule = "rules: [{match: '*', weights: 'int4:g32'}]\n"
+    steps = "steps: [{smoothquant: {}}, {awq: {windows: 2}}, {rtn: {}}]\n"
+    Path("r.yaml").write_text(rule + steps)
+    common = ("quantize", llama, "--recipe", "r.yaml", "--calib", "random")
+    rows = run(*common, "--dry-run", "--json").ok().json["tensors"]
+    planned = {row["name"] for row in rows if row["why"].endswith(", changed by smoothquant and awq")}
+    assert planned == {
+        f"model.layers.{i}.{norm}.weight"
+        for i in range(2)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    done = run(*common, "-o", "out").ok()
+    for line in (line for line in done.err.splitlines() if line.startswith("model.layers")):
+        assert re.search(r"  smoothquant 4 links, awq \d\.\d\de-\d\d -> \d\.\d\de-\d\d  ", line)
+    report = json.loads(Path("out/zq_report.json").read_text())
+    assert {name for names in report["folded"].values() for name in names} == planned
+    assert [link["step"] for link in report["smoothing"]["1"]] == ["smoothquant"] * 4 + ["awq"] * 4
