@@ -278,6 +278,16 @@ def overflow(model: Model) -> None:
     Path("RECIPE.yaml").write_text(rule)
 
 
+@situation("no-scale-fits")
+def no_scale_fits(model: Model) -> None:
+    model.change(lambda t: t.update({name: tensor.half() for name, tensor in t.items()}))
+    model.change(
+        lambda t: t.update({Q_PROJ.replace("q_proj", "v_proj"): torch.full((32, 64), 60000.0).half()})
+    )
+    rule = 'rules: [{match: "*", weights: "int8:channel"}]\nsteps: [{smoothquant: {}}, {rtn: {}}]\n'
+    Path("RECIPE.yaml").write_text(rule)
+
+
 @situation("config-nested")
 def config_nested(model: Model) -> None:
     (model.folder / "config.json").write_text("[" * 100_000)
@@ -390,6 +400,8 @@ RECIPES = {
     "rule-matches-nothing": 'rules:\n  - {match: "*.c_fc", weights: "int8:channel"}\n',
     "all-skipped": 'rules:\n  - {match: "*", skip: true}\n',
     "unknown-step": RULE + "steps:\n  - magic: {}\n",
+    "steps-in-wrong-order": RULE + "steps:\n  - rtn: {}\n  - awq: {}\n",
+    "option-out-of-range": RULE + "steps:\n  - smoothquant: {alpha: 1.5}\n  - rtn: {}\n",
     "unknown-step-option": RULE + "steps:\n  - rtn: {speed: 9}\n",
     "lorc-not-last": RULE + "steps:\n  - lorc: {}\n  - rtn: {}\n",
     "lorc-rank": RULE + "steps:\n  - rtn: {}\n  - lorc: {rank: 33}\n",

@@ -20,6 +20,7 @@ from zq.errors import AuditError
 from zq.export import compressed_tensors
 from zq.pipeline import quantize
 from zq.plan import Plan, make_plan
+from zq.recipe import Recipe
 
 UP = "model.layers.1.mlp.up_proj"
 GATE = "model.layers.1.mlp.gate_proj"
@@ -143,6 +144,67 @@ def test_a_codes_change_that_keeps_the_hash_list_is_still_noticed(
     monkeypatch.setattr(zq.pipeline, "audit", corrupted)
     with pytest.raises(AuditError, match=f"the weight of '{UP}' read from disk"):
         quantize(make_plan(source, recipe("* = int4:g32")), tmp_path / "out")
+
+
+FOLDED = "model.layers.1.input_layernorm.weight"
+
+
+def smoothed() -> Recipe:
+    return Recipe.parse(str(recipe("* = int8:channel")).replace("steps:\n", "steps:\n- smoothquant: {}\n"))
+
+
+def test_a_folded_norm_is_checked_by_its_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupted(plan: Plan, folder: Path, done: dict) -> dict:
+        assert FOLDED in done["1"]["changed"]
+        flip(FOLDED)(folder / "model.safetensors")
+        return audit(plan, folder, done)
+
+    monkeypatch.setattr(zq.pipeline, "audit", corrupted)
+    with pytest.raises(AuditError, match=f"the bytes of tensor '{FOLDED}' on disk"):
+        quantize(make_plan(source, smoothed()), tmp_path / "out")
+
+
+def test_a_folded_norm_is_checked_by_what_was_measured(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the original norm in its place, hash and all, is not what the run computed with."""
+
+    def corrupted(plan: Plan, folder: Path, done: dict) -> dict:
+        file = folder / "model.safetensors"
+        start, stop = span(file, FOLDED)
+        old = load_file(source / "model.safetensors")[FOLDED].view(torch.uint8).numpy().tobytes()
+        assert old != file.read_bytes()[start:stop]
+        patch(file, start, old)
+        done["1"]["tensors"][FOLDED] = hashlib.sha256(old).hexdigest()
+        return audit(plan, folder, done)
+
+    monkeypatch.setattr(zq.pipeline, "audit", corrupted)
+    with pytest.raises(AuditError, match=f"'{FOLDED}' read from disk is not what the run measured with"):
+        quantize(make_plan(source, smoothed()), tmp_path / "out")
+
+
+@pytest.mark.parametrize("say", [False, True])
+def test_no_step_changes_what_the_plan_does_not_name(
+    say: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last norm, changed and hashed as changed; with `say`, the run even claims that a step did it."""
+
+    def corrupted(plan: Plan, folder: Path, done: dict) -> dict:
+        file = folder / "model.safetensors"
+        flip(NORM)(file)
+        start, stop = span(file, NORM)
+        digest = hashlib.sha256(file.read_bytes()[start:stop]).hexdigest()
+        done["tail"]["tensors"][NORM] = digest
+        if say:
+            done["tail"]["changed"][NORM] = digest
+        return audit(plan, folder, done)
+
+    monkeypatch.setattr(zq.pipeline, "audit", corrupted)
+    words = "was changed, which no step of the plan may do" if say else "was to be copied unchanged"
+    with pytest.raises(AuditError, match=f"'{NORM}' {words}"):
+        quantize(make_plan(source, smoothed()), tmp_path / "out")
 
 
 def test_a_config_that_would_be_read_differently(

@@ -19,6 +19,7 @@ from zq.checkpoint.job import FOLDER
 from zq.errors import OutputError, ZqError
 from zq.pipeline import quantize
 from zq.plan import Plan, make_plan
+from zq.recipe import Recipe
 
 RULES = "@mlp = int4:g32 @ int8:token; @attention = int8:channel @ int8:token"
 SHARD = 25_000
@@ -154,6 +155,29 @@ def test_killed_again_and_again(source: Path, whole: dict[str, bytes], tmp_path:
     assert run(source, out, "publish 2", resume=True) == -signal.SIGKILL
     assert run(source, out, "publish 3", resume=True) == -signal.SIGKILL
     check_resumed(source, out, whole)
+
+
+@pytest.mark.parametrize("unit", [2, 3])
+def test_folded_scales_resume_to_the_same_bytes(unit: int, source: Path, tmp_path: Path) -> None:
+    """Blocks after the interruption are scaled by what the carried activations say."""
+    text = str(recipe(RULES)).replace(
+        "steps:\n", "steps:\n- smoothquant: {search: true}\n- awq: {windows: 2}\n"
+    )
+    wanted = Recipe.parse(text)
+    count = 0
+
+    def stop(event: dict) -> None:
+        nonlocal count
+        count += 1
+        if count == unit:
+            raise KeyboardInterrupt
+
+    report = quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "whole").report
+    with pytest.raises(KeyboardInterrupt):
+        quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", progress=stop)
+    quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert set(report["changed"]) == set(report["smoothing"]) == {"0", "1", "2"}
 
 
 def interrupted(source: Path, out: Path, after: int = 2) -> None:

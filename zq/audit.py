@@ -2,9 +2,10 @@
 
 Streaming, one layer at a time: every planned tensor is there with its dtype and shape and nothing else
 is; every layer that the plan quantizes unpacks to exactly the weight that was measured; scales are
-finite and positive; untouched tensors are byte-identical to the source, or to what a step on the whole
-model (rotate) makes of it, computed anew; and the `quantization_config` that will be published, read by
-its own rules, gives every layer the planned scheme and no other.
+finite and positive; tensors that a step changed are those that the plan names, with the values that were
+measured; untouched tensors are byte-identical to the source, or to what a step on the whole model (rotate)
+makes of it, computed anew; and the `quantization_config` that will be published, read by its own rules, gives
+every layer the planned scheme and no other.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def audit(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> dict[str
     places = _check_headers(plan, folder)
     measured = {name: m for report in done.values() for name, m in report["layers"].items()}
     written = {name: digest for report in done.values() for name, digest in report["tensors"].items()}
+    changed = {name: digest for report in done.values() for name, digest in report["changed"].items()}
     _check_config(plan, plan.quantization_config)
     seen: set[str] = set()
     for layer in plan.layers:
@@ -47,12 +49,16 @@ def audit(plan: Plan, folder: Path, done: dict[str, dict[str, Any]]) -> dict[str
         if name not in seen:
             tensor = _read(places[name], name)
             _check_hashes({name: tensor}, written)
-            _check_copy(plan, name, tensor)
+            if name in changed:
+                _check_changed(plan, name, tensor, changed[name])
+            else:
+                _check_copy(plan, name, tensor)
     return {
         "passed": True,
         "tensors": len(places),
         "quantized_layers": len(plan.assigned),
-        "untouched_tensors": len(places) - len(seen),
+        "changed_tensors": len(changed),
+        "untouched_tensors": len(places) - len(seen) - len(changed),
     }
 
 
@@ -148,6 +154,18 @@ def _check_hashes(tensors: dict[str, Tensor], written: dict[str, str]) -> None:
             raise AuditError(
                 f"audit: the bytes of tensor '{name}' on disk are not those that were written; quantize again"
             )
+
+
+def _check_changed(plan: Plan, name: str, tensor: Tensor, measured: str) -> None:
+    if name not in plan.may_change:
+        raise AuditError(
+            f"audit: tensor '{name}' was changed, which no step of the plan may do; quantize again"
+        )
+    if tensor_hash(tensor.to(plan.dtype)) != measured:
+        raise AuditError(
+            f"audit: tensor '{name}' read from disk is not what the run measured with; the disk or memory is "
+            "unreliable, run again into a new folder"
+        )
 
 
 def _check_copy(plan: Plan, name: str, tensor: Tensor) -> None:

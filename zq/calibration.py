@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,41 +11,88 @@ from torch import Tensor
 
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read
-from zq.data import beginnings, describe, mixed
+from zq.data import beginnings, calibration_windows, describe, mixed
+from zq.errors import ZqError
+from zq.models.capture import positions
+from zq.models.find import load_tokenizer
 from zq.models.sampling import pieces, write_windows
-from zq.plan import Plan
+from zq.models.skeleton import Skeleton
+from zq.quantizers.method import Method
+from zq.recipe import Recipe
 
 KEPT = "generated"
 
 
-def calibration(
-    plan: Plan, read: Read, job: Job, progress: Callable[[dict[str, Any]], None]
+def planned_windows(
+    folder: Path,
+    skeleton: Skeleton,
+    recipe: Recipe,
+    steps: list[tuple[Method, Any]],
+    notes: list[str],
+) -> Tensor | None:
+    """Calibration tokens [samples, length]; None when the recipe wants none."""
+    wanted = recipe.calibration
+    if wanted.generated and skeleton.arch.encoder:
+        raise ZqError(f"{recipe.where}: an encoder writes no text; set 'generated' of 'calibration' to 0")
+    if wanted.source == "none" and recipe.bits:
+        raise ZqError(f"{recipe.bits.where}: bits are chosen by calibration tokens; drop --calib none")
+    if wanted.source == "none" and not wanted.generated:
+        if any(method.needs(options) for method, options in steps):
+            raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
+        return None
+    length = min(wanted.length, positions(skeleton) or wanted.length)
+    if length < wanted.length:
+        notes.append(f"calibration windows of {length} tokens: the model has no more positions")
+    if wanted.generated:
+        notes.append(
+            f"{wanted.generated} calibration windows are written by the model itself (sampled, seeded); for "
+            "that it is loaded as a whole"
+        )
+    if wanted.source == "none":
+        return torch.empty(0, length, dtype=torch.int64)
+    tokenizer = (
+        None if wanted.source == "random" else load_tokenizer(folder, ", or calibrate with --calib random")
+    )
+    vocabulary = skeleton.config.vocab_size
+    return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
+
+
+def all_windows(
+    windows: Tensor | None,
+    recipe: Recipe,
+    skeleton: Skeleton,
+    read: Read,
+    job: Job,
+    progress: Callable[[dict[str, Any]], None],
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """(all windows int64 [S, T] or None, facts about them for the report).
+    """(the planned windows and those that the model writes, int64 [S, T], or None; facts for the report).
 
     What the model writes is kept in the job, so that a resumed run sees the same tokens.
     """
-    wanted = plan.recipe.calibration
+    wanted = recipe.calibration
     facts: dict[str, Any] = {"source": wanted.source}
-    if plan.windows is None:
+    if windows is None:
         return None, facts
-    windows = plan.windows
     if wanted.generated:
         written = job.kept(KEPT)
         if written is None:
-            written = _write(plan, read, progress)
+            written = _write(windows, recipe, skeleton, read, progress)
             job.keep(KEPT, written.to(torch.int32))
         facts["generated"] = describe(written.long())
-        windows = mixed(windows, written.long(), plan.recipe.seed)
+        windows = mixed(windows, written.long(), recipe.seed)
     return windows, facts | describe(windows)
 
 
-def _write(plan: Plan, read: Read, progress: Callable[[dict[str, Any]], None]) -> Tensor:
-    assert plan.windows is not None
-    length, seed = plan.windows.shape[1], plan.recipe.seed
-    config = plan.skeleton.config
-    count = plan.recipe.calibration.generated * pieces(length)[0]
-    begun = beginnings(plan.windows, count, config.vocab_size, config.bos_token_id, seed)
+def _write(
+    windows: Tensor,
+    recipe: Recipe,
+    skeleton: Skeleton,
+    read: Read,
+    progress: Callable[[dict[str, Any]], None],
+) -> Tensor:
+    length, seed, config = windows.shape[1], recipe.seed, skeleton.config
+    count = recipe.calibration.generated * pieces(length)[0]
+    begun = beginnings(windows, count, config.vocab_size, config.bos_token_id, seed)
     return write_windows(
-        plan.skeleton, read, begun, length, seed, lambda done, of: progress({"written": done, "of": of})
+        skeleton, read, begun, length, seed, lambda done, of: progress({"written": done, "of": of})
     )

@@ -1,8 +1,9 @@
 """What a run will take, before it runs: memory, disk and time.
 
 Time is measured, not assumed: each distinct weight spec quantizes one random matrix with the recipe's
-own steps on this device, one matrix is read as a step on the whole model makes it, and the calibration
-tokens are charged with the time of a matrix product of the same number of operations.
+own steps on this device, behind a norm for the steps that fold scales; one matrix is read as a step on the
+whole model makes it; and the calibration tokens are charged with the time of a matrix product of the same
+number of operations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from zq.plan import Plan
-from zq.quantizers.method import Block, Layer, Needs
+from zq.quantizers.method import Block, BlockLink, Layer, Needs
 from zq.spec import Scheme
 
 PROBE = (512, 1536)
@@ -32,6 +33,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     if plan.windows is not None:
         reading = any(Needs.INPUTS in method.needs(options) for method, options in plan.steps)
         passes = 2 + len(plan.skeleton.arch.sites) * reading  # both streams, and once to each site
+        passes += len(plan.skeleton.arch.links) * _tries(plan)
         work = 2 * passes * plan.tokens * sum(math.prod(layer.shape) for layer in plan.layers)
         seconds += work * _per_operation(plan)
     seconds += _per_folded(plan) * sum(plan.source(name).numel for name in plan.view.becomes)
@@ -46,15 +48,27 @@ def estimate(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _tries(plan: Plan) -> float:
+    """Passes of all calibration tokens through a block for each link, to search for its scales."""
+    assert plan.windows is not None
+    searching = [options for method, options in plan.steps if Needs.LINKS in method.needs(options)]
+    return sum(o.tries * min(1.0, o.windows / len(plan.windows)) for o in searching)
+
+
 def _per_weight(plan: Plan, scheme: Scheme) -> float:
     module = nn.Linear(PROBE[1], PROBE[0], bias=False, dtype=plan.dtype, device=plan.skeleton.device)
     tokens = torch.randn(1, 64, PROBE[1], device=plan.skeleton.device).to(plan.dtype)
+    norm = nn.RMSNorm(PROBE[1], dtype=plan.dtype, device=plan.skeleton.device)
+    stored = {"weight": plan.dtype}
+    channels = torch.arange(PROBE[1], device=plan.skeleton.device)
     with torch.no_grad():
         module.weight.normal_(generator=torch.Generator(device=plan.skeleton.device).manual_seed(0))
         best = math.inf
         for _ in range(2):  # the first call warms up
-            layer = Layer("probe", "mlp", module, False, scheme)
-            block = Block("probe", module, [layer], plan.dtype, 0, [[layer]], [tokens], [tokens], [NO_CALL])
+            layer = Layer("probe.1", "mlp", module, False, scheme)
+            both = nn.Sequential(norm, module)
+            block = Block("probe", both, [layer], plan.dtype, 0, [[layer]], [tokens], [tokens], [NO_CALL])
+            block.links = [BlockLink("probe.0", norm, None, True, False, (layer,), channels, stored)]
             begun = time.perf_counter()
             for method, options in plan.steps:
                 method.run(block, options)

@@ -7,32 +7,21 @@ from typing import Any
 
 from zq.distill import classic, lkd
 from zq.errors import ZqError
-from zq.quantizers import gptq, lorc, rotate, rtn
-from zq.quantizers.method import Method
+from zq.quantizers import awq, gptq, lorc, rotate, rtn, smoothquant
+from zq.quantizers.method import Method, Needs
 from zq.recipe import Recipe, Step
 
-METHODS: dict[str, Method] = {
-    m.name: m for m in (rotate.METHOD, rtn.METHOD, gptq.METHOD, lkd.METHOD, classic.METHOD, lorc.METHOD)
-}
-
-
-def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
-    """The steps of a recipe, each as `resolve` has it, in order. Raises ZqError also for an order that makes no
-    sense: what changes the whole model comes first, and a correction of what quantization left comes last."""
-    found = [resolve(step, recipe.where) for step in recipe.steps]
-    for place, (step, (method, _)) in enumerate(zip(recipe.steps, found, strict=True)):
-        spot = step.where or recipe.where
-        if method.view and place:
-            raise ZqError(
-                f"{spot}: step '{step.name}' changes the whole model, so it must be the first step, and "
-                "given once; move it up or drop it"
-            )
-        if method is lorc.METHOD and (place == 0 or step is not recipe.steps[-1]):
-            raise ZqError(
-                f"{spot}: step 'lorc' corrects what the steps before it left; put it once, as the last step, "
-                "after rtn or gptq"
-            )
-    return found
+_ROWS = (
+    rotate.METHOD,
+    smoothquant.METHOD,
+    awq.METHOD,
+    rtn.METHOD,
+    gptq.METHOD,
+    lkd.METHOD,
+    classic.METHOD,
+    lorc.METHOD,
+)
+METHODS: dict[str, Method] = {m.name: m for m in _ROWS}
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:
@@ -52,6 +41,35 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
         if allowed and value not in allowed:
             raise ZqError(f"{spot}: '{key}: {value}' is not allowed; allowed: {', '.join(map(str, allowed))}")
         default = known[key].default
-        if default is not MISSING and type(value) is not type(default):
+        whole = type(value) is int and type(default) is float
+        if default is not MISSING and type(value) is not type(default) and not whole:
             raise ZqError(f"{spot}: '{key}' must be {type(default).__name__}, not {value!r}")
+        low, high = known[key].metadata.get("range", (None, None))
+        if low is not None and not low <= value <= high:
+            raise ZqError(f"{spot}: '{key}: {value}' is not allowed; allowed: {low} to {high}")
     return method, method.options(**dict(step.options))
+
+
+def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
+    """The steps of a recipe, each as `resolve` has it, in order. Raises ZqError also for an order that makes
+    no sense: first what changes the whole model, then what scales float weights, then what quantizes them,
+    and last a correction of what that left."""
+    found = [resolve(step, recipe.where) for step in recipe.steps]
+    quantizer = None
+    for place, (step, (method, options)) in enumerate(zip(recipe.steps, found, strict=True)):
+        spot = step.where or recipe.where
+        if method.view and place:
+            raise ZqError(
+                f"{spot}: step '{step.name}' changes the whole model, so it must be the first step, and "
+                "given once; move it up or drop it"
+            )
+        if Needs.LINKS in method.needs(options) and quantizer:
+            raise ZqError(f"{spot}: step '{step.name}' scales float weights; put it before '{quantizer}'")
+        if method is lorc.METHOD and (not quantizer or step is not recipe.steps[-1]):
+            raise ZqError(
+                f"{spot}: step 'lorc' corrects what the steps before it left; put it once, as the last step, "
+                "after rtn or gptq"
+            )
+        if not method.view and Needs.LINKS not in method.needs(options):
+            quantizer = quantizer or method.name
+    return found

@@ -29,18 +29,21 @@ from torch import Tensor
 import zq
 from zq import autobits
 from zq.audit import audit, audit_published
-from zq.calibration import calibration
-from zq.checkpoint.index import FLOATS
+from zq.calibration import all_windows
+from zq.checkpoint.index import COMPUTE, FLOATS
 from zq.checkpoint.job import Job, check_output
 from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
+from zq.models.build import get
 from zq.models.capture import Captured, capture_inputs, has_head, head
 from zq.numerics.metrics import sqnr_db, tensor_hash
 from zq.plan import Plan
 from zq.publish import publish
+from zq.quantizers.links import block_links, folding
 from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
 
+FACTS = ("smoothing", "held_out_loss", "training_loss")  # of steps, about a block
 LARGE = 128 << 20  # bytes of a stream; larger ones are saved with a block only when
 SAVE_EVERY = 60.0  # seconds have passed since the last time
 
@@ -106,7 +109,7 @@ def quantize(
 @torch.no_grad()
 def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
     read = plan.view.read
-    windows, facts = calibration(plan, read, job, progress)
+    windows, facts = all_windows(plan.windows, plan.recipe, plan.skeleton, read, job, progress)
     captured = _capture(plan, read, windows)
     float_stream, quant_stream = _streams(job, captured)
     saved = time.monotonic()
@@ -195,7 +198,10 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     named = [[f"{prefix}.{path}" for path in site.linears] for site in skeleton.arch.sites]
     sites = [[by_name[name] for name in names if name in by_name] for names in named]
     module = skeleton.block(unit)
-    return Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
+    block = Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
+    if folding(plan.steps):
+        block.links = block_links(skeleton, unit, layers, lambda name: COMPUTE[plan.source(name).dtype])
+    return block
 
 
 def _unload(plan: Plan, unit: int | str, block: Block) -> None:
@@ -214,7 +220,8 @@ def _unload(plan: Plan, unit: int | str, block: Block) -> None:
 def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dict[str, Tensor], dict]:
     """The output tensors of a unit, and what was measured on its layers.
 
-    Tensors that no step touches are copied as they are in the checkpoint, in their own dtype.
+    Tensors that no step touches are copied as they are in the checkpoint; what a step changed beside the
+    quantized weights is written as changed. Both keep their own dtype.
     """
     tensors: dict[str, Tensor] = {}
     measured: dict[str, dict[str, Any]] = {}
@@ -241,8 +248,10 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     for name, key in keys.items():
         if plan.view.index.tensors[key].dtype in FLOATS and not bool(torch.isfinite(originals[key]).all()):
             raise ZqError(f"'{key}' holds NaN or Inf; repair the checkpoint first")
-        tensors[name] = originals[key]
-    return tensors, {"layers": measured}
+        changed = name in block.changed
+        tensors[name] = get(skeleton.model, name).to(originals[key].dtype) if changed else originals[key]
+    changed = {name: tensor_hash(get(skeleton.model, name)) for name in sorted(block.changed)}
+    return tensors, {"layers": measured, "changed": changed}
 
 
 def _feed(
@@ -331,7 +340,8 @@ def _report(plan: Plan, job: Job, facts: dict[str, Any], seconds: float, command
         "bits_per_weight": plan.bits_per_weight,
         "weight_sqnr_db": {kind: sum(v) / len(v) for kind, v in sorted(kinds.items())},
         "output_error": errors,
-        "held_out_loss": {u: r["held_out_loss"] for u, r in job.done.items() if "held_out_loss" in r},
+        "changed": {u: list(r["changed"]) for u, r in job.done.items() if r["changed"]},
+        **{fact: {u: r[fact] for u, r in job.done.items() if fact in r} for fact in FACTS},
         "seconds": round(seconds, 2),
         **({"sensitivity": plan.sensitivity} if plan.sensitivity else {}),
         "notes": plan.notes + _overflow(plan, errors),

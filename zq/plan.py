@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zq.calibration import planned_windows
 from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_index
 from zq.checkpoint.reader import reader, same_tensor
 from zq.checkpoint.writer import Shard, Slot, plan_shards
-from zq.data import calibration_windows
 from zq.errors import ZqError
 from zq.export import EXPORTERS
 from zq.methods import resolve_all
-from zq.models.capture import positions
-from zq.models.find import find_arch, load_config, load_tokenizer
+from zq.models.find import find_arch, load_config
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton, build_skeleton
+from zq.quantizers.links import may_change, without_scale
 from zq.quantizers.method import Method
 from zq.quantizers.view import View
 from zq.recipe import Recipe
@@ -86,6 +86,11 @@ class Plan:
         skipped = [*(layer.name for layer in self.layers if not layer.scheme), *self.skeleton.omitted]
         return self.exporter.config(self.assigned, skipped)
 
+    @cached_property
+    def may_change(self) -> dict[str, str]:
+        """Tensors beside quantized weights that a step may change -> the names of the steps."""
+        return may_change(self.skeleton, self.assigned, self.steps)
+
     def layer_slots(self, layer: PlannedLayer) -> list[Slot]:
         """The output tensors of a quantized layer's weight."""
         assert layer.scheme is not None
@@ -109,6 +114,7 @@ class Plan:
                     becomes, nbytes = str(layer.scheme), sum(s.nbytes for s in self.layer_slots(layer))
                 why = layer.why if layer else "not a linear layer"
                 why += f"; {self.view.becomes[name]}" if name in self.view.becomes else ""
+                why += f", changed by {self.may_change[name]}" if name in self.may_change else ""
                 shape = list(info.shape)
                 rows.append({"name": name, "shape": shape, "becomes": becomes, "why": why, "bytes": nbytes})
         return rows
@@ -152,8 +158,9 @@ class Plan:
     @property
     def memory_estimate(self) -> int:
         """Bytes: torch and transformers themselves; the largest unit twice (as it was, as it becomes); the
-        largest quantized layer in float32, as input, target and result of the search for its scales; four
-        streams of hidden states (float and quantized, before and after a block); what the view takes."""
+        largest quantized layer in float32, as input, target and result of the search for its scales; with
+        folded scales, the weights of a block in float32; four streams of hidden states (float and quantized,
+        before and after a block); what the view takes."""
         sizes = [sum(slot.nbytes for slot in slots) for slots in self.units.values()]
         for unit in self.units:
             names = [name for name in self.skeleton.zone(unit) if name in self.skeleton.param_keys]
@@ -161,7 +168,9 @@ class Plan:
         layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
         if self.recipe.calibration.generated:  # to write, the whole model is needed
             sizes.append(self.bytes_before // 2)
-        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + 4 * self.stream_bytes + self.view.memory
+        folded = 4 * max(sizes) // self.dtype.itemsize if self.may_change else 0
+        streams = 4 * self.stream_bytes
+        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + folded + streams + self.view.memory
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:
@@ -188,6 +197,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
             )
     layers, recipe = _assign(skeleton, recipe, notes)
     layers = [_with_stored(layer, steps, recipe) for layer in layers]
+    notes += without_scale(skeleton, {layer.name for layer in layers if layer.scheme}, steps)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, view.index, layers)
     _refuse_lost_blocks(skeleton, where)
@@ -208,7 +218,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         steps=steps,
         units=units,
         shards=shards,
-        windows=_windows(folder, skeleton, recipe, steps, notes),
+        windows=planned_windows(folder, skeleton, recipe, steps, notes),
         notes=notes,
         shard_bytes=shard_bytes,
     )
@@ -362,37 +372,3 @@ def _units(
                 slots.append(Slot(name, info.dtype, info.shape))
         units[unit] = slots
     return units
-
-
-def _windows(
-    folder: Path,
-    skeleton: Skeleton,
-    recipe: Recipe,
-    steps: list[tuple[Method, Any]],
-    notes: list[str],
-) -> Tensor | None:
-    """Calibration tokens [samples, length]; None when the recipe wants none."""
-    wanted = recipe.calibration
-    if wanted.generated and skeleton.arch.encoder:
-        raise ZqError(f"{recipe.where}: an encoder writes no text; set 'generated' of 'calibration' to 0")
-    if wanted.source == "none" and recipe.bits:
-        raise ZqError(f"{recipe.bits.where}: bits are chosen by calibration tokens; drop --calib none")
-    if wanted.source == "none" and not wanted.generated:
-        if any(method.needs(options) for method, options in steps):
-            raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
-        return None
-    length = min(wanted.length, positions(skeleton) or wanted.length)
-    if length < wanted.length:
-        notes.append(f"calibration windows of {length} tokens: the model has no more positions")
-    if wanted.generated:
-        notes.append(
-            f"{wanted.generated} calibration windows are written by the model itself (sampled, seeded); for "
-            "that it is loaded as a whole"
-        )
-    if wanted.source == "none":
-        return torch.empty(0, length, dtype=torch.int64)
-    tokenizer = (
-        None if wanted.source == "random" else load_tokenizer(folder, ", or calibrate with --calib random")
-    )
-    vocabulary = skeleton.config.vocab_size
-    return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)

@@ -305,6 +305,8 @@ def _step(entry: Any, where: str, line: int) -> Step:
     if not isinstance(entry, Map) or len(entry) != 1:
         raise ZqError(f"{where}:{line}: a step is one name with options, for example - rtn: {{scale: mse}}")
     ((name, options),) = entry.items()
+    if isinstance(options, str):  # `- lkd: classic` is short for `- lkd-classic: {}`
+        name, options = f"{name}-{options}", None
     if options is None:
         options = Map()
     if not isinstance(options, Map):

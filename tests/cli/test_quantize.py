@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -21,6 +22,9 @@ KEYS |= {
     "weight_sqnr_db",
     "output_error",
     "held_out_loss",
+    "training_loss",
+    "changed",
+    "smoothing",
     "seconds",
     "notes",
     "calibration",
@@ -74,7 +78,8 @@ def test_every_shortcut(name, llama, tmp_path):
     assert report["bytes_after"] == sum(map(nbytes, headers(out).values()))
     assert report["bytes_before"] == sum(map(nbytes, headers(llama).values()))
     assert report["audit"] == {"passed": True, "tensors": len(headers(out)), "quantized_layers": 14} | {
-        "untouched_tensors": 7
+        "untouched_tensors": 7,
+        "changed_tensors": 0,
     }
     assert report["command"] == f"zq quantize {llama} -o {out} --calib random --json --{name}"
     assert set(report["weight_sqnr_db"]) == {"attention", "mlp"}
@@ -266,3 +271,24 @@ def test_bits_are_chosen_shown_kept_within_and_reported(llama, tmp_path):
     assert said.err.count("sensitivity measured") == 2
     assert "bits 5.5: sites" in said.err
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+
+
+def test_folded_scales_are_planned_said_and_reported(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rule = "rules: [{match: '*', weights: 'int4:g32'}]\n"
+    steps = "steps: [{smoothquant: {}}, {awq: {windows: 2}}, {rtn: {}}]\n"
+    Path("r.yaml").write_text(rule + steps)
+    common = ("quantize", llama, "--recipe", "r.yaml", "--calib", "random")
+    rows = run(*common, "--dry-run", "--json").ok().json["tensors"]
+    planned = {row["name"] for row in rows if row["why"].endswith(", changed by smoothquant and awq")}
+    assert planned == {
+        f"model.layers.{i}.{norm}.weight"
+        for i in range(2)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    done = run(*common, "-o", "out").ok()
+    for line in (line for line in done.err.splitlines() if line.startswith("model.layers")):
+        assert re.search(r"  smoothquant 4 links, awq \d\.\d\de-\d\d -> \d\.\d\de-\d\d  ", line)
+    report = json.loads(Path("out/zq_report.json").read_text())
+    assert {name for names in report["changed"].values() for name in names} == planned
+    assert [link["step"] for link in report["smoothing"]["1"]] == ["smoothquant"] * 4 + ["awq"] * 4

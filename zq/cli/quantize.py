@@ -268,11 +268,25 @@ def _line(event: dict[str, Any], left: float) -> str:
     if "output_error" in event:
         error = event["output_error"]
         parts.append("output error " + ("unknown: overflow" if error is None else f"{error:.2e}"))
+    if "smoothing" in event:
+        parts.append(_smoothing(event["smoothing"]))
     if "held_out_loss" in event:
         loss = event["held_out_loss"]
         parts.append(f"held-out loss {loss['start']:.2e} -> {loss['end']:.2e}")
     parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
     return "  ".join(parts)
+
+
+def _smoothing(links: list[dict[str, Any]]) -> str:
+    """What the steps that fold scales did; the errors of their links, one at a time, added up."""
+    said = []
+    for step in dict.fromkeys(link["step"] for link in links):
+        chosen = [link for link in links if link["step"] == step]
+        errors = [(link["start"], link["end"]) for link in chosen if link.get("start") and link.get("end")]
+        before, after = (sum(pair[i] for pair in errors) for i in (0, 1))
+        gain = f" {before:.2e} -> {after:.2e}" if errors else f" {len(chosen)} links"
+        said.append(step + gain)
+    return ", ".join(said)
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:

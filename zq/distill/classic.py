@@ -2,11 +2,12 @@
 
     L_k = MSE(block_k(X), quantized block_k(X)),   X = what the float blocks before block k produce
 
-Every parameter of the block learns: linear weights through nearest rounding with the gradient passed straight,
-norms and biases directly. Weight scales are the largest magnitude of each group at that moment, activations are
-quantized per token. AdamW at rate 5e-6 without a schedule, 100 iterations of 32 windows, no selection: what the
-last iteration leaves is written. No block's input depends on another block's result, so blocks could be trained
-in any order or at once. Use `calibration: {source: random}` for the paper's setting without data.
+Every parameter of the block learns: linear weights through nearest rounding with the gradient passed
+straight, norms and biases directly. Weight scales are the largest magnitude of each group at that moment,
+activations are quantized per token. AdamW at rate 5e-6 without a schedule, 100 iterations of 32 windows, no
+selection: what the last iteration leaves is written. No block's input depends on another block's result, so
+blocks could be trained in any order or at once. `calibration: {source: random}` is the paper's setting
+without data.
 
 `lkd` (distill/lkd.py) is what grew out of it.
 """
@@ -86,7 +87,7 @@ def _rounded(weight: Tensor, layer: Layer, scale: str) -> Tensor:
 
 
 def needs(options: Options) -> Needs:
-    return Needs.INPUTS | Needs.FLOAT_INPUTS
+    return Needs.INPUTS | Needs.FLOAT_INPUTS | Needs.PARAMETERS
 
 
 METHOD = Method(

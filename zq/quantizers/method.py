@@ -30,6 +30,8 @@ class Needs(enum.Flag):
     INPUTS = enum.auto()  # calibration tokens run through the block: hidden states before and after
     FLOAT_INPUTS = enum.auto()  # the float model's inputs to the block
     TEACHER = enum.auto()  # the block as it was, beside the one that changes, and its inputs
+    PARAMETERS = enum.auto()  # to change any parameter of the block
+    LINKS = enum.auto()  # the links along which a step may move scales; it runs before any quantizes
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Layer:
     """One linear layer that the recipe quantizes.
 
     module     nn.Linear, or transformers' Conv1D, whose weight is stored as [K, N] (`transposed`)
+    folded     the weight [N, K] in float32 after scales were folded into it; what is quantized. The module
+               computes with it in its own dtype. None before, and once the layer is quantized
     quantized  what a step made of the weight; None until then
     latent     the [N, K] values that rounded to the codes (GPTQ), for a step that learns the rounding
     """
@@ -46,31 +50,61 @@ class Layer:
     module: nn.Module
     transposed: bool
     scheme: Scheme
+    folded: Tensor | None = None
     quantized: QTensor | None = None
     latent: Tensor | None = None
     _original: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight as [N, K], whatever the module stores."""
+        """The weight as [N, K], whatever the module stores; float32 once scales were folded into it."""
+        if self.folded is not None:
+            return self.folded
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.detach().T if self.transposed else weight.detach()
 
     @property
     def original(self) -> Tensor:
-        """The float weight [N, K] as it was before the first `replace`."""
+        """The float weight [N, K], folded scales included, as it was before the first `replace`."""
         return self.weight if self._original is None else self._original
 
     def replace(self, quantized: QTensor) -> None:
         """Keep the result and make the module compute with it, so that later steps see its error."""
+        if self._original is None:
+            self._original = self.weight.clone() if self.folded is None else self.folded
+        self.quantized, self.folded = quantized, None
+        self._store(quantized.dequantize(self.weight.dtype))
+
+    def fold(self, weight: Tensor) -> None:
+        """Take over a float32 weight [N, K] that gives the block the same function, before quantization."""
+        self.folded = weight
+        self._store(weight)
+
+    def _store(self, dense: Tensor) -> None:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        if self._original is None:
-            self._original = self.weight.clone()
-        self.quantized = quantized
-        dense = quantized.dequantize(weight.dtype)
         weight.data.copy_(dense.T if self.transposed else dense)
+
+
+@dataclass(frozen=True)
+class BlockLink:
+    """A link (zq/models/arch.py) of one block in memory, every consumer of which the recipe quantizes.
+
+    name        full name of the producer; `layer` when the recipe quantizes that too, else None
+    transposed  the producer is a linear that stores its weight as [K, N]
+    channels    int64 [K], the producer's output channel that feeds each input channel of the consumers
+    stored      the producer's parameters ("weight", "bias") and the dtype in which each is written
+    """
+
+    name: str
+    producer: nn.Module
+    layer: Layer | None
+    is_norm: bool
+    transposed: bool
+    consumers: tuple[Layer, ...]
+    channels: Tensor
+    stored: dict[str, torch.dtype]
 
 
 @dataclass
@@ -84,6 +118,8 @@ class Block:
     logits   from the output of the last block to logits, when a step looks ahead to the end of the model
     teacher  the block as it was, and (`teacher_inputs`) the float model's inputs to it: only when a step
              needs them
+    links    along which scales may move, in the order of computation: only when a step needs them
+    changed  full names of the parameters that a step changed, beside the weights of `layers`
     """
 
     name: str
@@ -99,6 +135,8 @@ class Block:
     logits: Callable[[Tensor], Tensor] | None = None
     teacher: nn.Module | None = None
     teacher_inputs: list[Tensor] = field(default_factory=list)
+    links: list[BlockLink] = field(default_factory=list)
+    changed: set[str] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, layer: Layer) -> torch.Generator:
@@ -133,8 +171,8 @@ class Block:
             if cross is not None:
                 teacher, call, clean = self.teacher, self.calls[index], self.teacher_inputs[index]
                 assert teacher is not None
-                twin = _twin(self.module, teacher, first.module)
-                wanted = _site_input(twin, lambda t=teacher, c=call, h=clean: run_block(t, h, c))
+                same = twin(self.module, teacher, first.module)
+                wanted = _site_input(same, lambda t=teacher, c=call, h=clean: run_block(t, h, c))
                 cross.addmm_((wanted.reshape(-1, k).float() - x).T, x)
         return hessian, cross
 
@@ -186,7 +224,7 @@ def _site_input(layer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
     return seen[0]
 
 
-def _twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.Module:
+def twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.Module:
     """The module of the teacher at the place of `layer` in the block."""
     assert block is not None
     name = next(name for name, module in block.named_modules() if module is layer)
