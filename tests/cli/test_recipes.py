@@ -68,17 +68,17 @@ def test_shortcuts_are_exactly_the_shipped_recipes():
 def test_a_shortcut_runs_the_recipe_that_is_shown(name):
     shown = Recipe.parse(run("recipes", "show", name).ok().out, name=name)
     flags = dict.fromkeys(SHORTCUTS, False)
-    by_flag = _recipe(flags | {name: True}, None, "auto", None, None)
-    by_name = _recipe(flags, name, "auto", None, None)
+    by_flag = _recipe(flags | {name: True}, None, "auto", {}, None)
+    by_name = _recipe(flags, name, "auto", {}, None)
     assert by_flag == by_name == shown
 
 
 def test_options_change_only_what_they_name():
     flags = dict.fromkeys(SHORTCUTS, False) | {"w4a8": True}
-    plain = _recipe(flags, None, "auto", None, None)
-    assert _recipe(flags, None, "auto", None, 3) == replace(plain, seed=3)
-    calibrated = _recipe(flags, None, "auto", "random", None)
+    plain = _recipe(flags, None, "auto", {}, None)
+    assert _recipe(flags, None, "auto", {}, 3) == replace(plain, seed=3)
+    calibrated = _recipe(flags, None, "auto", {"source": "random"}, None)
     assert calibrated == replace(plain, calibration=replace(plain.calibration, source="random"))
-    grouped = _recipe(flags, None, "32", None, None)
+    grouped = _recipe(flags, None, "32", {}, None)
     assert [str(rule.scheme) for rule in grouped.rules] == ["int4:g32 @ int8:token"]
     assert grouped == plain.with_group_size(32)

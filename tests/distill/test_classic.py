@@ -52,10 +52,12 @@ def _block(folder: Path) -> Block:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
-def test_it_is_adamw_on_the_mse_of_the_float_inputs(family: str, tmp_path: Path) -> None:
+def test_it_is_adamw_on_the_mse_of_the_float_inputs(family: str, tmp_path: Path, monkeypatch) -> None:
     """Against the same training written out on a copy of the module; NaN as quantized inputs shows that they
     are not read."""
     save_tiny(family, tmp_path)
+    in_order = lambda windows, size, count, seed: torch.arange(windows).expand(count, -1)  # noqa: E731
+    monkeypatch.setattr(classic, "shuffled", in_order)
     block, twin = _block(tmp_path), _block(tmp_path)
     options = classic.Options(iterations=3, rate=1e-3)
     before = {name: p.detach().clone() for name, p in block.module.named_parameters()}
@@ -73,9 +75,10 @@ def test_it_is_adamw_on_the_mse_of_the_float_inputs(family: str, tmp_path: Path)
 
     for layer in twin.layers:
         layer.module.register_forward_pre_hook(
-            lambda m, a: (straight(a[0], fake_quantize_tokens(a[0], tokens)),)
+            lambda m, a: straight(a[0], fake_quantize_tokens(a[0], tokens))
         )
-    for _ in range(3):  # a batch is all windows, so their order does not matter
+    call = twin.calls[0]
+    for _ in range(3):
         used = {}
         for name, p in held.items():
             if name in weights:
@@ -84,10 +87,8 @@ def test_it_is_adamw_on_the_mse_of_the_float_inputs(family: str, tmp_path: Path)
                 used[name] = straight(p, rounded.T if weights[name].transposed else rounded)
             else:
                 used[name] = p
-        call = twin.calls[0]
-        out = torch.func.functional_call(
-            module, used, (twin.teacher_inputs[0], *call["args"]), call["kwargs"]
-        )
+        given = (twin.teacher_inputs[0], *call["args"])
+        out = torch.func.functional_call(module, used, given, call["kwargs"])
         out = out[0] if isinstance(out, tuple) else out
         loss = (out - twin.targets[0]).square().mean()
         optimizer.zero_grad()

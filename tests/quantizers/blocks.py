@@ -30,10 +30,10 @@ def load_block(folder: Path, rules: str, steps: str, samples: int = 8) -> tuple[
     plan = make_plan(folder, recipe(rules, steps, samples))
     read = reader(plan.index)
     with torch.no_grad():
-        captured, _ = _capture(plan, read)
+        captured = _capture(plan, read, plan.windows)
         assert captured is not None
         block = _load(plan, 0, read)
-        _feed(plan, block, 0, captured, list(captured.hidden), list(captured.hidden))
+        _feed(plan, block, 0, captured, list(captured.hidden), list(captured.hidden), read)
     return plan, block
 
 

@@ -105,9 +105,9 @@ def test_planted_outliers_cost_much_less(options: str, tmp_path: Path) -> None:
         errors.append(list(report["output_error"].values())[-1])
         assert report["audit"]["passed"] is True
     assert errors[1] < 0.1 * errors[0]
-    assert report["audit"]["folded_tensors"] == sum(map(len, report["folded"].values())) == 4
+    assert report["audit"]["changed_tensors"] == sum(map(len, report["changed"].values())) == 4
     norms = [f"model.layers.0.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm")]
-    assert report["folded"]["0"] == norms
+    assert report["changed"]["0"] == norms
     assert len(report["smoothing"]["1"]) == 4
     if "search" in options:
         for link in (x for links in report["smoothing"].values() for x in links):
@@ -129,7 +129,7 @@ def test_every_family_written_and_reloaded(name: str, tmp_path: Path) -> None:
     theirs = auto_class(original).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(outputs(theirs, token_ids()), got)
     before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("model", "out"))
-    folded = {name for names in report["folded"].values() for name in names}
+    folded = {name for names in report["changed"].values() for name in names}
     differing = {n for n in before.keys() & after.keys() if not torch.equal(before[n], after[n])}
     assert differing <= folded
     assert folded == differing
@@ -155,7 +155,7 @@ def test_a_changed_norm_keeps_its_own_dtype(tmp_path: Path) -> None:
         make_plan(source, recipe(W8A8, f"{{smoothquant: {{}}}}, {RTN}")), tmp_path / "out"
     ).report
     after = load_file(tmp_path / "out" / "model.safetensors")
-    for name in (n for names in report["folded"].values() for n in names):
+    for name in (n for names in report["changed"].values() for n in names):
         assert after[name].dtype == torch.float32
         assert not torch.equal(after[name], tensors[name])
         assert torch.equal(after[name].bfloat16().float(), after[name])
@@ -194,7 +194,7 @@ def test_layers_without_a_link_are_said(name: str, rules: str, note: str | None,
     plan = make_plan(tmp_path / "model", recipe(rules, f"{{smoothquant: {{}}}}, {RTN}"))
     assert [n for n in plan.notes if n.startswith("smoothquant")] == ([note] if note else [])
     report = quantize(plan, tmp_path / "out").report
-    assert bool(report["folded"]) is (name != "bert")
+    assert bool(report["changed"]) is (name != "bert")
 
 
 @pytest.mark.parametrize(

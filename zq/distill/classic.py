@@ -37,7 +37,7 @@ class Options:
 def run(block: Block, options: Options) -> None:
     """Train a copy of the block's parameters in float32, then round its weights once more and keep them."""
     learned = {layer.name: layer.weight.float() for layer in block.layers}
-    if block.module is not None:
+    if block.inputs:
         _train(block, learned, options)
     for layer in block.layers:
         spec = layer.scheme.weights
@@ -52,9 +52,9 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
     layers = {f"{paths[layer.module]}.weight": layer for layer in block.layers}
     held = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(held.values(), lr=options.rate, weight_decay=options.decay)
+    losses: list[Tensor] = []
     inputs, targets = torch.cat(block.teacher_inputs), torch.cat(block.targets)
     size, call = block.inputs[0].shape[0], block.calls[0]
-    losses = []
     for chosen in shuffled(len(inputs), size, options.iterations, block.seed).to(inputs.device):
         with torch.enable_grad(), quantized_inputs(block.layers, straight_through=True):
             weights = {

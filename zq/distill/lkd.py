@@ -110,7 +110,7 @@ def _descend(course: Course, learned: list[LearnedRounding], training: int, opti
 def shuffled(windows: int, size: int, count: int, seed: int) -> Tensor:
     """int64 [count, size]: every window once in a random order, then once more, and so on."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = -(-count * size // windows)
+    rounds = max(1, -(-count * size // windows))
     order = torch.cat([torch.randperm(windows, generator=generator) for _ in range(rounds)])
     return order[: count * size].view(count, size)
 
