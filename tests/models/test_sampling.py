@@ -42,11 +42,12 @@ def test_every_decoder_writes_whole_windows_and_the_same_again(family: str, tmp_
     assert all(p.device.type == "meta" for p in plan.skeleton.model.parameters())
 
 
-def test_the_tokens_follow_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_tokens_follow_the_model(family: str, tmp_path: Path) -> None:
     """Each token is one of the TOP_K likeliest after those before it, which a shifted cache would break."""
-    model = save_tiny("llama", tmp_path)
+    model = save_tiny(family, tmp_path)
     plan = _plan(tmp_path)
-    windows = write_windows(plan.skeleton, reader(plan.index), torch.randint(VOCAB, (8, 4)), 16, seed=0)
+    windows = write_windows(plan.skeleton, reader(plan.index), torch.randint(VOCAB, (8, 4)), 32, seed=0)
     with torch.no_grad():
         logits = model(windows).logits[:, 3:-1]
     ranks = (logits > logits.gather(-1, windows[:, 4:, None])).sum(-1)

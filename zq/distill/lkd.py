@@ -18,7 +18,9 @@ check, and the best state is kept: on held-out data the result is never worse th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -63,6 +65,8 @@ def run(block: Block, options: Options) -> None:
         now = course.loss(held)
         if now < best:
             best, states = now, [state.state() for state in learned]
+        for state in learned:
+            state.layer.compute_with(state.weight())
     for state, values in zip(learned, states, strict=True):
         state.restore(values)
     _apply(learned)
@@ -81,23 +85,27 @@ def _split(block: Block, options: Options) -> tuple[int, range]:
     return sum(x.shape[0] for x in block.inputs[: count - held]), range(count - held, count)
 
 
-def _descend(course: Course, learned: list[LearnedRounding], training: int, options: Options):
-    """Signed gradient descent over random batches; yields the number of iterations done, after each."""
+def _descend(
+    course: Course, learned: list[LearnedRounding], training: int, options: Options
+) -> Iterator[int]:
+    """Signed gradient descent over random batches; yields the number of iterations done, after each. Whoever
+    changes the weights in between puts the learned ones back."""
     device = course.inputs.device
-    parameters = [p for state in learned for p in state.parameters]
+    weights = [cast(Tensor, state.layer.module.weight) for state in learned]
     chosen = torch.zeros(course.size, dtype=torch.long, device=device)
     fall = torch.zeros((), device=device)
 
     def step() -> Tensor:
         with torch.enable_grad():
-            loss = course.training_loss(learned, chosen)
-            gradients = torch.autograd.grad(loss * 1000, parameters)
-        with torch.no_grad():
-            for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                rate = options.scale_rate if i % 2 else options.rounding_rate
-                parameter.sub_(gradient.sign_().mul_(rate * fall))
+            loss = course.training_loss(chosen)
+            gradients = torch.autograd.grad(loss * 1000, weights)
+        for state, gradient in zip(learned, gradients, strict=True):
+            dense = gradient.T if state.layer.transposed else gradient
+            state.update(dense, options.rounding_rate * fall, options.scale_rate * fall)
         return loss
 
+    for weight in weights:
+        weight.requires_grad_(True)
     play = recorded(step, device)
     batches = shuffled(training, course.size, options.iterations, course.block.seed).to(device)
     for done in range(options.iterations):
@@ -105,6 +113,8 @@ def _descend(course: Course, learned: list[LearnedRounding], training: int, opti
         fall.fill_((1 - done / options.iterations) / options.iterations)
         play()
         yield done + 1
+    for weight in weights:
+        weight.requires_grad_(False)
 
 
 def shuffled(windows: int, size: int, count: int, seed: int) -> Tensor:

@@ -8,11 +8,14 @@ group, up or down. Gradients pass the rounding straight through:
 
     dL/dV = s dL/dW^ inside the range, else 0        dL/ds = sum over the group of dL/dW^ (q - z - u_0),
                                                      u_0 = latent / s inside the range, else 0
+
+and both are followed by their sign only. So one pass over the weights takes dL/dW^ and gives the next W^; on
+a CPU it goes over a few rows at a time, which stay in the cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,9 +25,12 @@ from zq.numerics.qtensor import QTensor, assemble
 from zq.numerics.scales import Scale, int_range
 from zq.quantizers.method import Layer
 
+CACHED = 1 << 16  # values that are worked on at once on a CPU
+
 
 class LearnedRounding:
-    """The trainable state of one layer. `parameters` are (V [R, G, S], t [R, G, 1]), float32."""
+    """The trainable state of one layer: `offset` V [R, G, S] and `stretch` t [R, G, 1], float32; with two
+    levels the groups of a channel share t [R, 1, 1]."""
 
     def __init__(self, layer: Layer) -> None:
         q = layer.quantized
@@ -36,68 +42,75 @@ class LearnedRounding:
         self.latent = group(source.float(), q.spec).contiguous()
         self.scale = grouped_scale(q.scale, q.spec).float()
         self.sub = None if q.sub is None else q.sub.int()
+        unit = self.scale if self.sub is None else self.scale * self.sub
+        self.unit = unit.unsqueeze(-1)
         self.zero = None if q.zero is None else grouped_scale(q.zero, q.spec).float().unsqueeze(-1)
-        self.offset = torch.zeros_like(self.latent, requires_grad=True)
-        self.stretch = torch.zeros_like(self.scale).unsqueeze(-1).requires_grad_()
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [self.offset, self.stretch]
+        self.offset = torch.zeros_like(self.latent)
+        self.stretch = torch.zeros_like(self.scale).unsqueeze(-1)
 
     def weight(self) -> Tensor:
-        """W^ [N, K] in float32, differentiable in the parameters."""
-        unit = self.scale if self.sub is None else self.scale * self.sub
-        bounds = int_range(self.spec)
-        dense = _Round.apply(self.latent, self.offset, unit.unsqueeze(-1), self.stretch, self.zero, bounds)
-        return ungroup(dense, self.shape, self.spec)  # type: ignore[arg-type]
+        """W^ [N, K] in float32."""
+        dense = torch.cat([self._values(rows) for rows in self._parts()])
+        return ungroup(dense, self.shape, self.spec)
 
-    @torch.no_grad()
+    def update(self, gradient: Tensor, offset_step: Tensor | float, stretch_step: Tensor | float) -> None:
+        """Go against dL/dW^ `gradient` [N, K]: V by `offset_step`, t by `stretch_step`; the layer computes
+        with the new W^ afterwards."""
+        grouped = group(gradient, self.spec)
+        parts = []
+        for rows in self._parts():
+            self._descend(rows, grouped[rows].float(), offset_step, stretch_step)
+            parts.append(self._values(rows).to(gradient.dtype))
+        self.layer.compute_with(ungroup(torch.cat(parts), self.shape, self.spec))
+
+    def _parts(self) -> Iterator[slice]:
+        rows = self.latent.shape[0]
+        size = rows if self.latent.is_cuda else max(1, CACHED * rows // self.latent.numel())
+        return (slice(first, first + size) for first in range(0, rows, size))
+
+    def _descend(
+        self, rows: slice, gradient: Tensor, offset_step: Tensor | float, stretch_step: Tensor | float
+    ) -> None:
+        low, high = int_range(self.spec)
+        unit, stretch, offset = self.unit[rows], self.stretch[rows], self.offset[rows]
+        step = unit * (1 + stretch)
+        ideal = self.latent[rows] / step
+        u = ideal + offset
+        rounded = torch.round(u)
+        if self.zero is not None:
+            u, rounded = u + self.zero[rows], rounded + self.zero[rows]
+        inside = (u >= low - 0.5) & (u <= high + 0.5)
+        residual = rounded.clamp_(low, high)
+        if self.zero is not None:
+            residual = residual - self.zero[rows]
+        residual = residual - ideal * inside
+        slope = (gradient * residual).sum(-1, keepdim=True) * unit
+        if stretch.shape[1] < unit.shape[1]:
+            slope = slope.sum(1, keepdim=True)
+        offset.sub_((gradient * step).sign_().mul_(inside).mul_(offset_step))
+        stretch.sub_(slope.sign_().mul_(stretch_step))
+
+    def _values(self, rows: slice) -> Tensor:
+        """W^ of some rows, grouped [r, G, S]."""
+        step = self.unit[rows] * (1 + self.stretch[rows])
+        q = torch.round((self.latent[rows] / step).add_(self.offset[rows]))
+        zero = 0 if self.zero is None else self.zero[rows]
+        return (q + zero).clamp_(*int_range(self.spec)).sub_(zero).mul_(step)
+
     def harden(self) -> QTensor:
-        """The quantization that the parameters stand for, scales in their stored dtype."""
+        """The quantization that the state stands for, scales in their stored dtype."""
         stored = (self.scale * (1 + self.stretch.squeeze(-1))).to(self.dtype).float()
         scale = Scale(stored, None if self.zero is None else self.zero.squeeze(-1).int(), self.sub)
-        u = self.latent / scale.step.unsqueeze(-1) + self.offset
-        q = u.round_()
+        q = (self.latent / scale.step.unsqueeze(-1)).add_(self.offset).round_()
         if self.zero is not None:
             q = q + self.zero
         codes = q.clamp_(*int_range(self.spec)).to(torch.int8)
         return assemble(codes, scale, self.spec, self.shape, self.dtype)
 
-    def state(self) -> list[Tensor]:
-        """A copy of the parameters, for `restore`."""
-        return [p.detach().clone() for p in self.parameters]
+    def state(self) -> tuple[Tensor, Tensor]:
+        """A copy of the state, for `restore`."""
+        return self.offset.clone(), self.stretch.clone()
 
-    @torch.no_grad()
-    def restore(self, state: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, state, strict=True):
-            parameter.copy_(value)
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, latent, offset, unit, stretch, zero, bounds):  # type: ignore[override]
-        low, high = bounds
-        step = unit * (1 + stretch)
-        ideal = latent / step
-        u = ideal + offset
-        q = torch.round(u)
-        if zero is not None:
-            q = q + zero
-            u = u + zero
-        inside = (u >= low - 0.5) & (u <= high + 0.5)
-        q = q.clamp_(low, high)
-        if zero is not None:
-            q = q - zero
-        residual = q - torch.where(inside, ideal, 0)
-        ctx.save_for_backward(residual, inside, step, unit)
-        ctx.shared = stretch.shape[1] < unit.shape[1]
-        return q * step
-
-    @staticmethod
-    def backward(ctx: Any, grad):  # type: ignore[override]
-        residual, inside, step, unit = ctx.saved_tensors
-        to_offset = torch.where(inside, grad * step, 0)
-        to_stretch = (grad * residual).sum(-1, keepdim=True) * unit
-        if ctx.shared:  # two levels: the groups of a channel share its scale
-            to_stretch = to_stretch.sum(1, keepdim=True)
-        return None, to_offset, None, to_stretch, None, None
+    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+        self.offset.copy_(state[0])
+        self.stretch.copy_(state[1])

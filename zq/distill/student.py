@@ -1,4 +1,4 @@
-"""A block that computes with weights that are being learned, and one step of learning as one CUDA graph."""
+"""What a block learns from, and one step of learning as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from zq.distill.losses import divergence, token_weights, weighted_mse
-from zq.distill.rounding import LearnedRounding
 from zq.models.capture import Call, run_block
 from zq.quantizers.method import Block, quantized_inputs
 
@@ -43,18 +41,11 @@ class Course:
             wanted = self.block.logits(targets[:, step // 2 :: step])
         return divergence(self.block.logits(reached[:, step // 2 :: step]), wanted)
 
-    def training_loss(self, learned: list[LearnedRounding], chosen: Tensor) -> Tensor:
-        """Of a batch of windows `chosen` int64 [B], with weights that are differentiable."""
-        module, call = self.block.module, self.block.calls[0]
-        assert module is not None
-        names = {child: name for name, child in module.named_modules()}
-        weights = {}
-        for state in learned:
-            dense = state.weight().to(state.layer.module.weight.dtype)  # type: ignore[union-attr]
-            weights[f"{names[state.layer.module]}.weight"] = dense.T if state.layer.transposed else dense
+    def training_loss(self, chosen: Tensor) -> Tensor:
+        """Of a batch of windows `chosen` int64 [B], differentiable in the weights of the block."""
+        assert self.block.module is not None
         with quantized_inputs(self.block.layers, straight_through=True):
-            outputs = functional_call(module, weights, (self.inputs[chosen], *call["args"]), call["kwargs"])
-        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+            outputs = run_block(self.block.module, self.inputs[chosen], self.block.calls[0])
         return self.distance(outputs, chosen, 0)
 
     @torch.no_grad()

@@ -58,7 +58,9 @@ def _write(skeleton: Skeleton, beginnings: Tensor, size: int, seed: int) -> Tens
     model: Any = skeleton.model
     kept = model.generation_config
     # No end token: a text that ends is followed by another one, as in what the model was trained on.
-    model.generation_config = GenerationConfig(do_sample=True, top_k=TOP_K, pad_token_id=0, use_cache=True)
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=TOP_K, pad_token_id=0, cache_implementation="static", disable_compile=True
+    )
     new = size - beginnings.shape[1]
     place = torch.device(skeleton.device)
     try:

@@ -74,14 +74,15 @@ class Layer:
         if self._original is None:
             self._original = self.weight.clone() if self.folded is None else self.folded
         self.quantized, self.folded = quantized, None
-        self._store(quantized.dequantize(self.weight.dtype))
+        self.compute_with(quantized.dequantize(self.weight.dtype))
 
     def fold(self, weight: Tensor) -> None:
         """Take over a float32 weight [N, K] that gives the block the same function, before quantization."""
         self.folded = weight
-        self._store(weight)
+        self.compute_with(weight)
 
-    def _store(self, dense: Tensor) -> None:
+    def compute_with(self, dense: Tensor) -> None:
+        """Let the module compute with a weight [N, K]; nothing else is kept of it."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         weight.data.copy_(dense.T if self.transposed else dense)
