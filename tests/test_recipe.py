@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.test_spec import schemes
 from zq.errors import ZqError
 from zq.methods import resolve
-from zq.recipe import Bits, Calibration, Recipe, Rule, Step, load, shipped, source_text
+from zq.recipe import Bits, Calibration, Recipe, Rule, Step, load, shipped, source_text, with_preset
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 globs = st.one_of(
@@ -299,3 +299,13 @@ def test_a_budget_in_its_two_forms_inherited_and_refused(tmp_path: Path) -> None
     for wrong in ("[]", "4", "[4, 4]", "[1]", "[9]", "[4.0]", "[true, 4]"):
         with pytest.raises(ZqError, match=r"^r\.yaml:2: 'widths' must be a list of different whole numbers"):
             Recipe.parse(f"{rules}bits: {{mean: 5, widths: {wrong}}}\n", where="r.yaml")
+
+
+def test_a_preset_in_a_recipe_gives_way_to_what_is_written_beside_it() -> None:
+    rules = "rules: [{match: '*', weights: 'int4:g32'}]\n"
+    best = with_preset(Recipe.parse(rules), "best")
+    assert Recipe.parse(rules + "preset: best") == best
+    assert Recipe.parse("extends: w4a8\npreset: best").steps == best.steps
+    mixed = Recipe.parse(rules + "preset: best\nsteps: [rtn]\ncalibration: {samples: 3}")
+    assert mixed.steps == (Step("rtn"),)
+    assert mixed.calibration == replace(best.calibration, samples=3)

@@ -36,7 +36,7 @@ from zq.errors import ZqError
 from zq.spec import Scheme, TensorSpec
 from zq.strict_yaml import Map, known, read, typed
 
-KEYS = ("name", "about", "extends", "rules", "bits", "steps", "calibration", "seed", "format")
+KEYS = ("name", "about", "extends", "preset", "rules", "bits", "steps", "calibration", "seed", "format")
 OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq")
 KINDS = ("@attention", "@mlp")
 
@@ -210,6 +210,31 @@ def source_text(name_or_file: str) -> tuple[str, str]:
         raise ZqError(f"cannot read recipe {path}: {reason}; give a readable .yaml file") from None
 
 
+def presets() -> list[str]:
+    """Names of the shipped presets: steps and calibration for whatever rules a recipe has."""
+    return sorted(path.stem for path in (recipe_folder() / "presets").glob("*.yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a shipped preset. Raises ZqError for an unknown name."""
+    if name not in presets():
+        raise ZqError(f"preset '{name}' is unknown; allowed: {', '.join(presets())}")
+    return (recipe_folder() / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def preset_about(name: str) -> str:
+    """What a preset is for, in a sentence or two."""
+    return typed(read(preset_text(name), f"preset {name}"), "about", str, f"preset {name}")
+
+
+def with_preset(recipe: Recipe, name: str) -> Recipe:
+    """The rules of `recipe` with the steps and the calibration of a preset. Raises ZqError."""
+    where = f"preset {name}"
+    data = read(preset_text(name), where)
+    calibration = _calibration(data, where, Calibration())
+    return replace(recipe, steps=_steps(data, where), calibration=calibration)
+
+
 def load(name_or_file: str) -> Recipe:
     """A shipped recipe by name, or a YAML file."""
     text, where = source_text(name_or_file)
@@ -226,14 +251,17 @@ def _build(data: Map, where: str, name: str) -> Recipe:
         base = _extended(typed(data, "extends", str, where), where, data.lines["extends"])
     rules = tuple(_rule(r, where, data.lines["rules"]) for r in typed(data, "rules", list, where, []))
     values: dict[str, Any] = {"where": where}
+    if "preset" in data:
+        try:
+            chosen = with_preset(base or Recipe(name=name, rules=()), typed(data, "preset", str, where))
+        except ZqError as error:
+            raise ZqError(f"{where}:{data.lines['preset']}: {error}") from None
+        values |= {"steps": chosen.steps, "calibration": chosen.calibration}
     if "steps" in data:
-        values["steps"] = tuple(
-            _step(s, where, data.lines["steps"]) for s in typed(data, "steps", list, where)
-        )
-        if not values["steps"]:
-            raise ZqError(f"{where}:{data.lines['steps']}: 'steps' is empty; the simplest is: - rtn: {{}}")
+        values["steps"] = _steps(data, where)
     if "calibration" in data:
-        values["calibration"] = _calibration(data, where, base)
+        start = values.get("calibration") or (base.calibration if base else Calibration())
+        values["calibration"] = _calibration(data, where, start)
     if "bits" in data:
         values["bits"] = _bits(data, where)
     values["name"] = typed(data, "name", str, where, name)
@@ -253,6 +281,13 @@ def _build(data: Map, where: str, name: str) -> Recipe:
     if not rules:
         raise ZqError(f"{where}:1: no 'rules': say which layers become what, see `zq recipes show w4a8`")
     return replace(base, rules=rules, **values) if base else Recipe(rules=rules, **values)
+
+
+def _steps(data: Map, where: str) -> tuple[Step, ...]:
+    steps = tuple(_step(s, where, data.lines["steps"]) for s in typed(data, "steps", list, where))
+    if not steps:
+        raise ZqError(f"{where}:{data.lines['steps']}: 'steps' is empty; the simplest is: - rtn: {{}}")
+    return steps
 
 
 def _extended(name: str, where: str, line: int) -> Recipe:
@@ -341,10 +376,10 @@ def _bits(data: Map, where: str) -> Bits:
     return Bits(mean=float(mean), widths=tuple(widths), where=spot)
 
 
-def _calibration(data: Map, where: str, base: Recipe | None) -> Calibration:
+def _calibration(data: Map, where: str, start: Calibration) -> Calibration:
     entry = typed(data, "calibration", Map, where)
     known(entry, ("source", "samples", "length", "generated"), where)
-    values = dict(vars(base.calibration)) if base else {}
+    values = dict(vars(start))
     for key, least in (("source", None), ("samples", 1), ("length", 1), ("generated", 0)):
         if key in entry:
             values[key] = typed(entry, key, str if least is None else int, where)

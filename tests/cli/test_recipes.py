@@ -9,7 +9,8 @@ import pytest
 
 from tests.command import run
 from zq.cli.quantize import SHORTCUTS, _recipe
-from zq.recipe import Recipe, load, recipe_folder, shipped
+from zq.methods import resolve_all
+from zq.recipe import Recipe, load, preset_about, preset_text, presets, recipe_folder, shipped, with_preset
 
 
 @pytest.mark.parametrize("args", [("recipes",), ("recipes", "list")])
@@ -21,9 +22,11 @@ def test_list(args):
 
 
 def test_list_json():
-    assert run("recipes", "list", "--json").ok().json == [
-        {"name": name, "about": load(name).about} for name in sorted(shipped())
-    ]
+    listed = run("recipes", "list", "--json").ok().json
+    assert {row["name"]: row["about"] for row in listed} == {
+        **{name: load(name).about for name in shipped()},
+        **{name: preset_about(name) for name in presets()},
+    }
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -68,17 +71,30 @@ def test_shortcuts_are_exactly_the_shipped_recipes():
 def test_a_shortcut_runs_the_recipe_that_is_shown(name):
     shown = Recipe.parse(run("recipes", "show", name).ok().out, name=name)
     flags = dict.fromkeys(SHORTCUTS, False)
-    by_flag = _recipe(flags | {name: True}, None, "auto", {}, None)
-    by_name = _recipe(flags, name, "auto", {}, None)
+    by_flag = _recipe(flags | {name: True}, None, None, "auto", {}, None)
+    by_name = _recipe(flags, name, None, "auto", {}, None)
     assert by_flag == by_name == shown
 
 
 def test_options_change_only_what_they_name():
     flags = dict.fromkeys(SHORTCUTS, False) | {"w4a8": True}
-    plain = _recipe(flags, None, "auto", {}, None)
-    assert _recipe(flags, None, "auto", {}, 3) == replace(plain, seed=3)
-    calibrated = _recipe(flags, None, "auto", {"source": "random"}, None)
+    plain = _recipe(flags, None, None, "auto", {}, None)
+    assert _recipe(flags, None, None, "auto", {}, 3) == replace(plain, seed=3)
+    calibrated = _recipe(flags, None, None, "auto", {"source": "random"}, None)
     assert calibrated == replace(plain, calibration=replace(plain.calibration, source="random"))
-    grouped = _recipe(flags, None, "32", {}, None)
+    grouped = _recipe(flags, None, None, "32", {}, None)
     assert [str(rule.scheme) for rule in grouped.rules] == ["int4:g32 @ int8:token"]
     assert grouped == plain.with_group_size(32)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_brings_its_steps_and_calibration(name):
+    assert run("recipes", "show", name).ok().out.strip() == preset_text(name).strip()
+    assert run("recipes", "show", name, "--json").ok().json["yaml"] == preset_text(name)
+    plain = load("w4a8")
+    chosen = with_preset(plain, name)
+    assert replace(chosen, steps=plain.steps, calibration=plain.calibration) == plain
+    flags = {flag: flag == "w4a8" for flag in SHORTCUTS}
+    assert _recipe(flags, None, name, "auto", {}, None) == chosen
+    assert _recipe(flags, None, name, "auto", {"samples": 3}, None).calibration.samples == 3
+    resolve_all(chosen)

@@ -63,6 +63,14 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         str | None,
         typer.Option("--recipe", help="A shipped recipe by name or a .yaml file.", rich_help_panel=SCHEMES),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="How to quantize: nearest (seconds), quick (minutes on a CPU), best (a GPU). Default: the "
+            "recipe's steps; see `zq recipes`.",
+        ),
+    ] = None,
     group_size: Annotated[
         str,
         typer.Option(
@@ -127,7 +135,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     with command(json):
         started = time.monotonic()
         wanted = {"source": calib, "samples": samples, "length": length, "generated": generated}
-        chosen = _with_bits(_recipe(flags, recipe, group_size, wanted, seed), bits)
+        chosen = _with_bits(_recipe(flags, recipe, preset, group_size, wanted, seed), bits)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
@@ -160,13 +168,14 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
 def _recipe(
     flags: dict[str, bool],
     name: str | None,
+    preset: str | None,
     group_size: str,
     calibration: dict[str, str | int | None],
     seed: int | None,
 ) -> Recipe:
     """The recipe that the options ask for; `calibration` holds what replaces the recipe's unless it is None.
     Raises ZqError unless it is exactly one."""
-    from zq.recipe import MOST, load
+    from zq.recipe import MOST, load, with_preset
 
     wanted = [flag for flag, on in flags.items() if on] + ([name] if name else [])
     if len(wanted) != 1:
@@ -174,6 +183,8 @@ def _recipe(
         options = ", ".join(f"--{shortcut}" for shortcut in SHORTCUTS)
         raise ZqError(f"{asked} given; give exactly one of {options} or --recipe")
     recipe = load(wanted[0])
+    if preset is not None:
+        recipe = with_preset(recipe, preset)
     if group_size != "auto":
         if not re.fullmatch("[0-9]{1,7}", group_size) or int(group_size) < 2:
             raise ZqError(f"--group-size {group_size} is not allowed; give auto or a whole number from 2 on")

@@ -26,26 +26,29 @@ def list_recipes(
 ) -> None:
     """Names of the shipped recipes and what they are for."""
     with command(json):
-        from zq.recipe import load, shipped
+        from zq.recipe import load, preset_about, presets, shipped
 
-        found = [load(name) for name in shipped()]
+        found = [(load(name).name, load(name).about, f"--{name}") for name in shipped()]
+        found += [(name, preset_about(name), f"--preset {name}") for name in presets()]
         if json:
-            return print_json([{"name": recipe.name, "about": recipe.about} for recipe in found])
-        table = Table("recipe", "what it does", "shortcut", box=None, header_style="bold")
-        for recipe in found:
-            table.add_row(recipe.name, recipe.about, f"--{recipe.name}")
+            return print_json([{"name": n, "about": about, "option": option} for n, about, option in found])
+        table = Table("recipe", "what it does", "option", box=None, header_style="bold")
+        for row in found:
+            table.add_row(*row)
         out.print(table)
 
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A shipped recipe, or a .yaml file.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe or preset, or a .yaml file.")],
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Print the YAML of a recipe, after checking it."""
     with command(json):
-        from zq.recipe import Recipe, shipped, source_text
+        from zq.recipe import Recipe, presets, shipped, source_text
 
+        if name in presets():
+            return _print_preset(name, as_json=json)
         text, where = source_text(name)
         recipe = Recipe.parse(text, where, Path(name).stem)
         if name not in shipped():  # those are known to be right, and the methods need torch
@@ -57,3 +60,12 @@ def show(
                 {"name": recipe.name, "about": recipe.about, "digest": recipe.digest, "yaml": text}
             )
         typer.echo(text.rstrip())
+
+
+def _print_preset(name: str, as_json: bool) -> None:
+    from zq.recipe import preset_about, preset_text
+
+    text = preset_text(name)
+    if as_json:
+        return print_json({"name": name, "about": preset_about(name), "yaml": text})
+    typer.echo(text.rstrip())
