@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import zq
-from tests.tiny import save_tiny, token_ids
+from tests.tiny import TINY, save_tiny, token_ids
 from zq.numerics.qtensor import fake_quantize_tokens, quantize
 from zq.pipeline import quantize as run
 from zq.plan import make_plan
+from zq.quantizers.method import _add_gram
 from zq.recipe import Recipe
 from zq.spec import TensorSpec
 
@@ -54,3 +55,62 @@ def test_quantize_and_run(family: str, tmp_path: Path) -> None:
         on_cpu = zq.load(str(tmp_path / "out"))(ids)[0]
         on_gpu = zq.load(str(tmp_path / "out"), device="cuda")(ids.cuda())[0].cpu()
     assert (on_cpu - on_gpu).abs().max() < 0.02 * on_cpu.abs().max()
+
+
+STEPS = {
+    "lkd": "{gptq: {scale: mse-signed}}, {lkd: {iterations: 12, batch: 4, lookahead: LOOK}}",
+    "smooth": "{smoothquant: {}}, {awq: {windows: 4}}, {gptq: {}}",
+    "classic": "{lkd-classic: {iterations: 3, batch: 4}}",
+    "lorc": "{gptq: {asymmetry: 0.5}}, {lorc: {rank: 4}}",
+}
+LONG = """
+rules: [{match: '*', weights: 'int4:g32', activations: 'int8:token'}]
+steps: [STEPS]
+calibration: {source: random, samples: 12, length: 16, generated: WRITTEN}
+"""
+
+
+def _run_on_gpu(family: str, folder: Path, steps: str) -> dict:
+    save_tiny(family, folder / "model", torch.bfloat16)
+    text = LONG.replace("STEPS", steps).replace("WRITTEN", "0" if "bert" in family else "4")
+    plan = make_plan(folder / "model", Recipe.parse(text), device="cuda")
+    return run(plan, folder / "out").report
+
+
+@pytest.mark.parametrize("look", ["0", "2"])
+@pytest.mark.parametrize("family", list(TINY))
+def test_learned_rounding_is_recorded_for_every_family(family: str, look: str, tmp_path: Path) -> None:
+    report = _run_on_gpu(family, tmp_path, STEPS["lkd"].replace("LOOK", look))
+    assert report["audit"]["passed"]
+    for loss in report["held_out_loss"].values():
+        assert loss["end"] <= loss["start"]
+
+
+@pytest.mark.parametrize("steps", ["smooth", "classic", "lorc"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert"])
+def test_other_steps(family: str, steps: str, tmp_path: Path) -> None:
+    assert _run_on_gpu(family, tmp_path, STEPS[steps])["audit"]["passed"]
+
+
+def test_a_recorded_step_is_the_step(tmp_path: Path) -> None:
+    """Twelve iterations as a graph leave what twelve plain ones leave."""
+    from zq.distill import lkd
+
+    _run_on_gpu("llama", tmp_path / "a", STEPS["lkd"].replace("LOOK", "0"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lkd, "recorded", lambda step, device: step)
+        _run_on_gpu("llama", tmp_path / "b", STEPS["lkd"].replace("LOOK", "0"))
+    a, b = ((tmp_path / x / "out" / "model.safetensors").read_bytes() for x in "ab")
+    assert a == b
+
+
+def test_a_rotated_model(tmp_path: Path) -> None:
+    assert _run_on_gpu("qwen3", tmp_path, "{rotate: {}}, {gptq: {}}")["audit"]["passed"]
+
+
+def test_gram_matrices_are_those_of_float32() -> None:
+    x = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total = torch.zeros(96, 96, device="cuda")
+    _add_gram(total, x.cuda())
+    exact = x.double().T @ x.double()
+    assert (total.cpu().double() - exact).abs().max() < 1e-5 * exact.abs().max()

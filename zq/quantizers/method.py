@@ -167,9 +167,10 @@ class Block:
         for index, hidden in enumerate(self.inputs):
             with quantized_inputs(self.layers):
                 seen = _site_input(first.module, lambda i=index, h=hidden: self.run(h, i))
-            x = seen.reshape(-1, k).float()
-            hessian.addmm_(x.T, x)
+            seen = seen.reshape(-1, k)
+            _add_gram(hessian, seen)
             if cross is not None:
+                x = seen.float()
                 teacher, call, clean = self.teacher, self.calls[index], self.teacher_inputs[index]
                 assert teacher is not None
                 same = twin(self.module, teacher, first.module)
@@ -201,6 +202,16 @@ def quantized_inputs(layers: list[Layer], straight_through: bool = False) -> Ite
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """total [K, K] float32 += x^T x of x [T, K]. On a GPU products of 16-bit values are exact and summed in
+    float32, so they need not be widened first."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        total.add_(torch.mm(x.T, x, out_dtype=torch.float32))
+    else:
+        x = x.float()
+        total.addmm_(x.T, x)
 
 
 class _Seen(Exception):
