@@ -199,6 +199,7 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     sites = [[by_name[name] for name in names if name in by_name] for names in named]
     module = skeleton.block(unit)
     block = Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
+    block.norms = skeleton.norms(unit)
     if folding(plan.steps):
         block.links = block_links(skeleton, unit, layers, lambda name: COMPUTE[plan.source(name).dtype])
     return block

@@ -11,10 +11,13 @@ from transformers import AutoModel
 
 import zq
 from tests.tiny import save_tiny, token_ids
+from zq.checkpoint.index import read_index
+from zq.checkpoint.reader import reader
 from zq.distill import rounding
-from zq.distill.losses import token_weights, weighted_mse
+from zq.distill.losses import divergence, token_weights, weighted_mse
 from zq.distill.rounding import LearnedRounding
 from zq.errors import ZqError
+from zq.models.capture import capture_inputs, has_head, head, run_block
 from zq.numerics.groups import ungroup
 from zq.numerics.qtensor import quantize
 from zq.numerics.scales import int_range
@@ -153,3 +156,69 @@ def test_it_refuses_to_select_on_what_it_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ZqError, match="holds windows out"):
         run(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_norms_learn_when_they_have_a_rate(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path / "model")
+    text = RECIPE.replace("STEPS", "{gptq: {}}, {lkd: {iterations: 20, norm_rate: 0.05}}")
+    plan = make_plan(tmp_path / "model", Recipe.parse(text.replace("WEIGHTS", "int3:g32")))
+    norms = {f"{plan.skeleton.block_prefix(i)}.{p}.weight" for i in (0, 1) for p in plan.skeleton.norms(i)}
+    assert {name for name, why in plan.may_change.items() if why == "lkd"} >= norms
+    report = run(plan, tmp_path / "out").report
+    assert {name for names in report["changed"].values() for name in names} >= norms
+    old, new = (read_index(tmp_path / x) for x in ("model", "out"))
+    before, after = (reader(index)(sorted(norms)) for index in (old, new))
+    assert any(not torch.equal(before[name], after[name]) for name in norms)
+    for name in norms:
+        assert torch.allclose(before[name], after[name], rtol=0.026)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 5])
+@pytest.mark.parametrize("family", ["llama", "bloom", "bert-model"])
+def test_the_error_is_measured_behind_the_blocks_that_follow(
+    family: str, lookahead: int, tmp_path: Path
+) -> None:
+    """The loss at the start, by hand: the float model run on from the output of each quantized block."""
+    save_tiny(family, tmp_path / "model")
+    options = f"iterations: 1, rounding_rate: 0.0, scale_rate: 0.0, lookahead: {lookahead}"
+    steps = f"{{rtn: {{}}}}, {{lkd: {{{options}}}}}"
+    report = _run(tmp_path / "model", tmp_path / "out", steps)
+    plan = make_plan(
+        tmp_path / "model", Recipe.parse(RECIPE.replace("STEPS", "rtn").replace("WEIGHTS", "int3:g32"))
+    )
+    skeleton, read = plan.skeleton, plan.view.read
+    skeleton.load_outside(read)
+    skeleton.load_tail(read)
+    assert plan.windows is not None
+    captured = capture_inputs(skeleton, list(plan.windows.split(8)))
+    for i in range(skeleton.n_blocks):
+        skeleton.load_block(i, read)
+    last = len(captured.hidden) - 1
+    calls = [calls[last] for calls in captured.calls]
+    ours = zq.load(str(tmp_path / "out"))
+    blocks = [ours.get_submodule(skeleton.block_prefix(i)) for i in range(skeleton.n_blocks)]
+    clean = noisy = captured.hidden[last]
+    for i, name in enumerate(report["held_out_loss"]):
+        with torch.no_grad():
+            clean = run_block(skeleton.block(i), clean, calls[i])
+            noisy = run_block(blocks[i], noisy, calls[i])
+            a, b = noisy, clean
+            for j in range(i + 1, min(i + 1 + lookahead, skeleton.n_blocks)):
+                a, b = (run_block(skeleton.block(j), x, calls[j]) for x in (a, b))
+            if i + lookahead >= skeleton.n_blocks and has_head(skeleton):
+                expected = divergence(head(skeleton, a), head(skeleton, b))
+            else:
+                weights = _weights_of_all(skeleton, captured, i, lookahead)
+                expected = weighted_mse(a, b, weights[-a.shape[0] :])
+        assert report["held_out_loss"][name]["start"] == pytest.approx(float(expected), rel=2e-2)
+
+
+def _weights_of_all(skeleton, captured, i: int, lookahead: int) -> torch.Tensor:
+    """Token weights come from the targets of all windows."""
+    reached = []
+    for batch, hidden in enumerate(captured.hidden):
+        for j in range(min(i + 1 + lookahead, skeleton.n_blocks)):
+            hidden = run_block(skeleton.block(j), hidden, captured.calls[j][batch])
+        reached.append(hidden)
+    return token_weights(torch.cat(reached), "normalised")

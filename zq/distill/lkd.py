@@ -10,6 +10,7 @@ move by at most rate / 2 steps of the grid in all.
     loss        normalised: each token counts by its relative error; mse: by its absolute one
     lookahead   blocks of the float model that the error passes through before it is measured; what passes
                 the last block becomes logits, and their divergence is measured
+    norm_rate   of the gains of the norms, which are written as they are learned; 0 leaves them alone
     batch       windows per iteration
 
 Some windows are held out. The hard-rounded block is measured on them before the first iteration and at every
@@ -20,15 +21,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from zq.distill.gains import LearnedGain
 from zq.distill.rounding import LearnedRounding
 from zq.distill.student import Course, recorded
 from zq.errors import ZqError
 from zq.quantizers.method import Block, Method, Needs
+
+
+class Learned(Protocol):
+    """Something of a block that learns: LearnedRounding, LearnedGain."""
+
+    @property
+    def parameter(self) -> Tensor: ...
+    def follow(self, gradient: Tensor, fall: Tensor) -> None: ...
+    def soften(self) -> None: ...
+    def settle(self) -> None: ...
+    def state(self) -> tuple[Tensor, ...]: ...
+    def restore(self, state: tuple[Tensor, ...]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +51,7 @@ class Options:
     batch: int = 8
     rounding_rate: float = 1.0
     scale_rate: float = 0.2
+    norm_rate: float = 0.0
     inputs: str = field(default="quantized", metadata={"allowed": ("quantized", "float")})
     loss: str = field(default="normalised", metadata={"allowed": ("normalised", "mse")})
     lookahead: int = 0
@@ -51,26 +66,41 @@ def run(block: Block, options: Options) -> None:
     for layer in block.layers:
         if layer.quantized is None:
             raise ZqError(f"step lkd starts from a quantized '{layer.name}'; put gptq or rtn before it")
-    learned = [LearnedRounding(layer) for layer in block.layers if layer.scheme.weights.info.is_int]
+    learned = _learned(block, options)
     if not learned:
         return
     training, held = _split(block, options)
     course = Course(block, options.loss, options.inputs)
-    best, states = course.loss(held), [state.state() for state in learned]
+    best, states = course.loss(held), [part.state() for part in learned]
     facts = block.facts["held_out_loss"] = {"start": best, "end": best}
     for done in _descend(course, learned, training, options):
         if done % max(1, options.iterations // options.checks) and done != options.iterations:
             continue
-        _apply(learned)
+        for part in learned:
+            part.settle()
         now = course.loss(held)
         if now < best:
-            best, states = now, [state.state() for state in learned]
-        for state in learned:
-            state.layer.compute_with(state.weight())
-    for state, values in zip(learned, states, strict=True):
-        state.restore(values)
-    _apply(learned)
+            best, states = now, [part.state() for part in learned]
+        for part in learned:
+            part.soften()
+    for part, values in zip(learned, states, strict=True):
+        part.restore(values)
+        part.settle()
     facts["end"] = best
+
+
+def _learned(block: Block, options: Options) -> list[Learned]:
+    """What is learned of a block: its integer layers, and the gains of its norms when they have a rate."""
+    layers = [layer for layer in block.layers if layer.scheme.weights.info.is_int]
+    rates = options.rounding_rate, options.scale_rate
+    learned: list[Learned] = [LearnedRounding(layer, *rates) for layer in layers]
+    if learned and options.norm_rate:
+        assert block.module is not None
+        for path in block.norms:
+            name = f"{block.name}.{path}.weight"
+            learned.append(LearnedGain(name, block.module.get_submodule(path), options.norm_rate))
+            block.changed.add(name)
+    return learned
 
 
 def _split(block: Block, options: Options) -> tuple[int, range]:
@@ -85,27 +115,23 @@ def _split(block: Block, options: Options) -> tuple[int, range]:
     return sum(x.shape[0] for x in block.inputs[: count - held]), range(count - held, count)
 
 
-def _descend(
-    course: Course, learned: list[LearnedRounding], training: int, options: Options
-) -> Iterator[int]:
-    """Signed gradient descent over random batches; yields the number of iterations done, after each. Whoever
-    changes the weights in between puts the learned ones back."""
+def _descend(course: Course, learned: list[Learned], training: int, options: Options) -> Iterator[int]:
+    """Signed gradient descent over random batches; yields the number of iterations done, after each."""
     device = course.inputs.device
-    weights = [cast(Tensor, state.layer.module.weight) for state in learned]
+    parameters = [part.parameter for part in learned]
     chosen = torch.zeros(course.size, dtype=torch.long, device=device)
     fall = torch.zeros((), device=device)
 
     def step() -> Tensor:
         with torch.enable_grad():
             loss = course.training_loss(chosen)
-            gradients = torch.autograd.grad(loss * 1000, weights)
-        for state, gradient in zip(learned, gradients, strict=True):
-            dense = gradient.T if state.layer.transposed else gradient
-            state.update(dense, options.rounding_rate * fall, options.scale_rate * fall)
+            gradients = torch.autograd.grad(loss * 1000, parameters)
+        for part, gradient in zip(learned, gradients, strict=True):
+            part.follow(gradient, fall)
         return loss
 
-    for weight in weights:
-        weight.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     play = recorded(step, device)
     batches = shuffled(training, course.size, options.iterations, course.block.seed).to(device)
     for done in range(options.iterations):
@@ -113,8 +139,8 @@ def _descend(
         fall.fill_((1 - done / options.iterations) / options.iterations)
         play()
         yield done + 1
-    for weight in weights:
-        weight.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 def shuffled(windows: int, size: int, count: int, seed: int) -> Tensor:
@@ -125,13 +151,11 @@ def shuffled(windows: int, size: int, count: int, seed: int) -> Tensor:
     return order[: count * size].view(count, size)
 
 
-def _apply(learned: list[LearnedRounding]) -> None:
-    for state in learned:
-        state.layer.replace(state.harden())
-
-
 def needs(options: Options) -> Needs:
-    return Needs.INPUTS | (Needs.FLOAT_INPUTS if options.inputs == "float" else Needs.NOTHING)
+    wanted = Needs.INPUTS
+    if options.inputs == "float":
+        wanted |= Needs.FLOAT_INPUTS
+    return wanted | Needs.NORMS if options.norm_rate else wanted
 
 
 METHOD = Method(

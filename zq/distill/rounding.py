@@ -30,13 +30,15 @@ CACHED = 1 << 16  # values that are worked on at once on a CPU
 
 class LearnedRounding:
     """The trainable state of one layer: `offset` V [R, G, S] and `stretch` t [R, G, 1], float32; with two
-    levels the groups of a channel share t [R, 1, 1]."""
+    levels the groups of a channel share t [R, 1, 1]. Over all iterations an offset can move by at most
+    `offset_rate` / 2 steps of the grid, a scale by `stretch_rate` / 2 of itself."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, offset_rate: float = 1.0, stretch_rate: float = 0.2) -> None:
         q = layer.quantized
         assert q is not None
         assert q.spec.info.is_int
         self.layer, self.spec, self.shape = layer, q.spec, q.shape
+        self.offset_rate, self.stretch_rate = offset_rate, stretch_rate
         self.dtype = q.scale.dtype
         source = layer.latent if layer.latent is not None else layer.original
         self.latent = group(source.float(), q.spec).contiguous()
@@ -52,6 +54,26 @@ class LearnedRounding:
         """W^ [N, K] in float32."""
         dense = torch.cat([self._values(rows) for rows in self._parts()])
         return ungroup(dense, self.shape, self.spec)
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the module computes with."""
+        weight = self.layer.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def follow(self, gradient: Tensor, fall: Tensor) -> None:
+        """One iteration against the gradient of `parameter`; `fall` is its share of the rates."""
+        dense = gradient.T if self.layer.transposed else gradient
+        self.update(dense, self.offset_rate * fall, self.stretch_rate * fall)
+
+    def soften(self) -> None:
+        """Let the layer compute with the state as it is now."""
+        self.layer.compute_with(self.weight())
+
+    def settle(self) -> None:
+        """Let the layer be what the state stands for, as it would be written."""
+        self.layer.replace(self.harden())
 
     def update(self, gradient: Tensor, offset_step: Tensor | float, stretch_step: Tensor | float) -> None:
         """Go against dL/dW^ `gradient` [N, K]: V by `offset_step`, t by `stretch_step`; the layer computes
@@ -107,10 +129,10 @@ class LearnedRounding:
         codes = q.clamp_(*int_range(self.spec)).to(torch.int8)
         return assemble(codes, scale, self.spec, self.shape, self.dtype)
 
-    def state(self) -> tuple[Tensor, Tensor]:
+    def state(self) -> tuple[Tensor, ...]:
         """A copy of the state, for `restore`."""
         return self.offset.clone(), self.stretch.clone()
 
-    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+    def restore(self, state: tuple[Tensor, ...]) -> None:
         self.offset.copy_(state[0])
         self.stretch.copy_(state[1])

@@ -102,6 +102,11 @@ class Skeleton:
             for path in site.linears
         ]
 
+    def norms(self, i: int) -> list[str]:
+        """Paths of the norms in block i that have a weight."""
+        there = {name for name, _ in self.block(i).named_parameters()}
+        return [path for path in self.arch.norms if f"{path}.weight" in there]
+
     def other_linears(self) -> list[str]:
         """Full names of the linears outside the blocks: lm_head, pooler.dense, project_in, ..."""
         inside = f"{self.base_prefix}{self.arch.blocks}."

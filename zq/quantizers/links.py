@@ -39,24 +39,25 @@ def usable_links(skeleton: Skeleton, i: int, quantized: Container[str]) -> list[
 
 def may_change(skeleton: Skeleton, quantized: Container[str], steps: Steps) -> dict[str, str]:
     """Parameters that these steps may change beside quantized weights: full name -> names of the steps."""
-    free = " and ".join(m.name for m, options in steps if Needs.PARAMETERS in m.needs(options))
-    names = " and ".join(filter(None, (folding(steps), free)))
-    if free:
-        found = [name for i in range(skeleton.n_blocks) for name in skeleton.zone(i)]
-    elif names:
-        found = [
-            f"{skeleton.block_prefix(i)}.{link.producer}.{leaf}"
-            for i in range(skeleton.n_blocks)
-            for link in usable_links(skeleton, i, quantized)
-            for leaf in ("weight", "bias")
-        ]
-    else:
-        return {}
-    return {
-        name: names
-        for name in found
-        if name in skeleton.param_keys and not (name.endswith(".weight") and name[:-7] in quantized)
-    }
+    found: dict[str, list[str]] = {}
+    for method, options in steps:
+        for i in range(skeleton.n_blocks):
+            for name in _changed(skeleton, i, quantized, method.needs(options)):
+                if name in skeleton.param_keys and not (name.endswith(".weight") and name[:-7] in quantized):
+                    found.setdefault(name, []).append(method.name)
+    return {name: " and ".join(dict.fromkeys(names)) for name, names in found.items()}
+
+
+def _changed(skeleton: Skeleton, i: int, quantized: Container[str], needs: Needs) -> Iterator[str]:
+    """Full names of the parameters of block i that a step of these needs may change."""
+    prefix = skeleton.block_prefix(i)
+    if Needs.PARAMETERS in needs:
+        yield from skeleton.zone(i)
+    elif Needs.NORMS in needs:
+        yield from (f"{prefix}.{path}.weight" for path in skeleton.norms(i))
+    elif Needs.LINKS in needs:
+        for link in usable_links(skeleton, i, quantized):
+            yield from (f"{prefix}.{link.producer}.{leaf}" for leaf in ("weight", "bias"))
 
 
 def without_scale(skeleton: Skeleton, quantized: Container[str], steps: Steps) -> Iterator[str]:

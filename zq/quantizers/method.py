@@ -31,6 +31,7 @@ class Needs(enum.Flag):
     FLOAT_INPUTS = enum.auto()  # the float model's inputs to the block
     TEACHER = enum.auto()  # the block as it was, beside the one that changes, and its inputs
     PARAMETERS = enum.auto()  # to change any parameter of the block
+    NORMS = enum.auto()  # to change the weights of the block's norms
     LINKS = enum.auto()  # the links along which a step may move scales; it runs before any quantizes
 
 
@@ -120,6 +121,7 @@ class Block:
     teacher  the block as it was, and (`teacher_inputs`) the float model's inputs to it: only when a step
              needs them
     links    along which scales may move, in the order of computation: only when a step needs them
+    norms    paths of the norms in the module
     changed  full names of the parameters that a step changed, beside the weights of `layers`
     """
 
@@ -137,6 +139,7 @@ class Block:
     teacher: nn.Module | None = None
     teacher_inputs: list[Tensor] = field(default_factory=list)
     links: list[BlockLink] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
     changed: set[str] = field(default_factory=set)
     facts: dict[str, Any] = field(default_factory=dict)
 
