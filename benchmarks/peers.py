@@ -99,7 +99,9 @@ def compressor(
     activations: int,
     group: int | None = GROUP,
 ) -> Any:
-    """llm-compressor's `oneshot` with the defaults of its modifiers. It has no use for a seed."""
+    """llm-compressor's `oneshot` with the defaults of its modifiers. It has no use for a seed, and works on
+    the accelerator where there is one (its AWQ nowhere else)."""
+    from compressed_tensors.offload import remove_dispatch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -126,7 +128,7 @@ def compressor(
         "rtn": lambda: QuantizationModifier(**quantized),
     }
     windows = [{"input_ids": w[None], "attention_mask": torch.ones_like(w)[None]} for w in where.calibration]
-    return oneshot(
+    quantized_model = oneshot(
         model=model,
         tokenizer=where.tokenizer,
         recipe=[modifiers[step]() for step in steps],
@@ -134,6 +136,7 @@ def compressor(
         num_calibration_samples=len(windows),
         max_seq_length=where.calibration.shape[1],
     )
+    return remove_dispatch(quantized_model)
 
 
 def measure(row: Row, where: Setting, seed: int) -> dict[str, Any]:

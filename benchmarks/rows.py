@@ -135,7 +135,7 @@ def ablation_rows(tokens: Tokens, scheme: str) -> Iterator[Row]:
         yield row(f"generated {count}", LKD, count)
     yield row("generated only", LKD, tokens.samples + tokens.generated, "none")
     yield row("start rtn", [{"rtn": {"scale": "mse-signed"}}, *LKD[1:]])
-    yield row("without lkd", [step for step in LKD if "lkd" not in step])
+    yield row("gptq only", [step for step in LKD if "lkd" not in step])
     yield row("awq before", [{"awq": {"scale": "absmax"}}, *LKD])
     yield row("rotate before", [{"rotate": {}}, *LKD])
 
