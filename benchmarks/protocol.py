@@ -156,6 +156,7 @@ class Cost:
     def __enter__(self) -> Cost:
         gc.collect()
         if self.cuda:
+            torch.cuda.init()  # there is nothing to reset before
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
