@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if where.calibration is None and any(row.calibrated for row, _ in chosen):
         raise SystemExit("rows that calibrate need --calibration FILE; or choose others with --only")
     results = Results(args.out, environment(args.device), where.protocol)
-    failed = 0
+    failed, commit = 0, commit_of(args.commit)
     with tempfile.TemporaryDirectory() as scratch:
         text = args.keep_calibration or Path(scratch) / TEXT
         text.write_text(where.slice, encoding="utf-8", newline="")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{row.name}, seed {seed}: {error}", flush=True)
                 failed += 1
                 continue
-            results.add({"recipe": row.yaml, "commit": commit_of(args.commit)} | found | place)
+            results.add({"recipe": row.yaml, "commit": commit} | found | place)
             kls = ", ".join(f"{name} {m['kl']:.4f}" for name, m in found["texts"].items())
             print(f"{row.name}, seed {seed}: KL {kls}; {found['seconds']:.0f} s", flush=True)
     if not args.out:

@@ -72,6 +72,7 @@ def main() -> None:
     ids, mask = encode_sentences(sentences, load_tokenizer(args.model))
     protocol = {"model": args.model.name, "sentences": args.sentences}
     results = Results(args.out, environment(args.device), protocol)
+    commit = commit_of(args.commit)
     for scheme, method, text in rows(args.schemes.split(","), args.samples, args.length):
         for seed in map(int, args.seeds.split(",")):
             place = dict(zip(KEY, ("encoder", scheme, method, seed), strict=True))
@@ -79,7 +80,7 @@ def main() -> None:
                 continue
             recipe = replace(Recipe.parse(text), seed=seed)
             found = measure(args.model, recipe, args.device, ids, mask)
-            results.add({"recipe": text, "commit": commit_of(args.commit)} | found | place)
+            results.add({"recipe": text, "commit": commit} | found | place)
             print(f"{scheme} {method}: {found['agreement']['sentence_mean']:.5f}", flush=True)
     print(tables.all_tables(results.document))
 

@@ -144,6 +144,7 @@ def run(args: argparse.Namespace) -> Results:
     shape = SHAPES[args.mode] | {k: v for k in SHAPES[args.mode] if (v := getattr(args, k)) is not None}
     protocol = {"shape": shape, "samples": args.samples, "length": args.length, "iterations": args.iterations}
     results = Results(args.out, environment(args.device), protocol)
+    commit = commit_of(args.commit)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for scheme, method, blocks, calibration, steps in runs(args):
             place = dict(zip(KEY, (args.mode, scheme, method, 0), strict=True))
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> Results:
                 | found
                 | {
                     "recipe": recipe,
-                    "commit": commit_of(args.commit),
+                    "commit": commit,
                     "blocks": blocks,
                     "checkpoint_bytes": (source / "model.safetensors").stat().st_size,
                     "tokens": windows * calibration.get("length", 0),

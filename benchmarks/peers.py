@@ -177,6 +177,7 @@ def main() -> None:
     if where.calibration is None:
         raise SystemExit("every row calibrates: give --calibration FILE")
     results = Results(args.out, environment(args.device, **versions()), where.protocol)
+    commit = commit_of(args.commit)
     for row in chosen:
         place = dict(zip(KEY, ("peers", row.scheme, row.method, args.seed), strict=True))
         if row.package in missing or results.find(**place):
@@ -186,7 +187,7 @@ def main() -> None:
         except Exception as error:  # of somebody else's code: any type
             print(f"{row.name} failed: {type(error).__name__}: {error}", flush=True)
             continue
-        results.add({"commit": commit_of(args.commit)} | measured | place)
+        results.add({"commit": commit} | measured | place)
         print(f"{row.name}: mean KL {measured['mean_kl']:.4f}", flush=True)
     if not args.out and results.rows:
         print(tables.all_tables(results.document))

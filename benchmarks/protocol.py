@@ -204,6 +204,7 @@ def environment(device: str, **more: str) -> dict[str, Any]:
 
 
 def commit_of(given: str | None) -> str:
+    """What is checked out now, so ask before the first row; "unknown" where there is no git."""
     if given:
         return given
     try:
