@@ -1,124 +1,131 @@
-"""Perplexity and KL divergence of every shipped scheme, by absmax and by MSE-searched scales.
+"""Perplexity, KL divergence and cost of zq's methods: each row is a full run of the pipeline.
 
-usage: python benchmarks/accuracy.py MODEL --text NAME=FILE [--text NAME=FILE ...] [--windows 24]
-       [--length 1024] [--start 0.55] [--device cuda] [--only REGEX] [--out results.json]
-       [--commit HASH]
+    python benchmarks/accuracy.py demo --calibration FILE --text handbook=FILE --text c++=FILE
+           --device cuda --out benchmarks/results/methods-smollm2-h200.json [--only REGEX] [--seeds 0,1,2]
+           [--ablation [--scheme 'w3 g64'] | --scales]
+    python benchmarks/accuracy.py --show [--ablation | --scales]      the rows and their recipes
+    python benchmarks/accuracy.py --markdown RESULTS.json             the tables of a results file
+    python benchmarks/accuracy.py --write docs/results.md             refreshes the tables of a page
 
-MODEL is what `zq quantize` takes. Each row is a full run of the pipeline into a temporary folder, loaded
-back and compared with the original on the same windows. The JSON holds device, versions and commit.
+A row is quantized into a temporary folder, loaded back, and compared with the original on the same
+windows. The calibration text is cut so that zq takes just the wanted tokens, window after window; this is
+checked. Each row is saved as soon as it is there, and a second call with the same --out measures only
+what is missing or has another recipe now.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
-import subprocess
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import tables
 import torch
-import transformers
+from protocol import KEY, Cost, Results, Setting, add_arguments, commit_of, environment, setting
+from rows import LKD, SCHEMES, TEXT, Row, Tokens, ablation_rows, method_rows, scale_rows
 
 import zq
-from zq.data import evaluation_windows, load_text
-from zq.eval.adapt import decoder_logits
-from zq.eval.divergence import divergence
-from zq.models.find import load_tokenizer
+from zq.errors import ZqError
 from zq.pipeline import quantize
 from zq.plan import make_plan
-from zq.recipe import Recipe, Step, load
-from zq.source import resolve
-
-SHIPPED = ("w8a8", "w8a16", "fp8", "w4w8a8", "w4a16", "w4a8", "w4afp8")
 
 
-def rows() -> list[tuple[str, str, Recipe]]:
-    """(scheme, scale choice, recipe), calibration off: nothing here needs tokens."""
-    found = []
-    for name in SHIPPED:
-        base = load(name)
-        base = replace(base, calibration=replace(base.calibration, source="none"))
-        for scale in ("absmax", "mse"):
-            found.append((name, scale, replace(base, steps=(Step("rtn", (("scale", scale),)),))))
-        if name in ("w4a16", "w4a8"):
-            text = str(base).replace("int4:gauto", "int4:gauto:narrow").replace("scale: mse", "scale: absmax")
-            found.append((name, "absmax, narrow", Recipe.parse(text)))
-    return found
+def chosen_rows(args: argparse.Namespace) -> list[tuple[Row, int]]:
+    """(row, seed) in order: --only, then every seed for those that --seeded names, the first for the rest."""
+    tokens = Tokens(args.samples, args.length, args.generated)
+    if args.ablation:
+        rows = ablation_rows(tokens, args.scheme)
+    else:
+        rows = scale_rows() if args.scales else method_rows(tokens)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    return [
+        (row, seed)
+        for row in rows
+        if re.search(args.only, row.name)
+        for seed in (seeds if re.search(args.seeded, row.name) else seeds[:1])
+    ]
 
 
-def environment(device: str, commit: str | None) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def measure(row: Row, seed: int, where: Setting, text: str) -> dict[str, Any]:
+    """Quantize and evaluate; `text` is the path of the calibration text."""
+    recipe = row.recipe(seed, text)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        with Cost(where.device) as cost:
+            plan = make_plan(where.folder, recipe, device=where.device)
+            report = quantize(plan, out).report
+        if row.calibrated and (plan.windows is None or not torch.equal(plan.windows, where.calibration)):
+            raise SystemExit(f"row '{row.name}' was calibrated on other tokens than the protocol's")
+        del plan
+        measured = where.measure(lambda: zq.load(str(out), device=where.device))
     return {
-        "device": name,
-        "zq": zq.__version__,
-        "commit": commit or git.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        "bits_per_weight": report["bits_per_weight"],
+        **cost.to_dict(),
+        **measured,
+        "calibration": report["calibration"],
+        "held_out_loss": report["held_out_loss"],
     }
+
+
+def run(args: argparse.Namespace) -> int:
+    """The number of rows that failed."""
+    chosen = chosen_rows(args)
+    where = setting(args)
+    if where.calibration is None and any(row.calibrated for row, _ in chosen):
+        raise SystemExit("rows that calibrate need --calibration FILE; or choose others with --only")
+    results = Results(args.out, environment(args.device), where.protocol)
+    failed, commit = 0, commit_of(args.commit)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = args.keep_calibration or Path(scratch) / TEXT
+        text.write_text(where.slice, encoding="utf-8", newline="")
+        for row, seed in chosen:
+            place = dict(zip(KEY, (row.table, row.scheme, row.method, seed), strict=True))
+            if results.find(**place, recipe=row.yaml):
+                continue
+            try:
+                # The same recipe may stand in two tables.
+                found = results.find(recipe=row.yaml, seed=seed) or measure(row, seed, where, str(text))
+            except (ZqError, torch.OutOfMemoryError) as error:
+                print(f"{row.name}, seed {seed}: {error}", flush=True)
+                failed += 1
+                continue
+            results.add({"recipe": row.yaml, "commit": commit} | found | place)
+            kls = ", ".join(f"{name} {m['kl']:.4f}" for name, m in found["texts"].items())
+            print(f"{row.name}, seed {seed}: KL {kls}; {found['seconds']:.0f} s", flush=True)
+    if not args.out:
+        print(tables.all_tables(results.document))
+    return failed
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("model")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--start", type=float, default=0.55)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default=".*", help="regex over 'scheme scale'")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="to note in the results, where there is no git")
+    add_arguments(parser)
+    parser.add_argument("--generated", type=int, default=896, help="windows that the model writes, for lkd")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    parser.add_argument("--seeded", default=".*", help="regex: rows that run with every seed")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--ablation", action="store_true", help=f"one switch changed at a time in {LKD}")
+    group.add_argument("--scales", action="store_true", help="the shipped schemes, rounded to nearest")
+    parser.add_argument("--scheme", default="w4a16 g64", choices=SCHEMES, help="of the ablation")
+    parser.add_argument("--keep-calibration", type=Path, metavar="FILE", help=f"write {TEXT} there")
+    parser.add_argument("--show", action="store_true", help="print the rows and their recipes, do nothing")
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="print the tables of these results")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="refresh the tables of a page")
     args = parser.parse_args()
-
-    folder = resolve(args.model, print)
-    tokenizer = load_tokenizer(folder)
-    texts = dict(pair.split("=", 1) for pair in args.text)
-    windows = {
-        name: evaluation_windows(load_text(file), tokenizer, args.windows, args.length, args.start)
-        for name, file in texts.items()
-    }
-    reference = decoder_logits(zq.load(str(folder), device=args.device))
-    results = []
-    columns = " ".join(f"{name + ' PPL':>14} {'KL':>7}" for name in windows)
-    print(f"{'scheme':8} {'scale':15} {'bits':>6} {columns}")
-    for scheme, scale, recipe in rows():
-        if not re.search(args.only, f"{scheme} {scale}"):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            begun = time.perf_counter()
-            plan = make_plan(folder, recipe, device=args.device)
-            report = quantize(plan, Path(scratch) / "out").report
-            seconds = time.perf_counter() - begun
-            candidate = decoder_logits(zq.load(str(Path(scratch) / "out"), device=args.device))
-            measured = {n: divergence(reference, candidate, w).to_dict() for n, w in windows.items()}
-        results.append(
-            {
-                "scheme": scheme,
-                "scale": scale,
-                "bits_per_weight": report["bits_per_weight"],
-                "seconds": round(seconds, 2),
-                "texts": measured,
-            }
-        )
-        cells = " ".join(f"{m['candidate']['ppl']:14.3f} {m['kl']:7.4f}" for m in measured.values())
-        print(f"{scheme:8} {scale:15} {report['bits_per_weight']:6.3f} {cells}", flush=True)
-    first = results[0]["texts"]
-    print("original " + " ".join(f"{n} PPL {m['reference']['ppl']:.3f}" for n, m in first.items()))
-    if args.out:
-        protocol = {"windows": args.windows, "length": args.length, "start": args.start}
-        document = {
-            "environment": environment(args.device, args.commit),
-            "protocol": protocol,
-            "rows": results,
-        }
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if args.show:
+        for row, seed in chosen_rows(args):
+            print(f"# {row.name}, seed {seed}\n{row.yaml}seed: {seed}\n")
+    elif args.markdown:
+        print(tables.all_tables(json.loads(args.markdown.read_text(encoding="utf-8"))))
+    elif args.write:
+        page = args.write.read_text(encoding="utf-8")
+        args.write.write_text(tables.refreshed(page), encoding="utf-8")
+    elif failed := run(args):
+        raise SystemExit(f"{failed} rows failed")
 
 
 if __name__ == "__main__":

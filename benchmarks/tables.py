@@ -1,0 +1,188 @@
+"""Markdown tables of results files, and the pages that hold them.
+
+In a page, what stands between `<!-- table: FILE.json NAME -->` and `<!-- end -->` is the table NAME of
+benchmarks/results/FILE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table: (\S+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Cells = list[str]
+
+
+def markdown(header: Cells, rows: Iterable[Cells]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    """0.0297 -> .0297; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+def megabytes(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1e6:.0f} MB"
+
+
+def accuracy(document: dict[str, Any], table: str) -> str:
+    """One line per scheme and method: means over seeds, the spread of the mean KL over them where there are
+    several. Columns that no row has are left out."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        if row["table"] == table:
+            groups.setdefault((row["scheme"], row["method"]), []).append(row)
+    texts = list(document["rows"][0]["texts"])
+    lines = []
+    for (scheme, method), seeds in groups.items():
+        cells = {"scheme": scheme, "method": method}
+        if "bits_per_weight" in seeds[0]:
+            cells["bits"] = f"{seeds[0]['bits_per_weight']:.2f}"
+        for name in texts:
+            found = [row["texts"][name] for row in seeds]
+            perplexity = mean(m["candidate"]["ppl"] for m in found)
+            cells[f"{name} PPL"] = f"{perplexity:.{3 if perplexity < 100 else 1}f}"
+            cells["KL" + " " * texts.index(name)] = number(mean(m["kl"] for m in found), 4) + _error(found)
+            if "top1_agreement" in found[0]:
+                cells["top-1" + " " * texts.index(name)] = (
+                    f"{100 * mean(m['top1_agreement'] for m in found):.1f} %"
+                )
+        cells |= _overall(seeds)
+        lines.append(cells)
+    header = list(dict.fromkeys(key for cells in lines for key in cells))
+    kept = [key for key in header if any(cells.get(key, "–") != "–" for cells in lines)]
+    body = markdown([key.strip() for key in kept], ([cells.get(key, "–") for key in kept] for cells in lines))
+    return body + "\n" + _caption(document, texts)
+
+
+def _error(found: list[dict[str, Any]]) -> str:
+    errors = [m["kl_standard_error"] for m in found if m.get("kl_standard_error") is not None]
+    return f" ± {number(mean(errors), 4)}" if errors else ""
+
+
+def _overall(seeds: list[dict[str, Any]]) -> dict[str, str]:
+    def average(key: str) -> float | None:
+        values = [row[key] for row in seeds if row.get(key) is not None]
+        return mean(values) if values else None
+
+    kls = [row["mean_kl"] for row in seeds]
+    spread = f" (sd {number(stdev(kls), 4)}, {len(kls)} seeds)" if len(kls) > 1 else ""
+    return {
+        "mean KL": number(mean(kls), 4) + spread,
+        "mean KL, four texts": number(average("mean_kl_four_texts"), 4),
+        "s": number(average("seconds"), 0),
+        "GPU": megabytes(average("peak_gpu_bytes")),
+        "memory": megabytes(average("peak_rss_bytes")),
+    }
+
+
+def _caption(document: dict[str, Any], texts: list[str]) -> str:
+    first, protocol = document["rows"][0]["texts"], document["protocol"]
+    originals = ", ".join(f"{name} PPL {first[name]['reference']['ppl']:.3f}" for name in texts)
+    return (
+        f"Original: {originals}. {protocol['windows']} windows of {protocol['length']} tokens of each text, "
+        f"from {protocol['start']:.0%} on. {where(document)}\n"
+    )
+
+
+def where(document: dict[str, Any]) -> str:
+    """The environment as one sentence, with the commits of the rows."""
+    facts = dict(document["environment"])
+    device = facts.pop("device")
+    commits = sorted({row["commit"] for row in document["rows"] if "commit" in row})
+    facts |= {"commit": ", ".join(commits)} if commits else {}
+    return f"{device}; {', '.join(f'{name} {value}' for name, value in facts.items())}."
+
+
+def depth(document: dict[str, Any]) -> str:
+    """Peak memory by the number of blocks (memory.py depth)."""
+    header = ["scheme", "method", "checkpoint", "memory", "GPU", "s"]
+    rows = [
+        [
+            row["scheme"],
+            row["method"],
+            megabytes(row["checkpoint_bytes"]),
+            megabytes(row["peak_rss_bytes"]),
+            megabytes(row["peak_gpu_bytes"]),
+            number(row["seconds"], 1),
+        ]
+        for row in document["rows"]
+        if row["table"] == "depth"
+    ]
+    return markdown(header, rows) + "\n" + where(document) + "\n"
+
+
+def large(document: dict[str, Any]) -> str:
+    """Time per block and peak memory of a large shape, and the time of its whole depth (memory.py large)."""
+    header = ["scheme", "method", "tokens", "s per block", "s outside", "s, whole depth", "memory", "GPU"]
+    rows = [
+        [
+            row["scheme"],
+            row["method"],
+            str(row["tokens"]),
+            f"{row['seconds_per_block']:.1f}",
+            f"{row['seconds_outside']:.1f}",
+            f"{row['seconds_extrapolated']:.0f} ({row['blocks_extrapolated']} blocks)",
+            megabytes(row["peak_rss_bytes"]),
+            megabytes(row["peak_gpu_bytes"]),
+        ]
+        for row in document["rows"]
+        if row["table"] == "large"
+    ]
+    return markdown(header, rows) + "\n" + where(document) + "\n"
+
+
+def encoder(document: dict[str, Any]) -> str:
+    """Cosines between an encoder's hidden states and the original's (encoder.py)."""
+    header = ["scheme", "method", "sentences, mean", "lowest", "tokens, mean", "1 %", "s"]
+    rows = []
+    for row in document["rows"]:
+        found = row["agreement"]
+        keys = ("sentence_mean", "sentence_min", "token_mean", "token_p1")
+        cells = [number(found[key], 5) for key in keys]
+        rows.append([row["scheme"], row["method"], *cells, number(row["seconds"], 0)])
+    count = document["rows"][0]["agreement"]["sequences"]
+    return markdown(header, rows) + f"\n{count} sentences. {where(document)}\n"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "methods": lambda document: accuracy(document, "methods"),
+    "ablation": lambda document: accuracy(document, "ablation"),
+    "scales": lambda document: accuracy(document, "scales"),
+    "peers": lambda document: accuracy(document, "peers"),
+    "depth": depth,
+    "large": large,
+    "encoder": encoder,
+}
+
+
+def all_tables(document: dict[str, Any]) -> str:
+    """Every table that the document has rows of."""
+    names = dict.fromkeys(row["table"] for row in document["rows"])
+    return "\n".join(TABLES[name](document) for name in names)
+
+
+def refreshed(page: str, results: Path = RESULTS) -> str:
+    """The page with every marked table as the results have it. Exits when a file or a table is missing."""
+
+    def table(found: re.Match[str]) -> str:
+        begin, file, name, end = found.groups()
+        try:
+            document = json.loads((results / file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SystemExit(f"the page names {file}: {error}") from None
+        if name not in {row["table"] for row in document["rows"]}:
+            raise SystemExit(f"{file} has no rows of the table {name}")
+        return f"{begin}\n{TABLES[name](document)}\n{end}"
+
+    return MARKED.sub(table, page)
