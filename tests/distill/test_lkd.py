@@ -63,8 +63,7 @@ def _reference(state: LearnedRounding) -> torch.Tensor:
     from zq.numerics.groups import ungroup
     from zq.numerics.scales import int_range
 
-    unit = state.scale if state.sub is None else state.scale * state.sub
-    step = unit.unsqueeze(-1) * (1 + state.stretch)
+    step = state.unit * (1 + state.stretch * (not state.spec.two_level))
     zero = 0 if state.zero is None else state.zero
     u = state.latent / step + state.offset + zero
     low, high = int_range(state.spec)
@@ -73,6 +72,32 @@ def _reference(state: LearnedRounding) -> torch.Tensor:
     q = torch.where(inside, q.clamp(low, high) + (q - q.clamp(low, high)) * 0, q.detach().clamp(low, high))
     q = torch.where(inside, q + (q.detach().clamp(low, high) - q.detach()), q)
     return ungroup((q - zero) * step, state.shape, state.spec)
+
+
+def test_two_level_scales_stay_and_their_rounding_learns(tmp_path: Path) -> None:
+    layer = _layer("int4:g16:two-level", 2)
+    state = LearnedRounding(layer)
+    offset, stretch = torch.autograd.grad((state.weight() * torch.randn(24, 40)).sum(), state.parameters)
+    assert offset.any()
+    assert not stretch.any()
+    with torch.no_grad():
+        state.offset.fill_(1.0)
+        state.stretch.fill_(0.1)
+    hard, given = state.harden(), layer.quantized
+    assert given is not None
+    assert hard.sub is not None
+    assert given.sub is not None
+    assert torch.equal(hard.scale, given.scale)
+    assert torch.equal(hard.sub, given.sub)
+    inside = (given.codes > -8) & (given.codes < 7)
+    assert torch.equal(hard.codes[inside], given.codes[inside] + 1)
+    save_tiny("llama", tmp_path / "model")
+    two_level = "int3:g32:two-level"
+    start = _run(tmp_path / "model", tmp_path / "gptq", "{gptq: {}}", two_level)
+    end = _run(tmp_path / "model", tmp_path / "lkd", "{gptq: {}}, {lkd: {iterations: 40}}", two_level)
+    assert end["format"] == "compressed-tensors"
+    last = [list(report["output_error"].values())[-1] for report in (start, end)]
+    assert last[1] < 0.9 * last[0]
 
 
 def test_token_weights() -> None:

@@ -8,6 +8,9 @@ group, up or down. Gradients pass the rounding straight through:
 
     dL/dV = s dL/dW^ inside the range, else 0        dL/ds = sum over the group of dL/dW^ (q - z - u_0),
                                                      u_0 = latent / s inside the range, else 0
+
+Two-level scales stay as they were chosen and only the rounding learns: moved to the nearest that can be
+stored, they lose more than they gained (docs/log.md).
 """
 
 from __future__ import annotations
@@ -36,9 +39,10 @@ class LearnedRounding:
         self.latent = group(source.float(), q.spec).contiguous()
         self.scale = grouped_scale(q.scale, q.spec).float()
         self.sub = None if q.sub is None else q.sub.int()
+        self.unit = (self.scale if self.sub is None else self.scale * self.sub).unsqueeze(-1)
         self.zero = None if q.zero is None else grouped_scale(q.zero, q.spec).float().unsqueeze(-1)
         self.offset = torch.zeros_like(self.latent, requires_grad=True)
-        self.stretch = torch.zeros_like(self.scale).unsqueeze(-1).requires_grad_()
+        self.stretch = torch.zeros_like(self.unit, requires_grad=True)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -46,15 +50,17 @@ class LearnedRounding:
 
     def weight(self) -> Tensor:
         """W^ [N, K] in float32, differentiable in the parameters."""
-        unit = self.scale if self.sub is None else self.scale * self.sub
         bounds = int_range(self.spec)
-        dense = _Round.apply(self.latent, self.offset, unit.unsqueeze(-1), self.stretch, self.zero, bounds)
+        stretch = self.stretch * 0 if self.spec.two_level else self.stretch
+        dense = _Round.apply(self.latent, self.offset, self.unit, stretch, self.zero, bounds)
         return ungroup(dense, self.shape, self.spec)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def harden(self) -> QTensor:
         """The quantization that the parameters stand for, scales in their stored dtype."""
-        stored = (self.scale * (1 + self.stretch.squeeze(-1))).to(self.dtype).float()
+        stored = self.scale
+        if not self.spec.two_level:
+            stored = (self.scale * (1 + self.stretch.squeeze(-1))).to(self.dtype).float()
         scale = Scale(stored, None if self.zero is None else self.zero.squeeze(-1).int(), self.sub)
         u = self.latent / scale.step.unsqueeze(-1) + self.offset
         q = u.round_()
@@ -90,7 +96,6 @@ class _Round(torch.autograd.Function):
             q = q - zero
         residual = q - torch.where(inside, ideal, 0)
         ctx.save_for_backward(residual, inside, step, unit)
-        ctx.shared = stretch.shape[1] < unit.shape[1]
         return q * step
 
     @staticmethod
@@ -98,6 +103,4 @@ class _Round(torch.autograd.Function):
         residual, inside, step, unit = ctx.saved_tensors
         to_offset = torch.where(inside, grad * step, 0)
         to_stretch = (grad * residual).sum(-1, keepdim=True) * unit
-        if ctx.shared:  # two levels: the groups of a channel share its scale
-            to_stretch = to_stretch.sum(1, keepdim=True)
         return None, to_offset, None, to_stretch, None, None
