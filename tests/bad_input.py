@@ -545,6 +545,16 @@ def audit_config(model: Model) -> None:
     path.write_text(json.dumps(config))
 
 
+@situation("not-two-level")
+def not_two_level(model: Model) -> None:
+    """OUT is a finished output of free group scales whose config.json was edited to say two-level."""
+    run("quantize", model.folder, "--w4a8", "--calib", "random", "-o", "OUT").ok()
+    path = Path("OUT", "config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"]["zq"] = {"two_level": ["group_0"]}
+    path.write_text(json.dumps(config))
+
+
 @situation("resume-in-use")
 def in_use(model: Model) -> None:
     """Another process, here this one, works in OUT: it holds the lock until the command has ended."""

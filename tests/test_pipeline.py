@@ -37,6 +37,12 @@ SCHEMES: dict[str, tuple[str, SchemeOf, torch.dtype, str]] = {
         "compressed-tensors",
     ),
     "w4a16": ("* = int4:g32", lambda name: "int4:g32", torch.bfloat16, "compressed-tensors"),
+    "two-level": (
+        "* = int4:g32:two-level",
+        lambda name: "int4:g32:two-level",
+        torch.bfloat16,
+        "compressed-tensors",
+    ),
     "native": (
         "@attention = int4:g32:two-level @ int8:token; @mlp = e2m1fn:b64",
         lambda name: "int4:g32:two-level @ int8:token" if is_attention(name) else "e2m1fn:b64",

@@ -6,7 +6,7 @@
     int8:token           one scale per token (row of a [tokens, K] activation), measured at run time
     int4:g64:asym        with an integer zero point
     int4:g64:narrow      restricted range [-7, 7] instead of [-8, 7]
-    int4:g128:two-level  integer group scale (1..15) under a floating-point channel scale
+    int4:g128:two-level  integer group scale (up to 16) under a floating-point channel scale
     e2m1fn:b64           4-bit floats in flat blocks of 64 values
     int4:g64:s=fp32      scales stored in fp32 (default: the dtype of the checkpoint)
     int4:g64:lorc=8      plus a correction of rank 8; the step `lorc` makes it, no rule can ask for it

@@ -17,6 +17,9 @@ from zq.spec import Scheme
 ACTIVATIONS = ["", " @ int8:token", " @ e4m3fn:token"]
 SCHEMES = [
     *(f"int4:g{g}{z}{a}" for g in (32, 64) for z in ("", ":asym", ":narrow") for a in ACTIVATIONS),
+    *(f"int{k}:g32:two-level" for k in range(2, 9)),
+    "int4:g64:two-level @ int8:token",
+    "int8:g32:two-level @ int8:token",
     *(f"int{k}:{layout}{z}" for k in range(2, 9) for layout in ("channel", "g32") for z in ("", ":asym")),
     *(f"int8:{layout} @ int8:token" for layout in ("channel", "tensor", "g32")),
     *(f"e4m3fn:{layout}{a}" for layout in ("channel", "tensor") for a in ("", " @ e4m3fn:token")),
@@ -32,10 +35,15 @@ def library_scheme(scheme: Scheme) -> QuantizationScheme:
 
 def unpacked(q: QTensor) -> dict[str, torch.Tensor]:
     """The library's input: a weight that quantizes to exactly our codes, scale and zero point."""
-    state = {"weight": q.dequantize(), "weight_scale": q.scale}
+    state = {"weight": q.dequantize(), "weight_scale": products(q)}
     if q.zero is not None:
         state["weight_zero_point"] = q.zero
     return state
+
+
+def products(q: QTensor) -> torch.Tensor:
+    """The scales as one level."""
+    return q.scale if q.sub is None else (q.scale * q.sub).to(q.scale.dtype)
 
 
 def quantized(text: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Scheme, QTensor]:
@@ -78,6 +86,8 @@ def test_slots_promise_what_pack_gives_and_unpack_takes_it_back(text: str, dtype
         back = ct.unpack("n", packed.__getitem__, scheme, shape)
         assert torch.equal(back.codes, q.codes)
         assert torch.equal(back.scale, q.scale)
+        assert (back.sub is None) == (q.sub is None)
+        assert q.sub is None or torch.equal(back.sub, q.sub)
         assert (back.zero is None) == (q.zero is None)
         assert q.zero is None or torch.equal(back.zero, q.zero)
         assert torch.equal(back.dequantize(dtype), q.dequantize(dtype))
@@ -105,7 +115,7 @@ def test_formats(text: str, expected: str) -> None:
     ("text", "words"),
     [
         ("int4:b64", "no flat blocks"),
-        ("int4:g32:two-level", "no two-level scales"),
+        ("int4:g32:two-level:s=fp32", "in the model's dtype"),
         ("int4:g32:s=fp32", "in the model's dtype"),
         ("e2m1fn:g32", "no e2m1fn weights"),
         ("e5m2:channel", "no e5m2 weights"),
@@ -204,6 +214,36 @@ def test_config_is_the_inverse_of_schemes(text: str) -> None:
     assert ct.schemes(ct.config({"m.layers.0.q": scheme}, ["lm_head"]), ["m.layers.0.q", "lm_head"]) == {
         "m.layers.0.q": scheme
     }
+
+
+def test_two_level_groups_are_named_beside_what_the_library_knows() -> None:
+    assigned = {
+        "m.layers.0.q": Scheme.parse("int4:g32:two-level @ int8:token"),
+        "m.layers.0.k": Scheme.parse("int4:g32 @ int8:token"),
+        "m.layers.0.v": Scheme.parse("int3:g32:two-level"),
+    }
+    config = ct.config(assigned, [])
+    assert config["zq"] == {"two_level": ["group_0", "group_2"]}
+    assert ct.schemes(config, assigned) == assigned
+    theirs = QuantizationConfig.model_validate(config)
+    assert theirs.config_groups["group_0"].weights == theirs.config_groups["group_1"].weights
+    dropped = {key: value for key, value in config.items() if key != "zq"}
+    for other in (
+        dropped,
+        config | {"zq": None},
+        config | {"zq": {"two_level": 5}},
+        config | {"zq": ["group_0"]},
+    ):
+        one_level = ct.schemes(other, assigned)
+        assert {str(scheme.weights) for scheme in one_level.values()} == {"int4:g32", "int3:g32"}
+    assert "zq" not in ct.config({"m.layers.0.k": assigned["m.layers.0.k"]}, [])
+
+
+def test_scales_that_are_not_two_level_are_refused() -> None:
+    scheme, q = quantized("int4:g32", (32, 128), torch.bfloat16)
+    packed = ct.pack("n", q, scheme)
+    with pytest.raises(ZqError, match=r"'n\.weight_scale' is not integers times one scale per channel"):
+        ct.unpack("n", packed.__getitem__, Scheme.parse("int4:g32:two-level"), (32, 128))
 
 
 def test_foreign_schemes_are_refused_by_name() -> None:

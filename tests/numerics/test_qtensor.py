@@ -197,7 +197,7 @@ def test_stored_dtypes_and_shapes(dtype: torch.dtype) -> None:
         assert (q.zero is None) == spec.symmetric
         assert q.zero is None or (q.zero.dtype == torch.int8 and q.zero.shape == q.scale.shape)
         assert (q.sub is None) == (not spec.two_level)
-        assert q.sub is None or (q.sub.dtype == torch.uint8 and q.sub.shape == (6, 3))
+        assert q.sub is None or (q.sub.dtype == torch.int8 and q.sub.shape == (6, 3))
     assert quantize(x, TensorSpec.parse("int4:g16:s=fp32")).scale.dtype == torch.float32
     assert quantize(x, TensorSpec.parse("int4:g16"), scale_dtype=torch.float16).scale.dtype == torch.float16
 

@@ -62,6 +62,24 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(folders: dict[str, Path], 
     assert torch.equal(outputs(again.eval(), token_ids()), outputs(model.eval(), token_ids()))
 
 
+def test_two_levels_are_found_again_and_other_readers_see_one(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As planned here; saved by transformers, which drops zq's entry, the same weights in one level."""
+    quantize(make_plan(folders["source"], recipe("* = int4:g32:two-level @ int8:token")), tmp_path / "out")
+    assert not any("sub" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    ours = zq.load(str(tmp_path / "out"))
+    up = ours.get_submodule("model.layers.0.mlp.up_proj")
+    assert str(up.scheme) == "int4:g32:two-level @ int8:token"
+    assert up.weight_sub.dtype == torch.int8
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    again = zq.load(str(tmp_path / "saved"))
+    one = again.get_submodule("model.layers.0.mlp.up_proj")
+    assert str(one.scheme) == "int4:g32 @ int8:token"
+    assert torch.equal(one.qtensor.dequantize(), up.qtensor.dequantize())
+    assert torch.equal(outputs(again, token_ids()), outputs(ours, token_ids()))
+
+
 @pytest.mark.parametrize("name", ["ct", "zq"])
 @pytest.mark.parametrize("change", ["missing", "left over", "shape", "scale shape", "code shape"])
 def test_tensors_that_do_not_fit_are_refused(

@@ -9,8 +9,10 @@ group, up or down. Gradients pass the rounding straight through:
     dL/dV = s dL/dW^ inside the range, else 0        dL/ds = sum over the group of dL/dW^ (q - z - u_0),
                                                      u_0 = latent / s inside the range, else 0
 
-and both are followed by their sign only. So one pass over the weights takes dL/dW^ and gives the next W^; on
-a CPU it goes over a few rows at a time, which stay in the cache.
+Two-level scales stay as they were chosen and only the rounding learns: moved to the nearest that can be
+stored, they lose more than they gained (docs/log.md). Both gradients are followed by their sign only. So one
+pass over the weights takes dL/dW^ and gives the next W^; on a CPU it goes over a few rows at a time, which
+stay in the cache.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ CACHED = 1 << 16  # values that are worked on at once on a CPU
 
 
 class LearnedRounding:
-    """The trainable state of one layer: `offset` V [R, G, S] and `stretch` t [R, G, 1], float32; with two
-    levels the groups of a channel share t [R, 1, 1]. Over all iterations an offset can move by at most
-    `offset_rate` / 2 steps of the grid, a scale by `stretch_rate` / 2 of itself."""
+    """The trainable state of one layer: `offset` V [R, G, S] and `stretch` t [R, G, 1], float32. Over
+    all iterations an offset can move by at most `offset_rate` / 2 steps of the grid, a scale by
+    `stretch_rate` / 2 of itself."""
 
     def __init__(self, layer: Layer, offset_rate: float = 1.0, stretch_rate: float = 0.2) -> None:
         q = layer.quantized
@@ -48,7 +50,7 @@ class LearnedRounding:
         self.unit = unit.unsqueeze(-1)
         self.zero = None if q.zero is None else grouped_scale(q.zero, q.spec).float().unsqueeze(-1)
         self.offset = torch.zeros_like(self.latent)
-        self.stretch = torch.zeros_like(self.scale).unsqueeze(-1)
+        self.stretch = torch.zeros_like(self.unit)
 
     def weight(self) -> Tensor:
         """W^ [N, K] in float32."""
@@ -107,10 +109,9 @@ class LearnedRounding:
             residual = residual - self.zero[rows]
         residual = residual - ideal * inside
         slope = (gradient * residual).sum(-1, keepdim=True) * unit
-        if stretch.shape[1] < unit.shape[1]:
-            slope = slope.sum(1, keepdim=True)
         offset.sub_((gradient * step).sign_().mul_(inside).mul_(offset_step))
-        stretch.sub_(slope.sign_().mul_(stretch_step))
+        if not self.spec.two_level:
+            stretch.sub_(slope.sign_().mul_(stretch_step))
 
     def _values(self, rows: slice) -> Tensor:
         """W^ of some rows, grouped [r, G, S]."""
@@ -121,7 +122,9 @@ class LearnedRounding:
 
     def harden(self) -> QTensor:
         """The quantization that the state stands for, scales in their stored dtype."""
-        stored = (self.scale * (1 + self.stretch.squeeze(-1))).to(self.dtype).float()
+        stored = self.scale
+        if not self.spec.two_level:
+            stored = (self.scale * (1 + self.stretch.squeeze(-1))).to(self.dtype).float()
         scale = Scale(stored, None if self.zero is None else self.zero.squeeze(-1).int(), self.sub)
         q = (self.latent / scale.step.unsqueeze(-1)).add_(self.offset).round_()
         if self.zero is not None:

@@ -10,6 +10,10 @@
 Codes are offset binary, zero points stay in the signed domain plus the same offset and are packed along
 N. W4A8 must be pack-quantized: the library would infer int-quantized, one byte per weight, which no
 CUDA server loads. Spec: compressed-tensors 0.17 to 0.20, and vLLM 0.33's loader.
+
+Two-level scales are written as their products, which are ordinary group scales, exact in the model's dtype;
+`levels` finds the two again (zq/numerics/levels.py). Which config groups are two-level stands in an entry of
+zq's own, `"zq": {"two_level": ["group_0"]}`, that other readers pass over.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch import Tensor
 from zq.checkpoint.writer import CODES, Slot
 from zq.errors import ZqError
 from zq.export.native import from_unsigned, to_unsigned
+from zq.numerics.levels import levels
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import packed_words
 from zq.numerics.packing import unpack as unpack_bits
@@ -42,7 +48,6 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (transposed, "its layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
         (w.layout.kind == "block", "compressed-tensors has no flat blocks"),
         (w.rank > 0, "compressed-tensors has no low-rank corrections"),
-        (w.two_level, "compressed-tensors has no two-level scales"),
         (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
         (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),
         (a is not None and a.format not in ("int8", "e4m3fn"), f"it has no {a and a.format} activations"),
@@ -93,7 +98,8 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
 
 def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
     kind = format_of(scheme)
-    scale = {f"{name}.weight_scale": q.scale}
+    products = q.scale if q.sub is None else (q.scale.float() * q.sub).to(q.scale.dtype)
+    scale = {f"{name}.weight_scale": products}
     if kind == "int-quantized":
         return {f"{name}.weight": q.codes, **scale}
     if kind == "float-quantized":
@@ -111,11 +117,19 @@ def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
-    """Raises ZqError when the packed tensors disagree with the shape of the layer."""
+    """Raises ZqError when the packed tensors disagree with the layer's shape, or the scales with its spec."""
     spec, kind = scheme.weights, format_of(scheme)
-    scale = read(f"{name}.weight_scale")
+    scale, sub = read(f"{name}.weight_scale"), None
+    if spec.two_level:
+        found = levels(scale, spec)
+        if found is None:
+            raise ZqError(
+                f"'{name}.weight_scale' is not integers times one scale per channel, as {spec} needs; "
+                "quantize or download again"
+            )
+        scale, sub = found
     if kind == "int-quantized":
-        return QTensor(read(f"{name}.weight"), scale, None, None, spec)
+        return QTensor(read(f"{name}.weight"), scale, None, sub, spec)
     if kind == "float-quantized":
         return QTensor(read(f"{name}.weight").view(torch.uint8), scale, None, None, spec)
     stored = tuple(read(f"{name}.weight_shape").tolist())
@@ -126,7 +140,7 @@ def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTe
     if not spec.symmetric:
         packed = read(f"{name}.weight_zero_point").T.contiguous()
         zero = from_unsigned(unpack_bits(packed, spec.bits, shape[0]), spec).T.contiguous()
-    return QTensor(codes, scale, zero, None, spec)
+    return QTensor(codes, scale, zero, sub, spec)
 
 
 def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
@@ -146,6 +160,7 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
         for i, (scheme, names) in enumerate(by_scheme.items())
     }
     formats = {group["format"] for group in groups.values()}
+    two_level = [name for name, scheme in zip(groups, by_scheme, strict=True) if scheme.weights.two_level]
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -155,6 +170,7 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
         "ignore": sorted(skipped),
         "version": CONFIG_VERSION,
         "config_groups": groups,
+        **({"zq": {"two_level": two_level}} if two_level else {}),
     }
 
 
@@ -164,7 +180,8 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     groups = config.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise ZqError("quantization_config has no mapping 'config_groups'; download config.json again")
-    parsed = [(group.get("targets") or [], _scheme(group)) for group in groups.values()]
+    two_level = _two_level(config)
+    parsed = [(g.get("targets") or [], _scheme(g, name in two_level)) for name, g in groups.items()]
     ignore = config.get("ignore") or []
     result: dict[str, Scheme] = {}
     for name in names:
@@ -176,6 +193,13 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
         if found:
             result[name] = found[0]
     return result
+
+
+def _two_level(config: dict[str, Any]) -> list[str]:
+    """Names of the config groups whose scales are two-level."""
+    own = config.get("zq")
+    listed = own.get("two_level") if isinstance(own, dict) else None
+    return listed if isinstance(listed, list) else []
 
 
 def _hits(target: str, name: str) -> bool:
@@ -221,10 +245,10 @@ def _activation_args(spec: TensorSpec | None) -> dict[str, Any] | None:
     }
 
 
-def _scheme(group: dict[str, Any]) -> Scheme:
+def _scheme(group: dict[str, Any], two_level: bool) -> Scheme:
     weights, acts = group.get("weights"), group.get("input_activations")
     try:
-        return Scheme(_spec(weights), _spec(acts) if acts else None)
+        return Scheme(replace(_spec(weights), two_level=two_level), _spec(acts) if acts else None)
     except (KeyError, TypeError, ZqError) as error:
         raise ZqError(f"zq cannot read this compressed-tensors scheme ({error}): {group}") from None
 

@@ -5,7 +5,7 @@ For a linear layer NAME with an [N, K] weight, whatever the layout of its scales
     NAME.weight_packed  int32 [N, ceil(K*bits/32)]   codes, dense (numerics/packing.py)
     NAME.weight_scale   model dtype or s=...         zq.spec.scale_shape; two-level: [N, 1]
     NAME.weight_zero    int8, shape of the scales    asymmetric only
-    NAME.weight_sub     uint8 [N, G]                 two-level only
+    NAME.weight_sub     int8 [N, G]                  two-level only
     NAME.weight_lorc_a  model dtype [N, r]           lorc=r only: the weight is dequantize(codes) + A B
     NAME.weight_lorc_b  model dtype [r, K]
 
@@ -52,7 +52,7 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
     if not spec.symmetric:
         result.append(Slot(f"{name}.weight_zero", "I8", scales))
     if spec.two_level:
-        result.append(Slot(f"{name}.weight_sub", "U8", scales))
+        result.append(Slot(f"{name}.weight_sub", "I8", scales))
     if spec.rank:
         result.append(Slot(f"{name}.weight_lorc_a", CODES[dtype], (n, spec.rank)))
         result.append(Slot(f"{name}.weight_lorc_b", CODES[dtype], (spec.rank, k)))

@@ -37,7 +37,7 @@ class QTensor:
     codes  [N, K]: int8 q for integers, uint8 bit patterns for floats
     scale  in the stored dtype, shape `zq.spec.scale_shape` (two-level: [N, 1])
     zero   int8, shape of the scales, or None
-    sub    uint8 [N, G], integer group scales of a two-level spec, or None
+    sub    int8 [N, G], integer group scales of a two-level spec, or None
     left, right   A [N, r] and B [r, K] in the stored dtype, a correction of rank r = spec.rank, or None
     """
 
@@ -120,7 +120,7 @@ def assemble(
     """Grouped codes [R, G, S] and scales [R, G] -> QTensor with stored shapes and dtypes."""
     channel = scale.scale if spec.two_level else stored_scale(scale.scale, shape, spec)
     zero = None if scale.zero is None else stored_scale(scale.zero.to(torch.int8), shape, spec)
-    sub = None if scale.sub is None else scale.sub.to(torch.uint8)
+    sub = None if scale.sub is None else scale.sub.to(torch.int8)
     return QTensor(ungroup(codes, shape, spec).contiguous(), channel.to(dtype), zero, sub, spec)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from zq.spec import TensorSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MSE_FACTORS = (1.0, *(i / 40 for i in range(48, 11, -1)))  # 1 first: ties keep absmax; 1.2 .. 0.3
-TWO_LEVEL_MAX = 15
 CACHED = 1 << 17  # values searched at a time on a CPU
 
 
@@ -35,7 +35,7 @@ CACHED = 1 << 17  # values searched at a time on a CPU
 class Scale:
     """scale [R, G] float32 holding values of the stored dtype; zero [R, G] int32 or None.
 
-    Two-level: `scale` is the channel scale [R, 1] and `sub` [R, G] int32 in 1..15 multiplies it.
+    Two-level: `scale` is the channel scale [R, 1] and `sub` [R, G] int32 in -15..16, not 0, multiplies it.
     """
 
     scale: Tensor
@@ -64,6 +64,8 @@ def reach(spec: TensorSpec) -> float:
 
 def absmax(x: Tensor, spec: TensorSpec, dtype: torch.dtype, importance: Tensor | None = None) -> Scale:
     """x [R, G, S] float32 -> Scale. `dtype` is the stored dtype of the floating-point scale."""
+    if spec.two_level:
+        return _levels().absmax(x, spec, dtype)
     return _derive(x, spec, dtype, 1.0, _bounds(x, spec))
 
 
@@ -81,6 +83,8 @@ def mse(
 
     Groups do not depend on each other, so on a CPU they are searched in portions that stay in its cache.
     """
+    if spec.two_level:
+        return _levels().mse(x, spec, dtype, importance, signed)
     axis = 0 if x.shape[0] > 1 else 1
     portion = x.shape[axis] if x.is_cuda else max(1, CACHED * x.shape[axis] // x.numel())
     if importance is not None and importance.shape[axis] > 1:
@@ -94,7 +98,13 @@ def mse(
 
     scale = join([s.scale for s in found])
     assert scale is not None
-    return Scale(scale, join([s.zero for s in found]), join([s.sub for s in found]))
+    return Scale(scale, join([s.zero for s in found]))
+
+
+def _levels() -> ModuleType:
+    from zq.numerics import levels  # it needs Scale from here
+
+    return levels
 
 
 def _search(
@@ -125,13 +135,6 @@ def mse_signed(x: Tensor, spec: TensorSpec, dtype: torch.dtype, importance: Tens
 def _candidates(
     x: Tensor, spec: TensorSpec, dtype: torch.dtype, bounds, signed: bool = False
 ) -> Iterator[Scale]:
-    if spec.two_level:  # the channel scale stays; every group scale that it can express is tried
-        first = _derive(x, spec, dtype, 1.0, bounds)
-        yield first
-        assert first.sub is not None
-        for sub in range(1, TWO_LEVEL_MAX + 1):
-            yield Scale(first.scale, sub=torch.full_like(first.sub, sub))
-        return
     for factor in MSE_FACTORS:
         candidate = _derive(x, spec, dtype, factor, bounds)
         yield candidate
@@ -140,12 +143,10 @@ def _candidates(
 
 
 def _merge(better: Tensor, new: Scale, old: Scale) -> Scale:
-    def pick(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        return None if a is None or b is None else torch.where(better, a, b)
-
-    if old.sub is not None:
-        return Scale(old.scale, sub=pick(new.sub, old.sub))
-    return Scale(torch.where(better, new.scale, old.scale), zero=pick(new.zero, old.zero))
+    zero = None
+    if new.zero is not None and old.zero is not None:
+        zero = torch.where(better, new.zero, old.zero)
+    return Scale(torch.where(better, new.scale, old.scale), zero=zero)
 
 
 def _bounds(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
@@ -168,12 +169,7 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
         scale = _store(scale, dtype)
         zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
         return Scale(scale, zero=zero)
-    scale = high / high.new_tensor(reach(spec))
-    if not spec.two_level:
-        return Scale(_store(scale, dtype))
-    channel = _store(scale.amax(-1, keepdim=True) / scale.new_tensor(TWO_LEVEL_MAX), dtype)
-    sub = torch.ceil(scale / channel - 1e-3).clamp(1, TWO_LEVEL_MAX).to(torch.int32)
-    return Scale(channel, sub=sub)
+    return Scale(_store(high / high.new_tensor(reach(spec)), dtype))
 
 
 def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
