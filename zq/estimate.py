@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     if plan.windows is not None:
         reading = any(Needs.INPUTS in method.needs(options) for method, options in plan.steps)
         passes = 2 + len(plan.skeleton.arch.sites) * reading  # both streams, and once to each site
-        passes += len(plan.skeleton.arch.links) * _tries(plan)
+        passes += len(plan.skeleton.arch.links) * _tries(plan) + _trained(plan)
         work = 2 * passes * plan.tokens * sum(math.prod(layer.shape) for layer in plan.layers)
         seconds += work * _per_operation(plan)
     seconds += _per_folded(plan) * sum(plan.source(name).numel for name in plan.view.becomes)
@@ -50,9 +51,15 @@ def estimate(plan: Plan) -> dict[str, Any]:
 
 def _tries(plan: Plan) -> float:
     """Passes of all calibration tokens through a block for each link, to search for its scales."""
-    assert plan.windows is not None
     searching = [options for method, options in plan.steps if Needs.LINKS in method.needs(options)]
-    return sum(o.tries * min(1.0, o.windows / len(plan.windows)) for o in searching)
+    return sum(o.tries * min(1.0, o.windows / plan.samples) for o in searching)
+
+
+def _trained(plan: Plan) -> float:
+    """Passes of all calibration tokens through a block to learn on batches of them: one forward and about
+    two back, through the blocks that are looked ahead to as well."""
+    learning = [(method.ahead(o), o) for method, o in plan.steps if hasattr(o, "iterations")]
+    return sum(3 * (1 + ahead) * o.iterations * o.batch / plan.samples for ahead, o in learning)
 
 
 def _per_weight(plan: Plan, scheme: Scheme) -> float:
@@ -67,11 +74,15 @@ def _per_weight(plan: Plan, scheme: Scheme) -> float:
         for _ in range(2):  # the first call warms up
             layer = Layer("probe.1", "mlp", module, False, scheme)
             both = nn.Sequential(norm, module)
-            block = Block("probe", both, [layer], plan.dtype, 0, [[layer]], [tokens], [tokens], [NO_CALL])
+            block = Block("probe", both, [layer], plan.dtype, 0, [[layer]])
+            block.inputs = block.teacher_inputs = [tokens, tokens]
+            block.calls = [NO_CALL, NO_CALL]
+            block.targets = block.forward(block.inputs)
             block.links = [BlockLink("probe.0", norm, None, True, False, (layer,), channels, stored)]
             begun = time.perf_counter()
-            for method, options in plan.steps:
-                method.run(block, options)
+            for method, options in plan.steps:  # learning is charged by its tokens
+                learns = hasattr(options, "iterations")
+                method.run(block, replace(options, iterations=0) if learns else options)
             if module.weight.is_cuda:
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - begun)

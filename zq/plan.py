@@ -147,7 +147,12 @@ class Plan:
         """How many calibration tokens run through the blocks, written ones included."""
         if self.windows is None:
             return 0
-        return (len(self.windows) + self.recipe.calibration.generated) * self.windows.shape[1]
+        return self.samples * self.windows.shape[1]
+
+    @property
+    def samples(self) -> int:
+        """How many calibration windows there are, written ones included."""
+        return 0 if self.windows is None else len(self.windows) + self.recipe.calibration.generated
 
     @property
     def batch(self) -> int:

@@ -47,16 +47,16 @@ class Learned(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    iterations: int = 400
-    batch: int = 8
-    rounding_rate: float = 1.0
-    scale_rate: float = 0.2
-    norm_rate: float = 0.0
+    iterations: int = field(default=400, metadata={"range": (0, 1 << 20)})
+    batch: int = field(default=8, metadata={"range": (1, 1 << 20)})
+    rounding_rate: float = field(default=1.0, metadata={"range": (0.0, 100.0)})
+    scale_rate: float = field(default=0.2, metadata={"range": (0.0, 2.0)})
+    norm_rate: float = field(default=0.0, metadata={"range": (0.0, 2.0)})
     inputs: str = field(default="quantized", metadata={"allowed": ("quantized", "float")})
     loss: str = field(default="normalised", metadata={"allowed": ("normalised", "mse")})
-    lookahead: int = 0
-    holdout: float = 0.0625
-    checks: int = 4
+    lookahead: int = field(default=0, metadata={"range": (0, 1 << 20)})
+    holdout: float = field(default=0.0625, metadata={"range": (0.0, 1.0)})
+    checks: int = field(default=4, metadata={"range": (1, 1 << 20)})
 
 
 def run(block: Block, options: Options) -> None:
