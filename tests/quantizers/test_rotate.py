@@ -259,4 +259,3 @@ def test_a_dry_run_shows_it_all(tied: Path, tmp_path: Path) -> None:
     assert any(note.startswith(f"{HEAD} is untied") for note in done["notes"])
     plain = run("quantize", tied, "--w8a16", "--calib", "none", "--dry-run", "--json").ok().json
     assert HEAD not in {row["name"] for row in plain["tensors"]}
-    assert done["seconds"] > 0
