@@ -63,12 +63,16 @@ def _write(skeleton: Skeleton, beginnings: Tensor, size: int, seed: int) -> Tens
     )
     new = size - beginnings.shape[1]
     place = torch.device(skeleton.device)
+    # The last position of each row is a strided view, for which torch's CPU matmul copies the whole weight
+    # once per row: gigabytes and seconds.
+    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: args[0].contiguous())
     try:
         with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
             torch.manual_seed(seed)
             ids = beginnings.to(place)
             ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
     finally:
+        dense.remove()
         model.generation_config = kept
     return ids.cpu()
 
