@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.command import Done, run, spawn
 from tests.letters import save_tokenizer
+from tests.simulate import stop_after
 from tests.tiny import TINY, build_tiny, random_model
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
@@ -506,12 +507,8 @@ def interrupted_job(model: Model) -> None:
     recipe = load("w8a8")
     recipe = replace(recipe, calibration=replace(recipe.calibration, source="random"))
 
-    def stop(event: dict[str, Any]) -> None:
-        if event["done"] == 2:
-            raise KeyboardInterrupt
-
     try:
-        quantize(make_plan(model.folder, recipe), Path("OUT"), progress=stop)
+        quantize(make_plan(model.folder, recipe), Path("OUT"), progress=stop_after(2))
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was not interrupted")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -96,3 +97,13 @@ def outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits, or the last hidden state of a model without a head."""
     out = model(input_ids=ids)
     return out.logits if "logits" in out else out.last_hidden_state
+
+
+def stop_after(units: int) -> Callable[[dict[str, Any]], None]:
+    """A `progress` that interrupts the run once so many units are done."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if "unit" in event and event["done"] == units:
+            raise KeyboardInterrupt
+
+    return stop

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import zq
-from tests.simulate import outputs, simulated
+from tests.simulate import outputs, simulated, stop_after
 from tests.tiny import save_tiny, token_ids
 from zq import autobits
 from zq.autobits import choose, settle
@@ -208,19 +208,12 @@ def test_a_resumed_run_keeps_the_choice_and_does_not_measure_again(
 ) -> None:
     save_tiny("llama", tmp_path / "model", torch.bfloat16)
 
-    class Stop(BaseException):
-        pass
-
-    def stop(event: dict[str, Any]) -> None:
-        if "unit" in event and event["done"] == 2:
-            raise Stop
-
     def plan(old: str = "", new: str = "") -> Plan:
         return make_plan(tmp_path / "model", _recipe(old, new))
 
     quantize(plan(), tmp_path / "whole")
-    with pytest.raises(Stop):
-        quantize(plan(), tmp_path / "out", progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(plan(), tmp_path / "out", progress=stop_after(2))
     monkeypatch.setattr(autobits, "measure", _no_measuring)
     with pytest.raises(ZqError, match="was begun with another recipe before automatic bits"):
         quantize(plan("5.0", "4.0"), tmp_path / "out", resume=True)

@@ -52,19 +52,6 @@ SCHEMES: dict[str, tuple[str, SchemeOf, torch.dtype, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
-    made: dict[tuple[str, torch.dtype], Path] = {}
-
-    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = tmp_path_factory.mktemp(name)
-            save_tiny(name, made[name, dtype], dtype)
-        return made[name, dtype]
-
-    return make
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", TINY)
 def test_quantized_reloaded_and_equal_to_the_simulated_model(

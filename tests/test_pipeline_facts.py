@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import zq.pipeline
 from tests.command import run
-from tests.simulate import recipe
+from tests.simulate import recipe, stop_after
 from tests.tiny import save_tiny
 from zq.audit import audit_folder
 from zq.checkpoint.writer import ShardWriter
@@ -73,13 +73,8 @@ def test_people_see_the_overflow(overflowing: Path, tmp_path: Path) -> None:
 
 def test_an_overflow_survives_a_resume(overflowing: Path, tmp_path: Path) -> None:
     out, plan = tmp_path / "out", make_plan(overflowing, recipe("* = int8:channel"))
-
-    def stop(event: dict) -> None:
-        if event["done"] == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quantize(plan, out, progress=stop)
+        quantize(plan, out, progress=stop_after(3))
     report = quantize(make_plan(overflowing, recipe("* = int8:channel")), out, resume=True).report
     assert OVERFLOW in report["notes"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.simulate import recipe
+from tests.simulate import recipe, stop_after
 from tests.tiny import save_tiny
 from zq.checkpoint.job import FOLDER
 from zq.errors import OutputError, ZqError
@@ -164,17 +164,9 @@ def test_folded_scales_resume_to_the_same_bytes(unit: int, source: Path, tmp_pat
         "steps:\n", "steps:\n- smoothquant: {search: true}\n- awq: {windows: 2}\n"
     )
     wanted = Recipe.parse(text)
-    count = 0
-
-    def stop(event: dict) -> None:
-        nonlocal count
-        count += 1
-        if count == unit:
-            raise KeyboardInterrupt
-
     report = quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "whole").report
     with pytest.raises(KeyboardInterrupt):
-        quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", progress=stop)
+        quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", progress=stop_after(unit))
     quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert set(report["changed"]) == set(report["smoothing"]) == {"0", "1", "2"}
@@ -182,16 +174,8 @@ def test_folded_scales_resume_to_the_same_bytes(unit: int, source: Path, tmp_pat
 
 def interrupted(source: Path, out: Path, after: int = 2) -> None:
     """Stop after some units, in this process."""
-    count = 0
-
-    def stop(event: dict) -> None:
-        nonlocal count
-        count += 1
-        if count == after:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quantize(plan_of(source), out, progress=stop)
+        quantize(plan_of(source), out, progress=stop_after(after))
 
 
 def test_what_must_not_be_continued(source: Path, tmp_path: Path) -> None:

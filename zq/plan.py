@@ -29,6 +29,7 @@ from zq.export import EXPORTERS
 from zq.methods import resolve_all
 from zq.models.find import find_arch, load_config
 from zq.models.layout import is_transposed, linear_shape
+from zq.models.sampling import CACHE_BYTES
 from zq.models.skeleton import Skeleton, build_skeleton
 from zq.quantizers.links import may_change, without_scale
 from zq.quantizers.method import Method
@@ -165,17 +166,18 @@ class Plan:
         """Bytes: torch and transformers themselves; the largest unit twice (as it was, as it becomes); the
         largest quantized layer in float32, as input, target and result of the search for its scales; with
         folded scales, the weights of a block in float32; four streams of hidden states (float and quantized,
-        before and after a block); what the view takes."""
+        before and after a block); what the view takes. Or the whole model and
+        a cache, where it writes its own text first."""
         sizes = [sum(slot.nbytes for slot in slots) for slots in self.units.values()]
         for unit in self.units:
             names = [name for name in self.skeleton.zone(unit) if name in self.skeleton.param_keys]
             sizes.append(sum(self.source(name).nbytes for name in names))
         layer = max((math.prod(x.shape) for x in self.layers if x.scheme), default=0)
-        if self.recipe.calibration.generated:  # to write, the whole model is needed
-            sizes.append(self.bytes_before // 2)
+        writing = self.bytes_before + CACHE_BYTES["cpu"] if self.recipe.calibration.generated else 0
         folded = 4 * max(sizes) // self.dtype.itemsize if self.may_change else 0
         streams = 4 * self.stream_bytes
-        return 500_000_000 + 2 * max(sizes) + 3 * 4 * layer + folded + streams + self.view.memory
+        units = 2 * max(sizes) + 3 * 4 * layer + folded + streams
+        return 500_000_000 + max(units, writing) + self.view.memory
 
 
 def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, device: str = "cpu") -> Plan:

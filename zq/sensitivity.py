@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from zq.checkpoint.reader import Read
 from zq.errors import ZqError
-from zq.models.capture import Call, capture_inputs, head, last_hidden, run_block
+from zq.models.capture import Call, capture_inputs, has_head, head, last_hidden, run_block
 from zq.numerics.qtensor import SCALES, quantize
 from zq.plan import Plan, PlannedLayer
 from zq.quantizers.method import Layer, quantized_inputs
@@ -129,14 +129,14 @@ def _from_the_end(plan: Plan, hidden: list[Tensor], read: Read) -> list[_Pull]:
     skeleton = plan.skeleton
     skeleton.load_tail(read)
     generator = torch.Generator().manual_seed(plan.recipe.seed)
-    has_head = skeleton.model.get_output_embeddings() is not None
+    predicts = has_head(skeleton)
     pulls = []
     for batch in hidden:
         rows = []
         for row in batch.split(1):
             with torch.enable_grad():
                 x = row.to(skeleton.device).requires_grad_()
-                if has_head:
+                if predicts:
                     logits = head(skeleton, x).float().flatten(0, 1)
                     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
                     end = nn.functional.cross_entropy(logits, drawn.flatten().to(x.device), reduction="sum")

@@ -17,19 +17,6 @@ ALL = "{match: '*', weights: 'int8:channel'}"
 STEPS = "{smoothquant: {}}, {rtn: {}}"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    made: dict[tuple[str, torch.dtype], Path] = {}
-
-    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = tmp_path_factory.mktemp(name)
-            save_tiny(name, made[name, dtype], dtype)
-        return made[name, dtype]
-
-    return make
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", TINY)
 def test_every_link_of_every_family_keeps_the_function(name: str, tiny: Callable[..., Path]) -> None:

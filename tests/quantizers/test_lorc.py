@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import zq
-from tests.simulate import outputs
+from tests.simulate import outputs, stop_after
 from tests.tiny import TINY, save_tiny, token_ids
 from zq.cli.inspect import describe
 from zq.errors import AuditError, ZqError
@@ -164,16 +164,9 @@ def test_twice_and_resumed_the_same_bytes(tmp_path: Path) -> None:
     def plan():
         return make_plan(tmp_path / "model", _recipe("{gptq: {}}, {lorc: {rank: 3}}"))
 
-    class Stop(BaseException):
-        pass
-
-    def stop(event: dict) -> None:
-        if event["done"] == 2:
-            raise Stop
-
     run(plan(), tmp_path / "a")
-    with pytest.raises(Stop):
-        run(plan(), tmp_path / "b", progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan(), tmp_path / "b", progress=stop_after(2))
     run(plan(), tmp_path / "b", resume=True)
     a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
     assert a == b

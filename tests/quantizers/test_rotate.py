@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import zq
 import zq.pipeline
 from tests.command import run
+from tests.simulate import stop_after
 from tests.test_audit import flip
 from tests.tiny import save_tiny, token_ids
 from zq.audit import audit, audit_folder
@@ -179,14 +180,10 @@ def test_a_config_that_ties_them_again_is_noticed(
 
 @pytest.mark.parametrize("units", [1, 2, 3, 4])
 def test_a_resumed_run_gives_the_same_bytes(units: int, tied: Path, tmp_path: Path) -> None:
-    def stop(event: dict) -> None:
-        if event["done"] == units:
-            raise KeyboardInterrupt
-
     quantize(make_plan(tied, recipe(ROTATED)), tmp_path / "whole")
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        quantize(make_plan(tied, recipe(ROTATED)), out, progress=stop)
+        quantize(make_plan(tied, recipe(ROTATED)), out, progress=stop_after(units))
     for other in ("{rotate: {seed: 1}}, {rtn: {}}", RTN):
         with pytest.raises(ZqError, match="begun with another recipe"):
             quantize(make_plan(tied, recipe(other)), out, resume=True)

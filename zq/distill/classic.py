@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from zq.distill.lkd import shuffled
+from zq.models.capture import run_block
 from zq.numerics.qtensor import SCALES, quantize
 from zq.quantizers.method import Block, Layer, Method, Needs, quantized_inputs
 
@@ -61,8 +61,7 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
                 name: (_rounded(p, layers[name], options.scale) if name in layers else p).to(inputs.dtype)
                 for name, p in held.items()
             }
-            outputs = functional_call(module, weights, (inputs[chosen], *call["args"]), call["kwargs"])
-            outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+            outputs = run_block(module, inputs[chosen], call, weights)
             loss = (outputs.float() - targets[chosen].float()).square().mean()
         optimizer.zero_grad()
         loss.backward()

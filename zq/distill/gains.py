@@ -9,10 +9,10 @@ from torch import Tensor, nn
 class LearnedGain:
     """The weight [D] of one norm. `rate` is the relative change that all iterations can make, times two."""
 
-    def __init__(self, name: str, norm: nn.Module, rate: float) -> None:
+    def __init__(self, norm: nn.Module, rate: float) -> None:
         weight = norm.weight
         assert isinstance(weight, Tensor)
-        self.name, self.rate = name, rate
+        self.rate = rate
         self.parameter: Tensor = weight
         self.start = weight.detach().float().clone()
         self.change = torch.zeros_like(self.start)

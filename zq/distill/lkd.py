@@ -97,9 +97,8 @@ def _learned(block: Block, options: Options) -> list[Learned]:
     if learned and options.norm_rate:
         assert block.module is not None
         for path in block.norms:
-            name = f"{block.name}.{path}.weight"
-            learned.append(LearnedGain(name, block.module.get_submodule(path), options.norm_rate))
-            block.changed.add(name)
+            learned.append(LearnedGain(block.module.get_submodule(path), options.norm_rate))
+            block.changed.add(f"{block.name}.{path}.weight")
     return learned
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from zq.errors import ZqError
 from zq.models.find import position_limit
@@ -66,9 +67,13 @@ def capture_inputs(skeleton: Skeleton, batches: Sequence[torch.Tensor]) -> Captu
     return Captured(hidden=record.hidden, calls=record.calls)
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """Output [B, T, D] of one block for input `hidden` [B, T, D] and its recorded call."""
-    out = block(hidden, *call["args"], **call["kwargs"])
+def run_block(
+    block: nn.Module, hidden: torch.Tensor, call: Call, weights: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Output [B, T, D] of one block for input `hidden` [B, T, D] and its recorded call; computed with
+    `weights`, by their names in the block, in the place of its own."""
+    args, kwargs = (hidden, *call["args"]), call["kwargs"]
+    out = functional_call(block, weights, args, kwargs) if weights else block(*args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zq.numerics.qtensor import SCALES
-from zq.quantizers.fold import fold, shared
+from zq.quantizers.fold import fold_and_note, shared
 from zq.quantizers.method import Block, Method, Needs
 from zq.quantizers.search import Trial, floored, input_magnitudes, normalised, weight_magnitudes
 
@@ -54,10 +54,9 @@ def run(block: Block, options: Options) -> None:
         weights = shared(weight_magnitudes(link)[1], link) if options.duo else None
         ratios = GRID if options.duo else GRID[1:]
         ratio, errors = trial.choose(link, {r: protect(inputs, weights, r) for r in ratios})
-        if ratio is not None:
-            fold(block, link, protect(inputs, weights, ratio))
-        entry = {"step": METHOD.name, "producer": link.name, "ratio": ratio, **errors}
-        block.facts.setdefault("smoothing", []).append(entry)
+        scale = None if ratio is None else protect(inputs, weights, ratio)
+        fact = {"step": METHOD.name, "producer": link.name, "ratio": ratio, **errors}
+        fold_and_note(block, link, scale, fact)
 
 
 def needs(options: Options) -> Needs:

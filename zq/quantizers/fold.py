@@ -16,6 +16,7 @@ What is rounded on the way:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,13 @@ def fold(block: Block, link: BlockLink, scale: Tensor) -> Tensor:
     leaves = ["weight"] * (link.layer is None) + ["bias"] * (new.bias is not None)
     block.changed |= {f"{link.name}.{leaf}" for leaf in leaves}
     return new.scale
+
+
+def fold_and_note(block: Block, link: BlockLink, scale: Tensor | None, fact: dict[str, Any]) -> None:
+    """`fold`, unless nothing was chosen, and keep `fact` with the block's smoothing."""
+    if scale is not None:
+        fold(block, link, scale)
+    block.facts.setdefault("smoothing", []).append(fact)
 
 
 def _fold(link: BlockLink, scale: Tensor) -> Divided:

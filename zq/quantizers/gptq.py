@@ -36,9 +36,9 @@ from zq.spec import TensorSpec
 class Options:
     scale: str = field(default="mse", metadata={"allowed": tuple(SCALES)})
     order: str = field(default="activation", metadata={"allowed": ("activation", "natural")})
-    damp: float = 0.01
-    columns: int = 128
-    asymmetry: float = 0.0
+    damp: float = field(default=0.01, metadata={"range": (0.0, 100.0)})
+    columns: int = field(default=128, metadata={"range": (1, 1 << 20)})
+    asymmetry: float = field(default=0.0, metadata={"range": (0.0, 1.0)})
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def factorise(hessian: Tensor, damp: float, order: str = "activation") -> Factor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed and bool(torch.isfinite(upper).all()):
                 return Factor(columns, upper, kept)
-        amount *= 10
+        amount = 10 * amount or 1e-4
     raise ZqError(
         "the Hessian of the calibration inputs cannot be factorised; use other or more calibration text"
     )

@@ -30,7 +30,7 @@ from zq.spec import Scheme
 class Options:
     rank: int = 8
     weighting: str = field(default="hessian", metadata={"allowed": ("hessian", "none")})
-    damp: float = 0.01
+    damp: float = field(default=0.01, metadata={"range": (0.0, 100.0)})
 
 
 def factors(error: Tensor, rank: int, upper: Tensor | None = None) -> tuple[Tensor, Tensor]:

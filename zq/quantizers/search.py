@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from zq.errors import ZqError
+from zq.models.capture import run_block
 from zq.numerics.qtensor import quantize
 from zq.quantizers.fold import divided
 from zq.quantizers.method import Block, BlockLink, quantized_inputs
@@ -116,9 +116,7 @@ class Trial:
         error = 0.0
         with quantized_inputs(list(link.consumers)):
             for i, wanted in self.wanted.items():
-                call = self.block.calls[i]
-                out = functional_call(module, tried, (self.block.inputs[i], *call["args"]), call["kwargs"])
-                out = out[0] if isinstance(out, tuple) else out
+                out = run_block(module, self.block.inputs[i], self.block.calls[i], tried)
                 error += float((out.float() - wanted.float()).square().sum())
         error /= max(self.power, 1e-30)
         return error if math.isfinite(error) else math.inf

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from zq.numerics.qtensor import SCALES
-from zq.quantizers.fold import fold, shared
+from zq.quantizers.fold import fold_and_note, shared
 from zq.quantizers.method import Block, Method, Needs
 from zq.quantizers.search import Trial, floored, input_magnitudes, normalised, weight_magnitudes
 
@@ -51,13 +51,12 @@ def run(block: Block, options: Options) -> None:
     for link, (inputs, _) in zip(block.links, magnitudes, strict=True):
         inputs, weights = shared(inputs, link), shared(weight_magnitudes(link)[0], link)
         alpha: float | None = options.alpha
-        fact: dict[str, Any] = {}
+        errors: dict[str, Any] = {}
         if trial is not None:
-            alpha, fact = trial.choose(link, {a: smooth(inputs, weights, a) for a in GRID})
-        if alpha is not None:
-            fold(block, link, smooth(inputs, weights, alpha))
-        entry = {"step": METHOD.name, "producer": link.name, "alpha": alpha, **fact}
-        block.facts.setdefault("smoothing", []).append(entry)
+            alpha, errors = trial.choose(link, {a: smooth(inputs, weights, a) for a in GRID})
+        scale = None if alpha is None else smooth(inputs, weights, alpha)
+        fact = {"step": METHOD.name, "producer": link.name, "alpha": alpha, **errors}
+        fold_and_note(block, link, scale, fact)
 
 
 def needs(options: Options) -> Needs:
