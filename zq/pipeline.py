@@ -32,6 +32,7 @@ from zq.audit import audit, audit_published
 from zq.calibration import all_windows
 from zq.checkpoint.index import COMPUTE, FLOATS
 from zq.checkpoint.job import Job, check_output
+from zq.checkpoint.prefetch import Prefetch
 from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
@@ -108,7 +109,7 @@ def quantize(
 
 @torch.no_grad()
 def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
-    read = plan.view.read
+    read = Prefetch(plan.view.read)
     windows, facts = all_windows(plan.windows, plan.recipe, plan.skeleton, read, job, progress)
     captured = _capture(plan, read, windows)
     float_stream, quant_stream = _streams(job, captured)
@@ -118,6 +119,8 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
             continue
         begun = time.monotonic()
         block = _load(plan, unit, read)
+        if torch.device(plan.skeleton.device).type != "cpu":  # whose memory and cores are what the work needs
+            read.expect(_keys_after(plan, unit))
         running = False
         if captured is not None and isinstance(unit, int):
             running = True
@@ -203,6 +206,14 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     if folding(plan.steps):
         block.links = block_links(skeleton, unit, layers, lambda name: COMPUTE[plan.source(name).dtype])
     return block
+
+
+def _keys_after(plan: Plan, unit: int | str) -> list[str]:
+    """The checkpoint keys of the block after this unit; none where no block follows."""
+    following = unit + 1 if isinstance(unit, int) else 0 if unit == "outside" else plan.skeleton.n_blocks
+    if following >= plan.skeleton.n_blocks:
+        return []
+    return [plan.skeleton.key_of(name) for name in plan.skeleton.zone(following)]
 
 
 def _unload(plan: Plan, unit: int | str, block: Block) -> None:
