@@ -170,6 +170,7 @@ def situation(
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
     *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
+    *("to-unknown", "gptq-activations", "export-unknown", "export-float"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:
@@ -324,7 +325,7 @@ def remote_code(model: Model) -> None:
 
 @situation("already-quantized")
 def already_quantized(model: Model) -> None:
-    model.config(quantization_config={"quant_method": "gptq", "bits": 4})
+    model.config(quantization_config={"quant_method": "bitsandbytes", "bits": 4})
 
 
 @situation("foreign-quantization")
@@ -410,6 +411,7 @@ RECIPES = {
     "lorc-rank": RULE + "steps:\n  - rtn: {}\n  - lorc: {rank: 33}\n",
     "lorc-in-rule": 'rules:\n  - {match: "*", weights: "int4:g32:lorc=8"}\n',
     "lorc-not-expressible": RULE + "steps:\n  - rtn: {}\n  - lorc: {}\nformat: compressed-tensors\n",
+    "gptq-mixed": 'rules:\n  - {match: "@mlp", weights: "int4:g32"}\n  - {match: "*", weights: "int8:g32"}\n',
     "bits-no-number": RULE + "bits: many\n",
     "bits-widths": RULE + "bits: {mean: 5, widths: [4, 9]}\n",
     "bits-width-not-held": RULE.replace('int8:channel"', 'int4:channel", activations: e4m3fn:token')
@@ -550,6 +552,36 @@ def not_two_level(model: Model) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"]["zq"] = {"two_level": ["group_0"]}
     path.write_text(json.dumps(config))
+
+
+def _quantized(*options: str) -> Callable[[Model], None]:
+    """OUT is a finished output."""
+
+    def build(model: Model) -> None:
+        run("quantize", model.folder, *options, "--calib", "none", "-o", "OUT").ok()
+
+    return build
+
+
+situation("export-not-expressible")(_quantized("--w8a8"))
+situation("export-same-format")(_quantized("--w4a16"))
+
+
+@situation("export-scales")
+def export_scales(model: Model) -> None:
+    Path("RECIPE.yaml").write_text('rules:\n  - {match: "*", weights: "int4:g32:s=fp32"}\n')
+    _quantized("--recipe", "RECIPE.yaml")(model)
+
+
+@situation("act-order")
+def act_order(model: Model) -> None:
+    """OUT is a GPTQ checkpoint whose groups were made along an order of activations."""
+    run("quantize", model.folder, "--w4a16", "--calib", "none", "--to", "gptq", "-o", "OUT").ok()
+    path = Path("OUT", WEIGHTS)
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @situation("resume-in-use")

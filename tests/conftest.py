@@ -15,6 +15,12 @@ settings.register_profile("zq", deadline=None)  # a busy machine is no defect
 settings.load_profile("zq")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """Directory of SmolLM2-135M-Instruct, bfloat16 (mark the test `demo`)."""

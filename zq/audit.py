@@ -129,7 +129,7 @@ def _check_layer(
 ) -> None:
     assert layer.scheme is not None
     for name, tensor in tensors.items():
-        is_scale = name.endswith("_scale")
+        is_scale = name.endswith(("_scale", ".scales"))
         if is_scale and not bool((torch.isfinite(tensor) & (tensor != 0)).all()):
             raise AuditError(f"audit: '{name}' holds a scale that is zero, NaN or Inf")
         is_factor = name.endswith(("_lorc_a", "_lorc_b"))
@@ -198,8 +198,14 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
 
 
 def _stored(scheme: Scheme | None) -> Scheme | None:
-    """The scheme as every config can say it: a narrow range shows in the codes only."""
-    return scheme and replace(scheme, weights=replace(scheme.weights, narrow=False))
+    """The scheme as every config can say it: a narrow range shows in the codes only, `half` in the scales."""
+    if scheme is None:
+        return None
+    held = scheme.weights.scale_dtype
+    return replace(
+        scheme,
+        weights=replace(scheme.weights, narrow=False, scale_dtype="fp16" if held == "half" else held),
+    )
 
 
 def _read(file: Path, name: str) -> Tensor:

@@ -204,6 +204,8 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
             )
     layers, recipe = _assign(skeleton, recipe, notes)
     layers = [_with_stored(layer, steps, recipe) for layer in layers]
+    if recipe.format != "auto":
+        layers = _adapted(layers, recipe.format, notes)
     notes += without_scale(skeleton, {layer.name for layer in layers if layer.scheme}, steps)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, view.index, layers)
@@ -319,27 +321,42 @@ def _with_stored(layer: PlannedLayer, steps: list[tuple[Method, Any]], recipe: R
     return replace(layer, scheme=scheme)
 
 
+def _adapted(layers: list[PlannedLayer], format: str, notes: list[str]) -> list[PlannedLayer]:
+    """The layers with schemes as the format stores them."""
+    adapt = EXPORTERS[format].adapt
+    changed = [replace(layer, scheme=layer.scheme and adapt(layer.scheme)) for layer in layers]
+    new = {
+        f"{old.scheme} becomes {now.scheme}" for old, now in zip(layers, changed, strict=True) if old != now
+    }
+    notes += [f"format {format}: {text}" for text in sorted(new)]
+    return changed
+
+
 def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtype, notes: list[str]) -> str:
     """compressed-tensors wherever it can hold every layer, else zq's own; said in the notes."""
     if recipe.format == "zq":
         return "zq"
     _refuse_ragged(layers)
+    wanted = "compressed-tensors" if recipe.format == "auto" else recipe.format
+    exporter = EXPORTERS[wanted]
     for layer in layers:
-        exporter = EXPORTERS["compressed-tensors"]
         reason = layer.scheme and exporter.refuse(layer.scheme, layer.shape, layer.transposed, dtype)
-        if reason and recipe.format == "compressed-tensors":
-            raise ZqError(
-                f"compressed-tensors cannot hold '{layer.name}' as {layer.scheme}: {reason}; use format: zq"
-            )
+        if reason and recipe.format != "auto":
+            raise ZqError(f"{wanted} cannot hold '{layer.name}' as {layer.scheme}: {reason}; use format: zq")
         if reason:
             notes.append(f"zq's own format (loads with `import zq`): {layer.name}: {reason}")
             return "zq"
-    if any(layer.scheme and not layer.scheme.weights.symmetric for layer in layers):
+    assigned = {layer.name: layer.scheme for layer in layers if layer.scheme}
+    reason = exporter.refuse_all(assigned, [layer.name for layer in layers if not layer.scheme])
+    if reason:
+        raise ZqError(f"{recipe.where}: {reason}; change the rules or use format: compressed-tensors")
+    asymmetric = any(not scheme.weights.symmetric for scheme in assigned.values())
+    if asymmetric and wanted == "compressed-tensors":
         notes.append(
             "asymmetric weights: vLLM and zq.load read them, but transformers with compressed-tensors 0.20 "
             "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
-    return "compressed-tensors"
+    return wanted
 
 
 def _refuse_ragged(layers: list[PlannedLayer]) -> None:

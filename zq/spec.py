@@ -9,6 +9,7 @@
     int4:g128:two-level  integer group scale (up to 16) under a floating-point channel scale
     e2m1fn:b64           4-bit floats in flat blocks of 64 values
     int4:g64:s=fp32      scales stored in fp32 (default: the dtype of the checkpoint)
+    int4:g64:s=half      scales stored in fp16, with values that bf16 holds too
     int4:g64:lorc=8      plus a correction of rank 8; the step `lorc` makes it, no rule can ask for it
 
 A `Scheme` is a weight spec and, when activations are quantized too, an activation spec:
@@ -27,7 +28,7 @@ from typing import Literal
 from zq.errors import ZqError
 
 LayoutKind = Literal["tensor", "channel", "token", "group", "block"]
-SCALE_DTYPES = ("fp32", "bf16", "fp16")
+SCALE_DTYPES = ("fp32", "bf16", "fp16", "half")
 AUTO = 0  # group size still to be chosen
 
 
@@ -171,7 +172,7 @@ def _option(part: str, text: str) -> tuple[str, object]:
         return "scale_dtype", part[2:]
     if re.fullmatch("lorc=[1-9][0-9]{0,6}", part):
         return "rank", int(part[5:])
-    raise ZqError(f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, s=fp32|bf16|fp16")
+    raise ZqError(f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, s=fp32|bf16|fp16|half")
 
 
 @dataclass(frozen=True)

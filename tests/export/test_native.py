@@ -57,8 +57,8 @@ def test_config_round_trip_and_refusals() -> None:
         (None, "is not quantized; zq reads"),
         ({}, "is not quantized; zq reads"),
         (
-            {"quant_method": "gptq"},
-            "is quantized with 'gptq'; zq reads checkpoints of: compressed-tensors, zq",
+            {"quant_method": "bitsandbytes"},
+            "is quantized with 'bitsandbytes'; zq reads checkpoints of: compressed-tensors, zq, gptq, awq",
         ),
     ],
 )

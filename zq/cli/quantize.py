@@ -107,6 +107,14 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
             help="Further calibration windows that the model writes itself. Default: the recipe's.",
         ),
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Output format: auto (compressed-tensors where that can hold it), compressed-tensors, gptq, "
+            "awq or zq. Default: the recipe's.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's.")] = None,
     device: Annotated[
         str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.", rich_help_panel=RUN)
@@ -136,6 +144,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         started = time.monotonic()
         wanted = {"source": calib, "samples": samples, "length": length, "generated": generated}
         chosen = _with_bits(_recipe(flags, recipe, preset, group_size, wanted, seed), bits)
+        chosen = _with_format(chosen, to)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
@@ -210,6 +219,15 @@ def _with_bits(recipe: Recipe, mean: float | None) -> Recipe:
         return recipe
     check_number("--bits", mean, 1, 32)
     return replace(recipe, bits=replace(recipe.bits or Bits(mean=mean), mean=mean, where="--bits"))
+
+
+def _with_format(recipe: Recipe, to: str | None) -> Recipe:
+    """The recipe with another output format."""
+    from zq.recipe import OUTPUT_FORMATS
+
+    if to is not None and to not in OUTPUT_FORMATS:
+        raise ZqError(f"--to {to} is unknown; allowed: {', '.join(OUTPUT_FORMATS)}")
+    return replace(recipe, format=to) if to else recipe
 
 
 def _measuring(quiet: bool) -> Callable[[dict[str, Any]], None]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zq.numerics.groups import group, grouped_scale, ungroup
 from zq.numerics.qtensor import QTensor, assemble
-from zq.numerics.scales import Scale, int_range
+from zq.numerics.scales import Scale, int_range, rounded
 from zq.quantizers.method import Layer
 
 CACHED = 1 << 16  # values that are worked on at once on a CPU
@@ -124,7 +124,7 @@ class LearnedRounding:
         """The quantization that the state stands for, scales in their stored dtype."""
         stored = self.scale
         if not self.spec.two_level:
-            stored = (self.scale * (1 + self.stretch.squeeze(-1))).to(self.dtype).float()
+            stored = rounded(self.scale * (1 + self.stretch.squeeze(-1)), self.spec, self.dtype)
         scale = Scale(stored, None if self.zero is None else self.zero.squeeze(-1).int(), self.sub)
         q = (self.latent / scale.step.unsqueeze(-1)).add_(self.offset).round_()
         if self.zero is not None:

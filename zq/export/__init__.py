@@ -1,6 +1,8 @@
-"""Output formats. Each module offers the same six functions:
+"""Output formats. Each module offers the same eight functions:
 
+adapt(scheme)                            -> the scheme as this format always stores it
 refuse(scheme, shape, transposed, dtype) -> why the format cannot hold this layer, or None
+refuse_all(assigned, skipped)            -> why it cannot hold these layers together, or None
 slots(name, scheme, shape, dtype)        -> the tensors it will write, before any work
 pack(name, qtensor, scheme)              -> those tensors
 unpack(name, read, scheme, shape)        -> the QTensor again; exact inverse of pack
@@ -14,9 +16,14 @@ from types import ModuleType
 from typing import Any
 
 from zq.errors import ZqError
-from zq.export import compressed_tensors, native
+from zq.export import awq, compressed_tensors, gptq, native
 
-EXPORTERS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "zq": native}
+EXPORTERS: dict[str, ModuleType] = {
+    "compressed-tensors": compressed_tensors,
+    "zq": native,
+    "gptq": gptq,
+    "awq": awq,
+}
 
 
 def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:

@@ -41,6 +41,11 @@ CONFIG_VERSION = "0.17.0"
 Read = Callable[[str], Tensor]
 
 
+def adapt(scheme: Scheme) -> Scheme:
+    """As it is."""
+    return scheme
+
+
 def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> str | None:
     """Why compressed-tensors cannot hold this layer, or None."""
     w, a = scheme.weights, scheme.activations
@@ -76,6 +81,11 @@ def format_of(scheme: Scheme) -> str:
     if not scheme.weights.info.is_int:
         return "float-quantized"
     return "int-quantized" if scheme.weights.bits == 8 and scheme.activations else "pack-quantized"
+
+
+def refuse_all(assigned: dict[str, Scheme], skipped: list[str]) -> str | None:
+    """Every mix of schemes has a place."""
+    return None
 
 
 def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> list[Slot]:

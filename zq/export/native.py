@@ -35,8 +35,18 @@ FORMAT_VERSION = 1
 Read = Callable[[str], Tensor]
 
 
+def adapt(scheme: Scheme) -> Scheme:
+    """As it is."""
+    return scheme
+
+
 def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> str | None:
     """The native format holds every scheme."""
+    return None
+
+
+def refuse_all(assigned: dict[str, Scheme], skipped: list[str]) -> str | None:
+    """Every mix of schemes has a place."""
     return None
 
 

@@ -26,8 +26,14 @@ from torch import Tensor
 from zq.numerics.codebook import codebook
 from zq.spec import TensorSpec
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+}
 MSE_FACTORS = (1.0, *(i / 40 for i in range(48, 11, -1)))  # 1 first: ties keep absmax; 1.2 .. 0.3
+HALF_MAX = 65280.0  # the largest number of both fp16 and bf16
 CACHED = 1 << 17  # values searched at a time on a CPU
 
 
@@ -166,17 +172,25 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
         scale = (high - low) / steps
         if bool(torch.isinf(scale).any()):  # the range, not its values, exceeds float32
             scale = high / steps - low / steps
-        scale = _store(scale, dtype)
+        scale = _store(scale, spec, dtype)
         zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
         return Scale(scale, zero=zero)
-    return Scale(_store(high / high.new_tensor(reach(spec)), dtype))
+    return Scale(_store(high / high.new_tensor(reach(spec)), spec, dtype))
 
 
-def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _store(scale: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
     """Round to the stored dtype; 1 for an all-zero group; never 0, infinite or subnormal in float32.
 
     Subnormal fp16 is allowed: int8 weights below 127.5 * 6.1e-5 = 0.008 would lose codes without it.
     """
     info, least = torch.finfo(dtype), torch.finfo(torch.float32).tiny
-    stored = scale.clamp(max(info.smallest_normal * info.eps, least), info.max).to(dtype).float()
+    stored = rounded(scale.clamp(max(info.smallest_normal * info.eps, least), info.max), spec, dtype)
     return torch.where(scale == 0, torch.ones_like(stored), stored)
+
+
+def rounded(scale: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    """To what a scale of `spec` that is stored in `dtype` can be; float32."""
+    stored = scale.to(dtype)
+    if spec.scale_dtype == "half":  # fp16 has the narrower range, bf16 the fewer digits
+        stored = stored.clamp(-HALF_MAX, HALF_MAX).bfloat16()
+    return stored.float()

@@ -1,0 +1,183 @@
+"""zq export: every pair of formats keeps every value, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zq
+from tests.command import run as command
+from tests.tiny import save_tiny, token_ids
+from zq.audit import audit_folder
+from zq.convert import convert, plan_conversion, restate
+from zq.errors import ZqError
+from zq.numerics.qtensor import quantize as quantize_tensor
+from zq.pipeline import quantize
+from zq.plan import make_plan
+from zq.recipe import Recipe
+from zq.runtime.load import quantization_config
+from zq.spec import TensorSpec
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """made(format, spec) -> a tiny Llama in that format; not to be changed."""
+    found: dict[tuple[str, str], Path] = {}
+
+    def make(format: str, spec: str) -> Path:
+        if (format, spec) not in found:
+            weights, lorc, _ = spec.partition(":lorc")
+            steps = "[{rtn: {}}, {lorc: {rank: 2, weighting: none}}]" if lorc else "[{rtn: {}}]"
+            text = f"rules: [{{match: '*', weights: '{weights}'}}]\nformat: {format}\nsteps: {steps}\n"
+            out = tmp_path_factory.mktemp("made") / "out"
+            recipe = Recipe.parse(f"{text}calibration: {{source: none}}\n")
+            quantize(make_plan(tiny("llama", torch.bfloat16), recipe), out)
+            found[format, spec] = out
+        return found[format, spec]
+
+    return make
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return zq.load(folder)(token_ids()).logits
+
+
+PAIRS = [
+    ("compressed-tensors", "int4:g32", "gptq"),
+    ("compressed-tensors", "int4:g32", "zq"),
+    ("compressed-tensors", "int4:g32", "awq"),
+    ("compressed-tensors", "int4:g32:asym", "awq"),
+    ("compressed-tensors", "int4:g32:two-level", "gptq"),
+    ("compressed-tensors", "int4:g32:two-level", "zq"),
+    ("compressed-tensors", "int8:channel", "gptq"),
+    ("gptq", "int4:g32", "compressed-tensors"),
+    ("gptq", "int3:g64:asym", "compressed-tensors"),
+    ("gptq", "int4:channel:asym", "awq"),
+    ("awq", "int4:g32:asym", "gptq"),
+    ("awq", "int4:g32:asym", "compressed-tensors"),
+    ("awq", "int4:g32:asym", "zq"),
+    ("zq", "int4:g32:two-level", "compressed-tensors"),
+    ("zq", "int2:g32:s=half", "gptq"),
+    ("zq", "int4:g32:s=bf16", "compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("before", "spec", "to"), PAIRS)
+def test_the_model_computes_the_same(before: str, spec: str, to: str, made: Make, tmp_path: Path) -> None:
+    source, out = made(before, spec), tmp_path / "out"
+    report = convert(plan_conversion(source, to), out)
+    assert torch.equal(logits(out), logits(source))
+    config = quantization_config(out)
+    assert config
+    assert config["quant_method"] == to
+    assert audit_folder(out)["passed"]
+    assert report["converted_from"]["quant_method"] == before
+    for file in ("generation_config.json", "README.md"):
+        if (source / file).is_file():
+            assert (out / file).read_bytes() == (source / file).read_bytes()
+    back = tmp_path / "back"
+    convert(plan_conversion(out, before), back)
+    assert torch.equal(logits(back), logits(source))
+
+
+@pytest.mark.parametrize(
+    ("before", "spec", "to", "words"),
+    [
+        ("compressed-tensors", "int5:g32", "gptq", "no int5 weights"),
+        ("compressed-tensors", "int8:channel", "awq", "no int8 weights"),
+        ("compressed-tensors", "e4m3fn:channel", "gptq", "no e4m3fn weights"),
+        ("zq", "e2m1fn:b32", "compressed-tensors", "no flat blocks"),
+        ("zq", "int4:g32:lorc=2", "compressed-tensors", "no low-rank"),
+    ],
+)
+def test_what_the_other_format_cannot_hold(before: str, spec: str, to: str, words: str, made: Make) -> None:
+    source = made(before, spec)
+    with pytest.raises(ZqError, match=words):
+        plan_conversion(source, to)
+
+
+def test_scales_that_the_other_dtype_does_not_hold_are_refused_and_nothing_stays(
+    made: Make, tmp_path: Path
+) -> None:
+    """fp32 scales of zq's own format in a bf16 model; and a bf16 scale below what fp16 holds."""
+    with pytest.raises(ZqError, match="bfloat16 does not hold exactly"):
+        convert(plan_conversion(made("zq", "int4:g32:s=fp32"), "compressed-tensors"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    q = quantize_tensor(torch.full((32, 32), 1e-9).bfloat16(), TensorSpec.parse("int4:g32"))
+    with pytest.raises(ZqError, match="'x' has scales that float16 does not hold exactly"):
+        restate(q, TensorSpec.parse("int4:g32:s=half"), torch.bfloat16, "x")
+
+
+def test_different_values_are_an_audit_error(made: Make, tmp_path: Path, monkeypatch) -> None:
+    from zq.export import gptq
+
+    real = gptq.pack
+
+    def wrong(name, q, scheme):
+        tensors = real(name, q, scheme)
+        tensors[f"{name}.qweight"][0, 0] ^= 1
+        return tensors
+
+    monkeypatch.setattr(gptq, "pack", wrong)
+    with pytest.raises(ZqError, match=r"audit: '.*' has other values in gptq"):
+        convert(plan_conversion(made("compressed-tensors", "int4:g32"), "gptq"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(made: Make, tiny: Make, tmp_path: Path) -> None:
+    source, out = made("compressed-tensors", "int4:g32"), tmp_path / "out"
+    done = command("export", source, "--to", "gptq", "-o", out, "--json").ok().json
+    assert done["format"] == "gptq"
+    assert "same values" in command("export", source, "--to", "awq", "-o", tmp_path / "b").ok().out
+    for words, args in (
+        (
+            "unknown; allowed: compressed-tensors, zq, gptq, awq",
+            (source, "--to", "ggml", "-o", tmp_path / "x"),
+        ),
+        ("is in format gptq already", (out, "--to", "gptq", "-o", tmp_path / "x")),
+        ("is not quantized; use zq quantize", (tiny("llama"), "--to", "gptq", "-o", tmp_path / "x")),
+        ("exists and is not empty", (source, "--to", "gptq", "-o", out)),
+    ):
+        failed = command("export", *args)
+        assert failed.code == 2
+        assert words in failed.err
+        assert not (tmp_path / "x").exists()
+    assert (
+        "--to ggml is unknown"
+        in command("quantize", tiny("llama"), "--w4a16", "--to", "ggml", "--dry-run").err
+    )
+
+
+def test_a_fine_fp16_scale_is_named(made: Make, tmp_path: Path) -> None:
+    """A checkpoint of another tool, whose fp16 scales have more digits than bf16."""
+    source = tmp_path / "source"
+    convert(plan_conversion(made("compressed-tensors", "int4:g32"), "gptq"), source)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".scales"))
+    tensors[name] = tensors[name] * (1 + 2**-10)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = convert(plan_conversion(source, "zq"), tmp_path / "zq")
+    assert report["notes"] == []
+    with pytest.raises(ZqError, match="bfloat16 does not hold exactly"):
+        convert(plan_conversion(source, "compressed-tensors"), tmp_path / "ct")
+    report = convert(plan_conversion(source, "awq"), tmp_path / "awq")
+    assert "1 layers have fp16 scales that bf16 does not hold" in report["notes"][0]
+    config = json.loads((tmp_path / "awq" / "config.json").read_text())
+    assert config["quantization_config"]["version"] == "gemm"
+
+
+def test_a_checkpoint_without_its_tensors_is_refused(made: Make, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", torch.bfloat16)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = quantization_config(made("gptq", "int4:g32"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ZqError, match=r"has no tensor '.*qweight'"):
+        plan_conversion(tmp_path / "model", "zq")

@@ -1,0 +1,245 @@
+"""From one format of quantized checkpoint to another, without quantizing again: the same values or none.
+
+Every layer is unpacked, stated in the other format's terms, packed, unpacked again and compared: its
+dequantized weight must be bit for bit the one it was. What cannot be said in the other format (codes it does
+not have, scales its dtype does not hold) is refused with the reason before anything is published. All other
+tensors, the tokenizer and the rest travel unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zq
+from zq.audit import REPORT
+from zq.checkpoint.index import CheckpointIndex, main_dtype, read_index
+from zq.checkpoint.job import Job
+from zq.checkpoint.reader import reader
+from zq.checkpoint.writer import ShardWriter, Slot, disk_error, plan_shards, write_atomic
+from zq.errors import AuditError, OutputError, ZqError
+from zq.export import EXPORTERS, exporter_for
+from zq.models.build import shapes_only, stores_pooler
+from zq.models.families import FAMILIES
+from zq.models.find import load_config
+from zq.models.layout import is_transposed, linear_shapes
+from zq.numerics.qtensor import QTensor
+from zq.numerics.scales import DTYPES
+from zq.publish import companions
+from zq.runtime.load import quantization_config
+from zq.spec import Scheme, TensorSpec
+
+REMEDY = "choose another format, or quantize again with a scheme that it holds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to become what. `before` and `after` give each quantized layer its scheme, `shapes` its [N, K];
+    `dtype` is the one of the model."""
+
+    folder: Path
+    index: CheckpointIndex
+    source: ModuleType
+    target: ModuleType
+    to: str
+    before: dict[str, Scheme]
+    after: dict[str, Scheme]
+    shapes: dict[str, tuple[int, int]]
+    skipped: list[str]
+    dtype: torch.dtype
+
+    def old_slots(self, name: str) -> list[Slot]:
+        return self.source.slots(name, self.before[name], self.shapes[name], self.dtype)
+
+    def new_slots(self, name: str) -> list[Slot]:
+        return self.target.slots(name, self.after[name], self.shapes[name], self.dtype)
+
+    @property
+    def copied(self) -> list[str]:
+        """Tensors that stay as they are."""
+        theirs = {slot.name for name in self.before for slot in self.old_slots(name)}
+        return [name for name in self.index.tensors if name not in theirs]
+
+
+def plan_conversion(folder: Path, to: str) -> Conversion:
+    """Raises ZqError when the checkpoint is not quantized, or the format cannot hold one of its layers."""
+    if to not in EXPORTERS:
+        raise ZqError(f"format '{to}' is unknown; allowed: {', '.join(EXPORTERS)}")
+    stored = quantization_config(folder)
+    if stored is None:
+        raise ZqError(f"{folder} is not quantized; use zq quantize with --to {to}")
+    source, target = exporter_for(stored, str(folder)), EXPORTERS[to]
+    config, index = load_config(folder), read_index(folder)
+    pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
+    model = shapes_only(config, str(folder), pooler=pooler)
+    shapes = linear_shapes(model)
+    before = source.schemes(stored, shapes)
+    float_slots = {s.name: s for n, x in before.items() for s in source.slots(n, x, shapes[n], torch.float32)}
+    dtype = main_dtype(index, float_slots)
+    after: dict[str, Scheme] = {}
+    for name, scheme in before.items():
+        flip = is_transposed(model.get_submodule(name))
+        after[name], reason = _stated(scheme, target, shapes[name], flip, dtype)
+        if reason:
+            raise ZqError(f"{to} cannot hold '{name}' of {folder}, {scheme}: {reason}; {REMEDY}")
+    skipped = [name for name in shapes if name not in before]
+    reason = target.refuse_all(after, skipped)
+    if reason:
+        raise ZqError(f"{folder} cannot become {to}: {reason}; {REMEDY}")
+    found = Conversion(
+        folder=folder,
+        index=index,
+        source=source,
+        target=target,
+        to=to,
+        before=before,
+        after=after,
+        shapes=shapes,
+        skipped=skipped,
+        dtype=dtype,
+    )
+    missing = [s.name for name in before for s in found.old_slots(name) if s.name not in index.tensors]
+    if missing:
+        raise ZqError(
+            f"{folder} has no tensor '{missing[0]}', which its config.json asks for; download it again"
+        )
+    return found
+
+
+def convert(
+    plan: Conversion,
+    out: Path,
+    *,
+    shard_bytes: int = 5_000_000_000,
+    command: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Carry it out into the folder `out`; what zq_report.json will hold. Leaves nothing behind on failure.
+
+    `progress` gets (layers done, layers). Raises ZqError when a value has no equal in the new format, and
+    OutputError (disk).
+    """
+    job = Job.begin(out, {"model": plan.index.fingerprint(), "format": plan.to})
+    try:
+        slots = [slot for name in plan.before for slot in plan.new_slots(name)]
+        entries = (plan.index.tensors[name] for name in plan.copied)
+        slots += [Slot(info.name, info.dtype, info.shape) for info in entries]
+        writer = ShardWriter(job.shards, plan_shards(slots, shard_bytes))
+        writer.create()
+        hashes, notes = _write(plan, writer, progress)
+        config = plan.target.config(plan.after, plan.skipped)
+        report = {
+            "zq": zq.__version__,
+            "command": command,
+            "format": plan.to,
+            "converted_from": quantization_config(plan.folder),
+            "quantization_config": config,
+            "bytes_before": plan.index.nbytes,
+            "bytes_after": sum(slot.nbytes for slot in slots),
+            "schemes": sorted({str(scheme) for scheme in plan.after.values()}),
+            "notes": notes,
+            "tensors": hashes,
+        }
+        _publish(plan, writer, out, config, report)
+    except (ZqError, OutputError):
+        job.discard()
+        raise
+    else:
+        job.finish()
+    finally:
+        job.release()
+    return report
+
+
+def restate(q: QTensor, spec: TensorSpec, dtype: torch.dtype, name: str) -> QTensor:
+    """The same values under another spec of the same codes: scales in another dtype, two levels as one,
+    zero points that are all zero. Raises ZqError when a scale would have to be rounded."""
+    step = q.scale if q.sub is None or spec.two_level else q.scale.float() * q.sub
+    stored = step.to(DTYPES[spec.scale_dtype] if spec.scale_dtype else dtype)
+    if not torch.equal(stored.float(), step.float()):
+        raise ZqError(
+            f"'{name}' has scales that {str(stored.dtype).removeprefix('torch.')} does not hold exactly; "
+            "quantize again into the format that you want (zq quantize --to ...)"
+        )
+    zero = q.zero
+    if zero is None and not spec.symmetric:
+        zero = torch.zeros(stored.shape, dtype=torch.int8)
+    return QTensor(q.codes, stored, zero, q.sub if spec.two_level else None, spec, q.left, q.right)
+
+
+def _stated(
+    scheme: Scheme, target: ModuleType, shape: tuple[int, int], transposed: bool, dtype: torch.dtype
+) -> tuple[Scheme, str | None]:
+    """The first way to say the scheme in the target's terms, or the reason why there is none."""
+    weights = scheme.weights
+    plain = replace(weights, scale_dtype=None)
+    ways = [weights, plain, replace(plain, two_level=False)]
+    reason = None
+    for way in ways:
+        stated = target.adapt(replace(scheme, weights=way))
+        why = target.refuse(stated, shape, transposed, dtype)
+        if why is None:
+            return stated, None
+        reason = reason or why
+    return scheme, reason
+
+
+def _write(
+    plan: Conversion, writer: ShardWriter, progress: Callable[[int, int], None]
+) -> tuple[dict[str, str], list[str]]:
+    """(sha256 of every tensor, notes)."""
+    read = reader(plan.index)
+    hashes: dict[str, str] = {}
+    fine = 0  # layers whose fp16 scales bf16 does not hold
+    for done, (name, scheme) in enumerate(plan.before.items(), 1):
+        names = [slot.name for slot in plan.old_slots(name)]
+        q = plan.source.unpack(name, read(names).__getitem__, scheme, plan.shapes[name])
+        stated = restate(q, plan.after[name].weights, plan.dtype, name)
+        tensors = plan.target.pack(name, stated, plan.after[name])
+        _compare(plan, name, q, tensors)
+        scales = stated.scale
+        fine += plan.after[name].weights.scale_dtype == "half" and bool((scales.bfloat16() != scales).any())
+        hashes |= writer.write(tensors)
+        progress(done, len(plan.before))
+    for name in plan.copied:
+        hashes |= writer.write(read([name]))
+    notes = []
+    if fine:
+        notes.append(
+            f"{fine} layers have fp16 scales that bf16 does not hold; serve with dtype float16 for the same "
+            "values"
+        )
+    return hashes, notes
+
+
+def _compare(plan: Conversion, name: str, q: QTensor, tensors: dict[str, Tensor]) -> None:
+    back = plan.target.unpack(name, tensors.__getitem__, plan.after[name], plan.shapes[name])
+    if not torch.equal(back.dequantize(), q.dequantize()):
+        raise AuditError(
+            f"audit: '{name}' has other values in {plan.to}; please report this as a defect of zq"
+        )
+
+
+def _publish(
+    plan: Conversion, writer: ShardWriter, out: Path, quantization: dict[str, Any], report: dict[str, Any]
+) -> None:
+    for file in [*companions(plan.folder), *plan.folder.glob("README.md")]:
+        target = out / file.relative_to(plan.folder)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        except OSError as error:
+            raise disk_error(error, target, 0) from None
+    config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization
+    write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    writer.publish(out)
