@@ -171,6 +171,7 @@ def situation(
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
     *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
     *("to-unknown", "gptq-activations", "export-unknown", "export-float"),
+    *("gguf-activations", "gguf-tokenizer"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:
@@ -564,7 +565,7 @@ def _quantized(*options: str) -> Callable[[Model], None]:
 
 
 situation("export-not-expressible")(_quantized("--w8a8"))
-situation("export-same-format")(_quantized("--w4a16"))
+situation("export-same-format", "gguf-name")(_quantized("--w4a16"))
 
 
 @situation("export-scales")

@@ -28,3 +28,19 @@ def save_tokenizer(folder: Path, *, template: str | None = None, start: int = 0)
     if template:
         fast.chat_template = template
     fast.save_pretrained(folder)
+
+
+def save_bpe(folder: Path) -> None:
+    """The same as byte-level BPE with a merge or two, of the kind of GPT-2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*SPECIAL, *CHARACTERS[1:], "\u0120", "ab", "ba"]  # byte-level BPE writes a space as U+0120
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [("a", "b"), ("b", "a")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    fast.save_pretrained(folder)

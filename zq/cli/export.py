@@ -17,8 +17,10 @@ from zq.errors import ZqError
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a hub id.")],
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq or zq.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq, zq or gguf.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder to create; for gguf the file, NAME.gguf.")
+    ],
     shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file in GB.")] = 5.0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -34,6 +36,8 @@ def export(
         from zq.checkpoint.job import check_output
         from zq.convert import convert, plan_conversion
 
+        if to == "gguf":
+            return _gguf(folder, output, json)
         check_output(output)
         plan = plan_conversion(folder, to)
         if plan.source is plan.target:
@@ -58,3 +62,26 @@ def export(
         table.add_row("size", f"{size(report['bytes_before'])} -> {size(report['bytes_after'])}")
         table.add_row("audit", f"passed: {len(plan.before)} layers have the same values")
         out.print(table)
+
+
+def _gguf(folder: Path, output: Path, as_json: bool) -> None:
+    from zq.llamacpp import write
+
+    if output.suffix != ".gguf":
+        raise ZqError(f"{output} is no name of a GGUF file; give -o NAME.gguf")
+    if output.exists():
+        raise ZqError(f"{output} exists; choose another name or delete it")
+    if not output.absolute().parent.is_dir():
+        raise ZqError(f"there is no folder {output.parent} for {output.name}; create it or choose another")
+    with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
+        task = bar.add_task("tensors", total=None)
+        report = write(folder, output, lambda done, total: bar.update(task, completed=done, total=total))
+    for line in report["notes"]:
+        note(line)
+    if as_json:
+        return print_json(report)
+    table = facts()
+    table.add_row("output", report["file"])
+    table.add_row("types", ", ".join(f"{count} layers {kind}" for kind, count in report["types"].items()))
+    table.add_row("size", size(report["bytes"]))
+    out.print(table)

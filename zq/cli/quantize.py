@@ -112,7 +112,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         typer.Option(
             "--to",
             help="Output format: auto (compressed-tensors where that can hold it), compressed-tensors, gptq, "
-            "awq or zq. Default: the recipe's.",
+            "awq, zq, or gguf: zq's own and beside it a file for llama.cpp. Default: the recipe's.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's.")] = None,
@@ -161,11 +161,18 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
             from zq.autobits import settle
 
             plan = settle(plan, resume=output if resume and not dry_run else None, progress=_measuring(json))
+        if to == "gguf":
+            from zq import llamacpp
+
+            llamacpp.refuse(plan.assigned, {layer.name: layer.shape for layer in plan.layers}, folder)
         if dry_run:
             return _show_plan(plan, as_json=json)
         assert output is not None
         with resumable(output, f"{_command_line()} --resume", as_json=json):
             report = _run(plan, output, resume, quiet=json)
+        if to == "gguf":
+            report["gguf"] = llamacpp.write(output, output / llamacpp.FILE)
+            report["notes"] += report["gguf"]["notes"]
         report |= {"output": str(output), "peak_memory": peak_memory()}
         report["seconds_total"] = round(time.monotonic() - started, 2)
         if json:
@@ -222,11 +229,16 @@ def _with_bits(recipe: Recipe, mean: float | None) -> Recipe:
 
 
 def _with_format(recipe: Recipe, to: str | None) -> Recipe:
-    """The recipe with another output format."""
+    """The recipe with another output format. A GGUF file is made from a checkpoint in zq's own."""
     from zq.recipe import OUTPUT_FORMATS
 
-    if to is not None and to not in OUTPUT_FORMATS:
-        raise ZqError(f"--to {to} is unknown; allowed: {', '.join(OUTPUT_FORMATS)}")
+    if to is not None and to not in (*OUTPUT_FORMATS, "gguf"):
+        raise ZqError(f"--to {to} is unknown; allowed: {', '.join((*OUTPUT_FORMATS, 'gguf'))}")
+    if to == "gguf":
+        from zq.export.ggml import adapt
+
+        rules = tuple(replace(r, scheme=r.scheme and adapt(r.scheme)) for r in recipe.rules)
+        return replace(recipe, rules=rules, format="zq")
     return replace(recipe, format=to) if to else recipe
 
 
@@ -347,6 +359,9 @@ def _summary(plan: Plan, report: dict[str, Any]) -> None:
     table = facts()
     table.add_row("output", report["output"])
     table.add_row("format", report["format"])
+    if "gguf" in report:
+        kinds = ", ".join(f"{count} layers {kind}" for kind, count in report["gguf"]["types"].items())
+        table.add_row("for llama.cpp", f"{report['gguf']['file']}: {size(report['gguf']['bytes'])}, {kinds}")
     before, after = report["bytes_before"], report["bytes_after"]
     table.add_row("size", f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)")
     table.add_row("bits per weight", f"{report['bits_per_weight']:.3f}, as written, quantized layers")

@@ -1,0 +1,264 @@
+"""One GGUF file for llama.cpp from a quantized checkpoint, with the same values.
+
+Quantized layers become the blocks that hold them exactly (zq/export/ggml.py), matrices that are not quantized
+stay in their dtype, norms and biases are float32, as llama.cpp wants them. llama.cpp rotates neighbouring
+values of a head where transformers rotates halves, so for its `llama` architecture the rows of q and k are
+interleaved. Metadata and tokenizer come from the checkpoint; names, metadata and the file from the `gguf`
+package. Every block is decoded by that package before it is written, and compared.
+
+Architectures: Llama, Mistral, Qwen2, Qwen3 with a byte-level BPE tokenizer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zq.checkpoint.index import COMPUTE
+from zq.checkpoint.reader import reader
+from zq.checkpoint.writer import disk_error
+from zq.convert import Conversion, plan_conversion
+from zq.errors import AuditError, ZqError
+from zq.export import ggml
+from zq.models.find import load_config, load_tokenizer
+from zq.numerics.qtensor import QTensor
+from zq.spec import Scheme
+
+FILE = "model.gguf"  # in a folder
+ARCHS = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q6_K": 18}  # llama.cpp's enum llama_ftype
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+PATTERNS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
+
+
+def refuse(assigned: dict[str, Scheme], shapes: dict[str, tuple[int, int]], folder: Path) -> None:
+    """Raises ZqError when llama.cpp could not hold these layers, this architecture or its tokenizer."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ZqError("GGUF needs the package gguf; pip install gguf")
+    config = load_config(folder)
+    if config.model_type not in ARCHS:
+        raise ZqError(f"zq writes no GGUF of {config.model_type} models; of: {', '.join(ARCHS)}")
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type", "default") != "default":
+        raise ZqError(
+            f"zq writes no GGUF of models with {rope['rope_type']} position scaling; use another format"
+        )
+    for name, scheme in assigned.items():
+        reason = ggml.refuse(scheme, shapes[name])
+        if reason:
+            raise ZqError(f"gguf cannot hold '{name}' as {scheme}: {reason}; quantize with another scheme")
+    _pre_tokenizer(folder)
+
+
+def write(
+    folder: Path, file: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """The checkpoint in `folder` as `file`; {"file", "bytes", "types": layers of each type, "notes"}.
+
+    `progress` gets (tensors written, tensors). Raises ZqError. Half a file is never left behind.
+    """
+    plan = plan_conversion(folder, "zq")
+    refuse(plan.before, plan.shapes, folder)
+    temporary = file.with_name(f".{file.name}.part")
+    try:
+        types = _write(plan, temporary, progress)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise disk_error(error, file, 0) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "types": dict(types),
+        "notes": _notes(load_config(folder)),
+    }
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the file: llama.cpp's type, its bytes as uint8 [..., bytes per row], made when needed."""
+
+    kind: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def _write(plan: Conversion, file: Path, progress: Callable[[int, int], None]) -> Counter[str]:
+    import gguf
+
+    config: Any = load_config(plan.folder)
+    kind = gguf.MODEL_ARCH[ARCHS[config.model_type]]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = [*(f"{layer}.weight" for layer in plan.before), *plan.copied]
+    if config.tie_word_embeddings:
+        tensors = [name for name in tensors if name != "lm_head.weight"]
+    items = {name: _item(plan, name, config) for name in tensors}
+    types = Counter(items[f"{layer}.weight"].kind for layer in plan.before)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[kind])
+    _metadata(writer, config, plan.folder, types.most_common(1)[0][0])
+    _tokenizer(writer, config, plan.folder)
+    for name, item in items.items():
+        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own is None:
+            raise ZqError(f"llama.cpp has no place for the tensor '{name}'; use another format")
+        raw = gguf.GGMLQuantizationType[item.kind]
+        writer.add_tensor_info(own, item.shape, np.dtype(np.uint8), math.prod(item.shape), raw)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, item in enumerate(items.values(), 1):
+        writer.write_tensor_data(item.make().numpy())
+        progress(done, len(items))
+    writer.close()
+    return types
+
+
+def _item(plan: Conversion, name: str, config: Any) -> Item:
+    layer = name.removesuffix(".weight")
+    rows = _rows(name, config)
+    if layer in plan.before:
+        kind, blocks = _blocks(plan, layer, rows)
+        return Item(kind, tuple(blocks.shape), lambda: _blocks(plan, layer, rows)[1])
+    info = plan.index.tensors[name]
+    dtype = torch.float32 if len(info.shape) == 1 else COMPUTE[info.dtype]
+
+    def make() -> Tensor:
+        values = reader(plan.index)([name])[name].to(dtype)
+        values = values if rows is None else values[rows]
+        return values.contiguous().view(torch.uint8)
+
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    return Item(kind, (*info.shape[:-1], info.shape[-1] * dtype.itemsize), make)
+
+
+def _blocks(plan: Conversion, layer: str, rows: Tensor | None) -> tuple[str, Tensor]:
+    """(type, blocks [N, bytes]) of a quantized layer, decoded and compared."""
+    import gguf
+
+    read = reader(plan.index)([slot.name for slot in plan.old_slots(layer)])
+    q = plan.source.unpack(layer, read.__getitem__, plan.before[layer], plan.shapes[layer])
+    if rows is not None:
+        q = _reordered(q, rows)
+    try:
+        kind, blocks = ggml.encode(q)
+    except ZqError as error:
+        raise ZqError(f"'{layer}': {error}; quantize again with --to gguf") from None
+    back = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
+    if not torch.equal(torch.from_numpy(back), q.dequantize()):
+        raise AuditError(f"audit: '{layer}' has other values as {kind}; report this as a defect of zq")
+    return kind, blocks
+
+
+def _rows(name: str, config: Any) -> Tensor | None:
+    """The order of the output channels of q and k for llama.cpp's `llama`, or None."""
+    part = next((p for p in ("q_proj", "k_proj") if f".{p}." in name), None)
+    if part is None or ARCHS[config.model_type] != "LLAMA":
+        return None
+    heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.arange(heads * width).reshape(heads, 2, width // 2).transpose(1, 2).reshape(-1)
+
+
+def _reordered(q: QTensor, rows: Tensor) -> QTensor:
+    def pick(tensor: Tensor | None) -> Tensor | None:
+        return tensor[rows] if tensor is not None and len(tensor) == len(rows) else tensor
+
+    scale = pick(q.scale)
+    assert scale is not None
+    return QTensor(q.codes[rows], scale, pick(q.zero), pick(q.sub), q.spec)
+
+
+def _metadata(writer: Any, config: Any, folder: Path, kind: str) -> None:
+    writer.add_name(folder.name)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(2)  # of llama.cpp's block layouts
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+
+
+def _notes(config: Any) -> list[str]:
+    window = getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return []
+    return [
+        f"this model looks {window} tokens back, and llama.cpp lets it see its whole context: the same up to "
+        f"{window} tokens"
+    ]
+
+
+def _tokenizer(writer: Any, config: Any, folder: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(folder)
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+    types = [UNUSED] * config.vocab_size
+    for text, i in data["model"]["vocab"].items():
+        tokens[i], types[i] = text, NORMAL
+    for entry in data.get("added_tokens", ()):
+        tokens[entry["id"]] = entry["content"]
+        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name of byte-level BPE
+    writer.add_tokenizer_pre(_pre_tokenizer(folder))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    for key in ("bos", "eos", "pad", "unk"):
+        i = getattr(tokenizer, f"{key}_token_id", None)
+        if i is not None:
+            getattr(writer, f"add_{key}_token_id")(i)
+    first = tokenizer("a").input_ids[:1]
+    writer.add_add_bos_token(bool(first) and first[0] == tokenizer.bos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _pre_tokenizer(folder: Path) -> str:
+    """llama.cpp's name of how tokenizer.json splits a text into words. Raises ZqError when it has none."""
+    try:
+        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        model, split = data["model"], data.get("pre_tokenizer") or {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ZqError(
+            f"{folder} has no readable tokenizer.json, which a GGUF file is made from; add it"
+        ) from None
+    parts = split.get("pretokenizers", [split])
+    kinds = tuple(part.get("type") for part in parts)
+    pattern = next((p["pattern"].get("Regex") for p in parts if p.get("type") == "Split"), None)
+    if model.get("type") == "BPE" and not model.get("byte_fallback"):
+        if kinds == ("ByteLevel",):
+            return "gpt-2"
+        if kinds == ("Digits", "ByteLevel") and parts[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ("Split", "ByteLevel") and pattern in PATTERNS:
+            return PATTERNS[pattern]
+    raise ZqError(
+        f"the tokenizer in {folder} is of a kind that zq cannot describe to llama.cpp ({model.get('type')}, "
+        f"{', '.join(map(str, kinds))}); use another format"
+    )
