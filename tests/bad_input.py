@@ -171,7 +171,14 @@ def situation(
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
     *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
     *("to-unknown", "gptq-activations", "export-unknown", "export-float"),
-    *("gguf-activations", "gguf-tokenizer"),
+    *(
+        "gguf-activations",
+        "gguf-tokenizer",
+        "engine-unknown",
+        "engine-part",
+        "engine-refuses",
+        "doctor-float",
+    ),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:

@@ -26,7 +26,7 @@ from zq.cli.console import EXIT_CODES
 from zq.cli.main import app
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-VALUES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH"}
+VALUES = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH", list[str]: "TEXT ..."}
 
 HEAD = """\
 # Command line

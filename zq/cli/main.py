@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from zq import __version__
-from zq.cli import evaluate, export, generate, inspect, quantize, recipes
+from zq.cli import doctor, evaluate, export, generate, inspect, quantize, recipes
 from zq.cli.console import EXIT_CODES, fail
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 app.add_typer(recipes.app, name="recipes")
 

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from zq.cli.console import (
     MAX_SEED,
     check_number,
     command,
-    err,
-    facts,
-    listing,
     note,
-    out,
     peak_memory,
     print_json,
-    size,
     torch_device,
 )
+from zq.cli.doctor import check
+from zq.cli.show import carry_out, command_line, measuring, show_plan, summary
 from zq.cli.signals import resumable
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
-    from zq.plan import Plan
     from zq.recipe import Recipe
 
 SHORTCUTS = ("w8a8", "w4a8", "w4a16", "w8a16", "fp8", "w4afp8", "w4w8a8")
@@ -115,6 +107,14 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
             "awq, zq, or gguf: zq's own and beside it a file for llama.cpp. Default: the recipe's.",
         ),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            help="What will serve it: ENGINE[:VERSION][:smNN or cpu][:tp=N]. The plan is checked against "
+            "what that engine really does; may be given several times. See `zq doctor`.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: the recipe's.")] = None,
     device: Annotated[
         str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.", rich_help_panel=RUN)
@@ -160,16 +160,18 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if plan.recipe.bits:
             from zq.autobits import settle
 
-            plan = settle(plan, resume=output if resume and not dry_run else None, progress=_measuring(json))
+            plan = settle(plan, resume=output if resume and not dry_run else None, progress=measuring(json))
         if to == "gguf":
             from zq import llamacpp
 
             llamacpp.refuse(plan.assigned, {layer.name: layer.shape for layer in plan.layers}, folder)
+        for text in engine or ():
+            plan.notes.extend(check(plan, text, "gguf" if to == "gguf" else plan.format))
         if dry_run:
-            return _show_plan(plan, as_json=json)
+            return show_plan(plan, as_json=json)
         assert output is not None
-        with resumable(output, f"{_command_line()} --resume", as_json=json):
-            report = _run(plan, output, resume, quiet=json)
+        with resumable(output, f"{command_line()} --resume", as_json=json):
+            report = carry_out(plan, output, resume, quiet=json)
         if to == "gguf":
             report["gguf"] = llamacpp.write(output, output / llamacpp.FILE)
             report["notes"] += report["gguf"]["notes"]
@@ -178,7 +180,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if json:
             print_json({k: v for k, v in report.items() if k not in ("layers", "tensors")})
         else:
-            _summary(plan, report)
+            summary(plan, report)
 
 
 def _recipe(
@@ -242,147 +244,9 @@ def _with_format(recipe: Recipe, to: str | None) -> Recipe:
     return replace(recipe, format=to) if to else recipe
 
 
-def _measuring(quiet: bool) -> Callable[[dict[str, Any]], None]:
-    """One line per block while sensitivities are measured, the last block first."""
-
-    def show(event: dict[str, Any]) -> None:
-        left = event["seconds"] * (event["of"] - event["done"])
-        if not quiet:
-            err.print(
-                f"{event['measured']:<28}  sensitivity measured  "
-                f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]",
-                soft_wrap=True,
-            )
-
-    return show
-
-
 def _check_output(output: Path, resume: bool) -> None:
     """What can be said about the output before the model is even looked at."""
     from zq.checkpoint.job import check_output
 
     if not resume:
         check_output(output)
-
-
-def _command_line() -> str:
-    """What makes this output from nothing: a resumed run gives the same files as the first."""
-    return shlex.join(["zq", *(word for word in sys.argv[1:] if word != "--resume")])
-
-
-def _run(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, Any]:
-    """The pipeline with one line per block and a bar with the time that is left."""
-    from zq.pipeline import quantize as run
-
-    for line in plan.notes:
-        note(line)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
-        task = bar.add_task("blocks", total=len(plan.units))
-        begun = time.monotonic()
-        done = 0
-
-        def show(event: dict[str, Any]) -> None:
-            nonlocal done
-            if "written" in event:
-                bar.update(task, description=f"writing {event['written']}/{event['of']}")
-                return
-            bar.update(task, description="blocks")
-            done += 1
-            bar.advance(task)
-            if quiet:
-                return
-            left = (time.monotonic() - begun) / done * (len(plan.units) - event["done"])
-            err.print(_line(event, left), soft_wrap=True)
-
-        return run(plan, output, resume=resume, progress=show, command=_command_line()).report
-
-
-def _line(event: dict[str, Any], left: float) -> str:
-    layers = event["layers"].values()
-    parts = [f"{event['unit']:<28}"]
-    if layers:
-        worst = min(m["sqnr_db"] for m in layers)
-        parts.append(f"{len(layers)} layers, worst {worst:5.2f} dB")
-    else:
-        parts.append("copied                   ")
-    if "output_error" in event:
-        error = event["output_error"]
-        parts.append("output error " + ("unknown: overflow" if error is None else f"{error:.2e}"))
-    if "smoothing" in event:
-        parts.append(_smoothing(event["smoothing"]))
-    if "held_out_loss" in event:
-        loss = event["held_out_loss"]
-        parts.append(f"held-out loss {loss['start']:.2e} -> {loss['end']:.2e}")
-    parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
-    return "  ".join(parts)
-
-
-def _smoothing(links: list[dict[str, Any]]) -> str:
-    """What the steps that fold scales did; the errors of their links, one at a time, added up."""
-    said = []
-    for step in dict.fromkeys(link["step"] for link in links):
-        chosen = [link for link in links if link["step"] == step]
-        errors = [(link["start"], link["end"]) for link in chosen if link.get("start") and link.get("end")]
-        before, after = (sum(pair[i] for pair in errors) for i in (0, 1))
-        gain = f" {before:.2e} -> {after:.2e}" if errors else f" {len(chosen)} links"
-        said.append(step + gain)
-    return ", ".join(said)
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    from zq.estimate import estimate
-
-    guess = estimate(plan)
-    rows = plan.rows()
-    if as_json:
-        chosen = {"sensitivity": plan.sensitivity} if plan.sensitivity else {}
-        return print_json({"format": plan.format, "notes": plan.notes, "tensors": rows, **chosen, **guess})
-    listing(
-        ("tensor", "shape", "becomes", "why", "bytes"),
-        [
-            (row["name"], "x".join(map(str, row["shape"])), row["becomes"], row["why"], size(row["bytes"]))
-            for row in rows
-        ],
-    )
-    for line in plan.notes:
-        out.print(f"note: {line}", soft_wrap=True, markup=False)
-    out.print(
-        f"format {plan.format}; {size(guess['bytes_before'])} -> {size(guess['bytes_after'])}, "
-        f"{guess['bits_per_weight']:.3f} bits per quantized weight; about {size(guess['memory'])} of memory, "
-        f"{size(guess['disk'])} of disk and {guess['seconds']:.0f} s; nothing was written",
-        soft_wrap=True,
-    )
-
-
-def _summary(plan: Plan, report: dict[str, Any]) -> None:
-    table = facts()
-    table.add_row("output", report["output"])
-    table.add_row("format", report["format"])
-    if "gguf" in report:
-        kinds = ", ".join(f"{count} layers {kind}" for kind, count in report["gguf"]["types"].items())
-        table.add_row("for llama.cpp", f"{report['gguf']['file']}: {size(report['gguf']['bytes'])}, {kinds}")
-    before, after = report["bytes_before"], report["bytes_after"]
-    table.add_row("size", f"{size(before)} -> {size(after)} ({before / after:.2f}x smaller)")
-    table.add_row("bits per weight", f"{report['bits_per_weight']:.3f}, as written, quantized layers")
-    for kind, decibels in report["weight_sqnr_db"].items():
-        table.add_row(f"{kind} weights", f"{decibels:.2f} dB SQNR, mean")
-    if report["output_error"]:
-        last = list(report["output_error"].values())[-1]
-        known = "unknown" if last is None else f"{last:.3e}"
-        table.add_row("output error", f"{known} after the last block (relative, squared)")
-    for line in report["notes"][len(plan.notes) :]:  # the others were said at the start
-        table.add_row("note", line)
-    audit = report["audit"]
-    table.add_row(
-        "audit", f"passed: {audit['tensors']} tensors, {audit['quantized_layers']} quantized layers"
-    )
-    table.add_row("time", f"{report['seconds_total']:.1f} s")
-    table.add_row("peak memory", size(report["peak_memory"]))
-    out.print(table)
-    out.print(
-        "next: " + shlex.join(["zq", "eval", report["output"], "--against", str(plan.folder)]),
-        style="dim",
-        soft_wrap=True,
-        markup=False,
-    )

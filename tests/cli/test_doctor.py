@@ -1,0 +1,92 @@
+"""zq doctor and --for: said before it is tried, with an exit code for scripts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.command import run
+from tests.letters import save_tokenizer
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny("llama", folder, torch.bfloat16)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def w4a8(model: Path) -> Path:
+    out = model.parent / "w4a8"
+    run("quantize", model, "--w4a8", "--calib", "none", "-o", out).ok()
+    return out
+
+
+def test_every_engine_by_default(w4a8: Path) -> None:
+    done = run("doctor", w4a8, "--json").ok().json
+    assert list(done) == ["vllm:0.33:sm90", "sglang:0.5:sm90", "transformers:5", "llama.cpp"]
+    assert [entry["loads"] for entry in done.values()] == [True, False, True, False]
+    said = run("doctor", w4a8).ok().out
+    assert "does not load: int4:g64 @ int8:token: SGLang has no dense kernel" in said
+
+
+def test_an_engine_that_was_asked_for_decides_the_exit_code(w4a8: Path) -> None:
+    assert run("doctor", w4a8, "--for", "transformers").code == 0
+    assert run("doctor", w4a8, "--for", "transformers", "--for", "sglang").code == 2
+    assert "engine 'tgi'" in run("doctor", w4a8, "--for", "tgi").err
+
+
+def test_tensors_that_are_not_there(w4a8: Path, tmp_path: Path) -> None:
+    """A checkpoint of another tool that holds INT4 as bytes, which no CUDA server loads."""
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((w4a8 / file).read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        tensors[name.replace("_packed", "")] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    done = run("doctor", tmp_path, "--for", "vllm")
+    assert done.code == 2
+    assert "must be pack-quantized" in done.out
+
+
+def test_a_float_checkpoint_is_refused(model: Path) -> None:
+    done = run("doctor", model)
+    assert done.code == 2
+    assert "is not quantized, so every engine runs it as it is" in done.err
+
+
+def test_a_plan_is_checked_before_any_work(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("quantize", model, "--w4a8", "--calib", "none", "--for", "sglang", "-o", out)
+    assert done.code == 2
+    assert "--for sglang: int4:g64 @ int8:token: SGLang has no dense kernel" in done.err
+    assert not out.exists()
+    notes = (
+        run("quantize", model, "--w8a8", "--calib", "none", "--for", "vllm:cpu", "--dry-run", "--json")
+        .ok()
+        .json["notes"]
+    )
+    assert "vllm:0.33:cpu runs int8:channel @ int8:token as INT8 (oneDNN)" in notes
+
+
+def test_fused_layers_and_devices(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "rules: [{match: '*.q_proj', weights: 'int8:channel'}, {match: '*', weights: 'int4:g32'}]\n"
+    )
+    options = ("--calib", "none", "--dry-run")
+    done = run("quantize", model, "--recipe", recipe, *options, "--for", "vllm")
+    assert done.code == 2
+    assert "are fused into one layer and need one scheme, not int4:g32 and int8:channel" in done.err
+    assert run("quantize", model, "--recipe", recipe, *options, "--for", "transformers").code == 0
+    done = run("quantize", model, "--w4a16", "--group-size", "64", *options, "--for", "vllm:tp=4")
+    assert "in groups of 64 cannot be split between 4 devices" in done.err
+    whole = json.loads(run("quantize", model, "--w8a8", *options, "--for", "vllm:tp=2", "--json").ok().out)
+    assert whole["format"] == "compressed-tensors"

@@ -1,0 +1,135 @@
+"""What each engine does with each scheme; the facts are those of docs/serving.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from zq.engines import Layer, Target, judge, parse
+from zq.errors import ZqError
+from zq.spec import Scheme
+
+
+def layer(
+    text: str | None, shape: tuple[int, int] = (4096, 4096), name: str = "a.0.o", site: str = "out"
+) -> Layer:
+    return Layer(name=name, shape=shape, scheme=Scheme.parse(text) if text else None, site=(0, site))
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "back"),
+    [
+        ("vllm", Target(engine="vllm", version="0.33"), "vllm:0.33:sm90"),
+        ("vllm:0.33:sm80:tp=4", Target(engine="vllm", version="0.33", sm=80, tp=4), "vllm:0.33:sm80:tp=4"),
+        ("vllm:cpu", Target(engine="vllm", version="0.33", sm=0), "vllm:0.33:cpu"),
+        ("sglang:0.5.23:sm_90a", Target(engine="sglang", version="0.5.23"), "sglang:0.5.23:sm90"),
+        ("llama.cpp", Target(engine="llama.cpp", version=""), "llama.cpp"),
+        ("transformers:5.23", Target(engine="transformers", version="5.23"), "transformers:5.23"),
+    ],
+)
+def test_targets(text: str, target: Target, back: str) -> None:
+    assert parse(text) == target
+    assert str(target) == back
+    assert parse(back) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("tgi", "engine 'tgi'"), ("vllm:new", "'new' in 'vllm:new'"), ("vllm:tp=0", "'tp=0'")]
+)
+def test_targets_that_do_not_exist(text: str, words: str) -> None:
+    with pytest.raises(ZqError, match=words):
+        parse(text)
+
+
+CT = "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("target", "format", "scheme", "kernel"),
+    [
+        ("vllm:sm90", CT, "int4:g128", "INT4 weights (Machete)"),
+        ("vllm:sm90", CT, "int4:g32", "INT4 weights (humming or Triton)"),
+        ("vllm:sm80", CT, "int4:g32", "INT4 weights (Marlin)"),
+        ("vllm:sm80", CT, "int3:g64", "INT3 weights (humming or Triton)"),
+        ("vllm:sm90", CT, "int8:channel @ int8:token", "INT8 (CUTLASS or Triton)"),
+        ("vllm:cpu", CT, "int8:channel @ int8:token", "INT8 (oneDNN)"),
+        ("vllm:sm90", CT, "e4m3fn:channel @ e4m3fn:token", "FP8 (CUTLASS)"),
+        ("vllm:sm90", CT, "int3:g64 @ int8:token", "INT3 x INT8 (humming)"),
+        ("vllm:sm90", CT, "int4:g32 @ int8:token", "INT4 x INT8 (humming)"),
+        ("vllm:sm80", CT, "int4:g16 @ int8:token", "INT4 x INT8 (humming)"),
+        ("vllm:sm90", "gptq", "int4:g64", "INT4 weights (Machete)"),
+        ("vllm:cpu", "awq", "int4:g64:asym", "INT4 weights (bf16 or fp16 only)"),
+        ("sglang", CT, "int4:g128", "INT4 weights (Marlin)"),
+        ("llama.cpp", "gguf", "int4:g64", "INT4 blocks, activations rounded to INT8"),
+        ("transformers", "gptq", "int4:g64", "gptqmodel's, which must be installed"),
+    ],
+)
+def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str) -> None:
+    verdict = judge(parse(target), format, [layer(scheme)])
+    assert verdict.kernels == {scheme: kernel}
+    assert verdict.problems == verdict.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("target", "format", "scheme", "words"),
+    [
+        ("vllm:sm90", CT, "int4:g128 @ int8:token", "16-bit activations; add `--linear-backend humming`"),
+        ("vllm:sm80", CT, "int4:g64 @ int8:token", "16-bit activations"),
+        ("vllm:cpu", CT, "int4:g64 @ int8:token", "16-bit activations"),
+        ("vllm:sm80", CT, "e4m3fn:channel @ e4m3fn:token", "before sm89"),
+        ("vllm:sm90", CT, "int4:g128 @ e4m3fn:token", "rounds its group scales to FP8"),
+        ("vllm:0.40", CT, "int4:g128", "what zq knows is vllm 0.33"),
+        ("transformers", "zq", "int4:b64", "import zq"),
+        ("transformers", CT, "int4:g64:asym", "cannot load packed zero points"),
+    ],
+)
+def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: str) -> None:
+    verdict = judge(parse(target), format, [layer(scheme), layer(scheme)])
+    assert verdict.problems == []
+    assert len(verdict.warnings) == 1
+    assert words in verdict.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "format", "scheme", "words"),
+    [
+        ("vllm", "zq", "int4:b64", "nothing of zq's own format"),
+        ("vllm", "gguf", "int4:g64", "no GGUF"),
+        ("vllm:sm70", CT, "int4:g64", "sm75"),
+        ("vllm", "gptq", "int4:g64:asym", "symmetric bits only"),
+        ("vllm", "gptq", "int3:g64", "4 or 8"),
+        ("vllm", CT, "int8:g64 @ int8:token", "group scales"),
+        ("vllm:sm80", CT, "int4:g128 @ e4m3fn:token", "sm90 only"),
+        ("vllm:sm90", CT, "int4:g64 @ e4m3fn:token", "groups of 128"),
+        ("vllm:cpu", CT, "int8:channel", "INT4 weights only"),
+        ("vllm:cpu", CT, "e4m3fn:channel", "on a CPU"),
+        ("sglang", CT, "int4:g64 @ int8:token", "no dense kernel"),
+        ("sglang", "zq", "int4:b64", "format zq"),
+        ("llama.cpp", CT, "int4:g64", "reads GGUF files"),
+        ("llama.cpp", "gguf", "int3:g64", "no int3 blocks"),
+        ("transformers", "gguf", "int4:g64", "into floats"),
+    ],
+)
+def test_what_does_not_load(target: str, format: str, scheme: str, words: str) -> None:
+    verdict = judge(parse(target), format, [layer(scheme)])
+    assert len(verdict.problems) == 1
+    assert words in verdict.problems[0]
+
+
+def test_layers_that_are_fused_need_one_scheme() -> None:
+    q, k = (layer(s, name=n, site="qkv") for n, s in (("a.0.q", "int4:g64"), ("a.0.k", "int8:g64")))
+    found = judge(parse("vllm"), CT, [q, k]).problems
+    assert found == ["a.0.q, a.0.k are fused into one layer and need one scheme, not int4:g64 and int8:g64"]
+    skipped = layer(None, name="a.0.k", site="qkv")
+    assert "as it is and int4:g64" in judge(parse("sglang"), CT, [q, skipped]).problems[0]
+    assert judge(parse("transformers"), CT, [q, k]).problems == []
+
+
+def test_tensor_parallelism() -> None:
+    down = layer("int4:g128", (512, 1536), "a.0.down", "down")
+    assert judge(parse("vllm:tp=4"), CT, [down]).problems == []
+    assert (
+        "groups of 128 cannot be split between 8 devices" in judge(parse("vllm:tp=8"), CT, [down]).problems[0]
+    )
+    up = layer("int8:channel", (577, 512), "a.0.up", "up")
+    assert "577 outputs" in judge(parse("vllm:tp=2"), CT, [up]).problems[0]
+    assert judge(parse("vllm"), CT, [up]).problems == []

@@ -1,0 +1,148 @@
+"""zq doctor: what an engine will do with a checkpoint, zq's or another tool's, before it is tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zq.cli.console import command, note, out, print_json
+from zq.errors import ZqError
+
+if TYPE_CHECKING:
+    from zq.engines import Layer, Verdict
+    from zq.plan import Plan
+
+ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
+
+
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a hub id.")],
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            help="ENGINE[:VERSION][:smNN or cpu][:tp=N], for example vllm:0.33:sm90:tp=2; may be given "
+            "several times. Default: every engine that zq knows.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say which kernel will run, what an engine would ignore, and why it would not load.
+
+    Reads config.json and headers only. Exit code 2 when an engine that was asked for cannot load it.
+    """
+    with command(json):
+        from zq.engines import judge, parse
+        from zq.source import resolve
+
+        targets = [parse(text) for text in engine or ENGINES]
+        folder = resolve(checkpoint, note)
+        format, layers, missing = read_layers(folder)
+        verdicts = [judge(target, format, layers) for target in targets]
+        for verdict in verdicts:
+            verdict.problems += missing
+        if json:
+            print_json({str(v.target): _as_json(v) for v in verdicts})
+        else:
+            for verdict in verdicts:
+                show(verdict)
+        if engine and any(v.problems for v in verdicts):
+            raise typer.Exit(2)
+
+
+def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
+    """(format, linear layers, what is wrong with the files themselves). Raises ZqError for what zq cannot
+    read."""
+    import torch
+
+    from zq.checkpoint.index import read_index
+    from zq.engines import Layer
+    from zq.export import exporter_for
+    from zq.models.build import shapes_only, stores_pooler
+    from zq.models.find import find_family, load_config
+    from zq.models.layout import linear_shapes
+    from zq.runtime.load import quantization_config
+
+    stored = quantization_config(folder)
+    if stored is None:
+        raise ZqError(f"{folder} is not quantized, so every engine runs it as it is; give a quantized one")
+    arch, index = find_family(folder), read_index(folder)
+    exporter = exporter_for(stored, str(folder))
+    model = shapes_only(load_config(folder), str(folder), pooler=stores_pooler(arch, index.tensors))
+    shapes = linear_shapes(model)
+    assigned = exporter.schemes(stored, shapes)
+    missing = [
+        slot.name
+        for name, scheme in assigned.items()
+        for slot in exporter.slots(name, scheme, shapes[name], torch.float32)
+        if slot.name not in index.tensors
+    ]
+    wrong = []
+    if missing:
+        wrong.append(
+            f"{len(missing)} tensors that config.json asks for are not there, first '{missing[0]}' (INT4 "
+            "weights with activations must be pack-quantized, and experts one by one)"
+        )
+    prefix = f"{model.base_model_prefix}.{arch.blocks}."
+    layers = [
+        Layer(name=name, shape=shape, scheme=assigned.get(name), site=_site(name, prefix, arch))
+        for name, shape in shapes.items()
+    ]
+    return stored["quant_method"], layers, wrong
+
+
+def of_plan(plan: Plan) -> list[Layer]:
+    """The linear layers of a plan."""
+    from zq.engines import Layer
+
+    found = []
+    for layer in plan.layers:
+        prefix = plan.skeleton.block_prefix(0).rpartition(".")[0] + "."
+        site = _site(layer.name, prefix, plan.skeleton.arch)
+        found.append(Layer(name=layer.name, shape=layer.shape, scheme=layer.scheme, site=site))
+    return found
+
+
+def check(plan: Plan, text: str, format: str) -> list[str]:
+    """What to tell about a plan for this engine. Raises ZqError when the engine could not load the result."""
+    from zq.engines import judge, parse
+
+    verdict = judge(parse(text), format, of_plan(plan))
+    if verdict.problems:
+        more = f" (and {len(verdict.problems) - 1} more)" if len(verdict.problems) > 1 else ""
+        raise ZqError(f"--for {text}: {verdict.problems[0]}{more}")
+    lines = [f"{verdict.target} runs {scheme} as {kernel}" for scheme, kernel in verdict.kernels.items()]
+    return lines + [f"{verdict.target}: {line}" for line in verdict.warnings]
+
+
+def show(verdict: Verdict) -> None:
+    out.print(str(verdict.target), style="bold", markup=False)
+    for scheme, kernel in verdict.kernels.items():
+        out.print(f"  {scheme}: {kernel}", soft_wrap=True, markup=False)
+    for line in verdict.warnings:
+        out.print(f"  warning: {line}", soft_wrap=True, markup=False, style="yellow")
+    for line in verdict.problems:
+        out.print(f"  does not load: {line}", soft_wrap=True, markup=False, style="red")
+
+
+def _as_json(verdict: Verdict) -> dict[str, object]:
+    return {
+        "loads": not verdict.problems,
+        "kernels": verdict.kernels,
+        "warnings": verdict.warnings,
+        "problems": verdict.problems,
+    }
+
+
+def _site(name: str, prefix: str, arch: object) -> tuple[int, str] | None:
+    """(block, site) of a linear layer; None outside the blocks."""
+    from zq.models.arch import Arch
+
+    assert isinstance(arch, Arch)
+    number, _, path = name.removeprefix(prefix).partition(".")
+    if not name.startswith(prefix) or not number.isdigit():
+        return None
+    site = arch.site_of(path)
+    return (int(number), site.name) if site else None
