@@ -47,8 +47,8 @@ def engines(document: dict[str, Any]) -> str:
         lines.append([*cells, f"{row['greedy']:.0f} of 64"])
     protocol = document["protocol"]
     caption = (
-        f"{protocol['prompts']} prompts of {protocol['length']} tokens; clear: where the first token leads by "
-        f"{protocol['margin']} nats. {where(document)}"
+        f"{protocol['prompts']} prompts of {protocol['length']} tokens; clear: where the first token leads "
+        f"by {protocol['margin']} nats. {where(document)}"
     )
     return f"{markdown(header, lines)}\n{caption}\n"
 
