@@ -242,7 +242,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         (
             Step("rtn", (("scale", "max"),), "r.yaml:7"),
-            "'scale: max' is not allowed; allowed: absmax, mse, mse-signed",
+            "'scale: max' is not allowed; allowed: absmax, absmax-signed, mse, mse-signed",
         ),
         (Step("rtn", (("rounding", True),)), "'rounding: True' is not allowed"),
     ],

@@ -41,7 +41,9 @@ def run(block: Block, options: Options) -> None:
         _train(block, learned, options)
     for layer in block.layers:
         spec = layer.scheme.weights
-        layer.replace(quantize(learned[layer.name], spec, options.scale, block.scale_dtype))
+        layer.replace(
+            quantize(learned[layer.name], spec, options.scale, block.scale_dtype, places=layer.places)
+        )
 
 
 def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
@@ -82,7 +84,7 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
 def _rounded(weight: Tensor, layer: Layer, scale: str) -> Tensor:
     """A weight as its module stores it, rounded to nearest; the gradient passes as if it were not."""
     dense = weight.detach().T if layer.transposed else weight.detach()
-    rounded = quantize(dense, layer.scheme.weights, scale, torch.float32).dequantize()
+    rounded = quantize(dense, layer.scheme.weights, scale, torch.float32, places=layer.places).dequantize()
     return weight + ((rounded.T if layer.transposed else rounded) - weight).detach()
 
 

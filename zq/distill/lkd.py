@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from zq.distill.gains import LearnedGain
-from zq.distill.rounding import LearnedRounding
+from zq.distill.rounding import LearnedRounding, learnable
 from zq.distill.student import Course, recorded
 from zq.errors import ZqError
 from zq.quantizers.method import Block, Method, Needs
@@ -91,7 +91,7 @@ def run(block: Block, options: Options) -> None:
 
 def _learned(block: Block, options: Options) -> list[Learned]:
     """What is learned of a block: its integer layers, and the gains of its norms when they have a rate."""
-    layers = [layer for layer in block.layers if layer.scheme.weights.info.is_int]
+    layers = [layer for layer in block.layers if learnable(layer.scheme.weights)]
     rates = options.rounding_rate, options.scale_rate
     learned: list[Learned] = [LearnedRounding(layer, *rates) for layer in layers]
     if learned and options.norm_rate:

@@ -44,6 +44,7 @@ class Layer:
                computes with it in its own dtype. None before, and once the layer is quantized
     quantized  what a step made of the weight; None until then
     latent     the [N, K] values that rounded to the codes (GPTQ), for a step that learns the rounding
+    places     int64 [M], input columns that stay in the dtype of the model (`keep=M` in the scheme), or None
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layer:
     folded: Tensor | None = None
     quantized: QTensor | None = None
     latent: Tensor | None = None
+    places: Tensor | None = None
     _original: Tensor | None = None
 
     @property
