@@ -6,9 +6,9 @@
 The model predicts the next byte of the bundled calibration text. All rows of one seed have the same initial
 weights and the same batches. The loss is measured on 64 windows of the evaluation text, which are other
 documents. A run has diverged when its last loss is not finite or no better than byte frequencies. The rows of
-the second half repeat the ablation of the 4-bit optimizer paper (Li et al. 2023, arXiv:2309.01507, table 1): the
-first moment is dynamic4 in blocks of 128, the second as the row says ("DE" dynamic exponent, "DE-0" without
-zero, "SE" stable embedding).
+the second half repeat the ablation of the 4-bit optimizer paper (Li et al. 2023, arXiv:2309.01507, table 1):
+the first moment is dynamic4 in blocks of 128, the second as the row says ("DE" dynamic exponent, "DE-0"
+without zero, "SE" stable embedding).
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Codebook:
 
         With a generator the rounding is stochastic (unbiased inside the range), else to nearest even.
         """
-        if generator is None and x.device.type == "cpu" and x.numel() >= LARGE:
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if generator is None and on_cpu and x.numel() >= LARGE:
             table = _direct(self.name)
             if table is not None:
                 return _look_up(x.float(), *table)

@@ -32,9 +32,9 @@ def adamw_step_(
     step: int,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Changes `param` and both states in place. `param` and `grad` have one shape and device, any float dtype;
-    `group` has lr, betas, eps and weight_decay; `step` counts from 1; with a `generator` states are rounded
-    stochastically."""
+    """Changes `param` and both states in place. `param` and `grad` have one shape and device, any float
+    dtype; `group` has lr, betas, eps and weight_decay; `step` counts from 1; with a `generator` states are
+    rounded stochastically."""
     beta1, beta2 = group["betas"]
     lr = float(group["lr"])
     flat, gradient = _flat(param), grad.reshape(-1)

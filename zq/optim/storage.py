@@ -88,7 +88,8 @@ class Quantized:
     def widen(self, start: int, stop: int, x: Tensor) -> None:
         """Let the scales cover x, the new values of a range."""
         if self.parsed.layout.kind == "tensor":
-            new = x[x.abs().argmax()].view(1)
+            new = x.gather(0, x.abs().argmax(0, keepdim=True))
+            new = new if self.signed else new.abs()
             self.wide[0].copy_(torch.where(new.abs() > self.wide[0].abs(), new, self.wide[0]))
             return
         x = x.abs().view(-1, *self.shape[1:])
@@ -211,7 +212,12 @@ State = Full | Quantized | Factored
 
 def parts(count: int, *states: State) -> Iterator[tuple[int, int]]:
     """Flat ranges that every state can read and write, of about PART elements."""
-    unit = math.lcm(*(state.unit for state in states))
+    unit = 1
+    for state in states:
+        a, b = unit, state.unit
+        while b:  # math.gcd cannot be compiled
+            a, b = b, a % b
+        unit = unit * state.unit // a
     size = max(1, PART // unit) * unit
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
