@@ -4,7 +4,8 @@ The quantized block sees the hidden states that the quantized blocks before it p
 what the float block gives on the float model's hidden states, so it also repairs what came before it. What
 it learns is how each weight is rounded and how large each scale is (distill/rounding.py); the inference graph
 and the format stay the same. Signed gradient descent with a rate that falls linearly to zero: an offset can
-move by at most rate / 2 steps of the grid in all.
+move by at most rate / 2 steps of the grid in all. It keeps no optimizer states, so there is none to
+store in fewer bits; those of distill/classic.py can be.
 
     inputs      quantized: what the quantized blocks before it produce; float: what the float ones do
     loss        normalised: each token counts by its relative error; mse: by its absolute one

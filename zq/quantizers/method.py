@@ -32,6 +32,7 @@ class Needs(enum.Flag):
     TEACHER = enum.auto()  # the block as it was, beside the one that changes, and its inputs
     PARAMETERS = enum.auto()  # to change any parameter of the block
     NORMS = enum.auto()  # to change the weights of the block's norms
+    SPREADS = enum.auto()  # how widely the weights are spread that feed each input; before any step quantizes
     LINKS = enum.auto()  # the links along which a step may move scales; it runs before any quantizes
 
 
@@ -124,6 +125,8 @@ class Block:
              needs them
     links    along which scales may move, in the order of computation: only when a step needs them
     norms    paths of the norms in the module
+    spreads  standard deviation [K] of the weights that feed each input of a site, or None, for every one of
+             `sites`: only when a step needs them
     changed  full names of the parameters that a step changed, beside the weights of `layers`
     """
 
@@ -138,6 +141,7 @@ class Block:
     calls: list[Call] = field(default_factory=list)
     ahead: list[tuple[nn.Module, list[Call]]] = field(default_factory=list)
     logits: Callable[[Tensor], Tensor] | None = None
+    spreads: list[Tensor | None] = field(default_factory=list)
     teacher: nn.Module | None = None
     teacher_inputs: list[Tensor] = field(default_factory=list)
     links: list[BlockLink] = field(default_factory=list)
