@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import zq
+from tests.command import run as command
+from tests.letters import save_tokenizer
 from tests.simulate import block_linears
 from tests.tiny import save_tiny, token_ids
 from zq.audit import audit_folder
@@ -130,3 +132,22 @@ def test_power_of_two_groups_are_finer_and_exact_powers(dtype: torch.dtype) -> N
     outer, small = x.reshape(8, 4, 64).abs().amax(-1), x.reshape(8, 32, 8).abs().amax(-1)
     wanted = (outer.repeat_interleave(8, 1) / small).log2().floor().clamp(0, 15)
     assert torch.equal(inner.shift.float(), wanted)
+
+
+def test_the_command_line_quantizes_inspects_and_evaluates_them(tmp_path: Path) -> None:
+    model, out, file = tmp_path / "model", tmp_path / "out", tmp_path / "recipe.yaml"
+    save_tiny("llama", model)
+    save_tokenizer(model)
+    file.write_text(
+        "rules:\n"
+        '  - {match: "*.q_proj", weights: "kmeans3:channel"}\n'
+        '  - {match: "@attention", weights: "quantile4:b64"}\n'
+        '  - {match: "@mlp", weights: "dynamic4:b64"}\n'
+        "steps: [{proxy: {share: 0.05}}, {rtn: {scale: mse-signed}}]\n"
+        "calibration: {source: random, samples: 2, length: 32}\n"
+    )
+    command("quantize", model, "--recipe", file, "-o", out).ok()
+    command("inspect", out, "--audit").ok()
+    words = ("--against", model, "--windows", "2", "--length", "32", "--json")
+    found = json.loads(command("eval", out, *words).ok().out)
+    assert "kl" in json.dumps(found)

@@ -18,8 +18,7 @@ class StableEmbedding(nn.Embedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, **options: Any) -> None:
         super().__init__(num_embeddings, embedding_dim, **options)
-        place = {"device": options.get("device"), "dtype": options.get("dtype")}
-        self.norm = nn.LayerNorm(embedding_dim, **place)
+        self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device, dtype=self.weight.dtype)
         self.weight.optim_bits = 32  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:

@@ -1,8 +1,8 @@
 """Which linear feeds the inputs of a site, channel by channel, and how widely its weights are spread.
 
-In order: the linear at the other end of a link (zq/models/arch.py), with its layout of channels; the last linear
-before the site in the order of computation that has as many outputs as the site has inputs; before the first
-site of a block, such a linear of the block before; before the first block, the token embeddings.
+In order: the linear at the other end of a link (zq/models/arch.py), with its layout of channels; the last
+linear before the site in the order of computation that has as many outputs as the site has inputs; before the
+first site of a block, such a linear of the block before; before the first block, the token embeddings.
 """
 
 from __future__ import annotations

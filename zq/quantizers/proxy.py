@@ -1,13 +1,13 @@
 """Proxy quantization: the input columns that probably carry outliers stay in the dtype of the model.
 
-The k-bit scaling laws (Dettmers and Zettlemoyer 2022, arXiv:2212.09720, section 3) found that hidden units whose
-weights have a large standard deviation give activations with outliers. So of the layer that feeds an input
+The k-bit scaling laws (Dettmers and Zettlemoyer 2022, arXiv:2212.09720) found that hidden units whose weights
+have a large standard deviation give activations with outliers. So of the layer that feeds an input
 (zq/quantizers/feeders.py) the `share` of units with the largest deviations is taken, and these columns of the
 next layer are not quantized. No data is needed. Where no layer feeds the inputs one by one, the deviations of
 the layer's own columns decide.
 
-The columns are stored beside the codes: it costs 16 bits more for each of their weights (the paper, which leaves
-their codes out, counts 16 - k), and only zq's own format holds them.
+The columns are stored beside the codes: it costs 16 bits more for each of their weights (the paper, which
+leaves their codes out, counts 16 - k), and only zq's own format holds them.
 """
 
 from __future__ import annotations
