@@ -402,6 +402,7 @@ def test_closures_and_missing_gradients() -> None:
         ({"bits": 8, "states": {"exp_avg": "udynamic8:b64"}}, "no negative values"),
         ({"bits": 8, "states": {"exp_avg": "factored"}}, "write FORMAT:LAYOUT"),
         ({"bits": 32, "states": {"exp_avg": "dynamic8:b64"}}, "with bits=32 states are float32"),
+        ({"bits": 8, "states": {"keep_sign": True, "scale": "absmax-signed"}}, "drop one"),
         ({"bits": 8, "states": 3}, "is no mapping"),
         ({"bits": 8, "states": "nowhere.yaml"}, "cannot read nowhere.yaml"),
     ],

@@ -60,7 +60,8 @@ class Scale:
         """Effective size of one quantization step, [R, G] float32."""
         if self.shift is not None:
             inside = self.shift.shape[1] // self.scale.shape[1]
-            return self.scale.repeat_interleave(inside, 1) * torch.exp2(-self.shift.float())
+            powers = torch.tensor([0.5**e for e in range(1 << SHIFT_BITS)], device=self.scale.device)
+            return self.scale.repeat_interleave(inside, 1) * powers[self.shift.long()]
         return self.scale if self.sub is None else self.scale * self.sub
 
 

@@ -78,7 +78,10 @@ def states(bits: Any, given: Mapping[str, Any] | str | Path | None, names: tuple
             raise ZqError(f"{where}: '{key}: {value}' is not allowed; allowed: {', '.join(ALLOWED[key])}")
         if key in NAMES:
             _check(key, value, where)
-    return replace(DEFAULTS[bits], **given)
+    found = replace(DEFAULTS[bits], **given)
+    if found.keep_sign and found.scale == "absmax-signed":
+        raise ZqError(f"{where}: 'keep_sign' goes with 'scale: absmax' only; drop one")
+    return found
 
 
 def _check(key: str, value: str, where: str) -> None:

@@ -68,7 +68,7 @@ class Quantized:
         book = codebook(spec.format).to(device)
         self.book, self.table = book, book.decode(torch.arange(1 << spec.bits, device=device))
         longest = max(book.values.tolist(), key=abs)
-        self.top = longest if self.signed else reach(spec)
+        self.top = torch.tensor(longest if self.signed else reach(spec), device=device)  # CUDA divides by it
         lengths = {"rank1": self.shape, "tensor": (1,)}.get(kind) or (-(-like.numel() // (self.block or 1)),)
         dtype = DTYPES[spec.scale_dtype or "fp32"]
         self.scale = [torch.ones(n, dtype=dtype, device=device) for n in lengths]
