@@ -57,13 +57,9 @@ def states(bits: Any, given: Mapping[str, Any] | str | Path | None, names: tuple
         raise ZqError(f"bits={bits!r} is not allowed; allowed: 32, 8, 4")
     if given is None:
         return DEFAULTS[bits]
-    where = "states"
+    where = str(given) if isinstance(given, (str, Path)) else "states"
     if isinstance(given, (str, Path)):
-        where = str(given)
-        try:
-            given = read(Path(given).read_text(encoding="utf-8"), where)
-        except (OSError, UnicodeDecodeError):
-            raise ZqError(f"cannot read {where}; give a readable YAML file or a mapping") from None
+        given = _read(Path(given), where)
     if not isinstance(given, Mapping):
         raise ZqError(f"states={given!r} is no mapping; give one such as {{'exp_avg_sq': 'ulinear4:rank1'}}")
     if bits == 32 and any(key in NAMES for key in given):
@@ -82,6 +78,13 @@ def states(bits: Any, given: Mapping[str, Any] | str | Path | None, names: tuple
     if found.keep_sign and found.scale == "absmax-signed":
         raise ZqError(f"{where}: 'keep_sign' goes with 'scale: absmax' only; drop one")
     return found
+
+
+def _read(path: Path, where: str) -> Mapping[str, Any]:
+    try:
+        return read(path.read_text(encoding="utf-8"), where)
+    except (OSError, UnicodeDecodeError):
+        raise ZqError(f"cannot read {where}; give a readable YAML file or a mapping") from None
 
 
 def _check(key: str, value: str, where: str) -> None:
