@@ -191,7 +191,7 @@ def optim(document: dict[str, Any]) -> str:
     ]
     settings = document["protocol"]
     text = f"{settings['steps']} steps, rate {settings['rate']:g}, width {settings['width']}, "
-    return f"{markdown(header, lines)}\n{text}{settings['blocks']} blocks. {where(document)}\n"
+    return f"{markdown(header, lines)}\n{text}depth {settings['blocks']}. {where(document)}\n"
 
 
 def _spread(values: list[float], style: str) -> str:

@@ -53,4 +53,4 @@ def test_what_diverged_is_counted_and_left_out_of_the_mean():
     assert "| 32 bit | 2.100 ± 0.141 |  | 0 of 2 | 2.20 |" in text
     assert "| B | 2.100 ± 0.000 | +0.100 ± 0.000 | 1 of 2 | Inf |" in text
     assert "| C | 2.400 ± 0.000 | +0.200 ± 0.000 | 1 of 2 | 3.50 |" in text
-    assert "9 steps, rate 0.1, width 8, 1 blocks. abacus" in text
+    assert "9 steps, rate 0.1, width 8, depth 1. abacus" in text
