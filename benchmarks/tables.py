@@ -177,6 +177,52 @@ def encoder(document: dict[str, Any]) -> str:
     return markdown(header, rows) + f"\n{count} sentences. {where(document)}\n"
 
 
+def optim(document: dict[str, Any]) -> str:
+    """Training with quantized optimizer states (benchmarks/optim.py): losses of the seeds that did not
+    diverge, gaps paired by seed, both with their standard deviation."""
+    limit = document["protocol"]["loss of byte frequencies"]
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        by_name.setdefault(row["scheme"], {})[row["seed"]] = row
+    lines = []
+    for name, seeds in by_name.items():
+        base = by_name.get("32 bit + SE" if name.endswith("SE") else "32 bit", {})
+        fine = {s: r["loss"] for s, r in seeds.items() if r["loss"] is not None and r["loss"] < limit}
+        gaps = [loss - base[s]["loss"] for s, loss in fine.items() if s in base]
+        worst = [r["highest training loss"] for r in seeds.values()]
+        one = next(iter(seeds.values()))
+        lines.append(
+            [
+                name,
+                _spread(list(fine.values()), ".3f"),
+                "" if base is seeds else _spread(gaps, "+.3f"),
+                f"{len(seeds) - len(fine)} of {len(seeds)}",
+                "Inf" if None in worst else f"{max(worst):.2f}",
+                f"{one['state bytes per parameter']:.3f}",
+                f"{one['saved bytes per parameter']:.3f}",
+            ]
+        )
+    header = [
+        "states",
+        "loss",
+        "minus 32 bit",
+        "diverged",
+        "highest loss on the way",
+        "B/param",
+        "B/param saved",
+    ]
+    settings = document["protocol"]
+    text = f"{settings['steps']} steps, rate {settings['rate']:g}, width {settings['width']}, "
+    return f"{markdown(header, lines)}\n{text}depth {settings['blocks']}. {where(document)}\n"
+
+
+def _spread(values: list[float], style: str) -> str:
+    if not values:
+        return "–"
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):{style}} ± {deviation:.3f}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "methods": lambda document: accuracy(document, "methods"),
     "ablation": lambda document: accuracy(document, "ablation"),
@@ -186,6 +232,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "large": large,
     "encoder": encoder,
     "engines": engines,
+    "optim": optim,
 }
 
 

@@ -10,6 +10,7 @@ import torch
 import zq
 from tests.tiny import TINY, save_tiny, token_ids
 from zq.numerics.qtensor import fake_quantize_tokens, quantize
+from zq.optim import AdamW
 from zq.pipeline import quantize as run
 from zq.plan import make_plan
 from zq.quantizers.method import _add_gram
@@ -28,7 +29,11 @@ calibration: {source: random, samples: 4, length: 16}
 
 
 @pytest.mark.parametrize(
-    "text", ["int4:g64", "int8:channel", "int4:g64:asym", "e4m3fn:channel", "e2m1fn:b64"]
+    "text",
+    [
+        *("int4:g64", "int8:channel", "int4:g64:asym", "e4m3fn:channel", "e2m1fn:b64", "dynamic4:b64"),
+        *("nf3:g64", "e2m1paper:b64", "linear5:channel", "int4:g64:pow2=16", "dynamic8:rank1"),
+    ],
 )
 def test_codes_equal_those_of_the_cpu(text: str) -> None:
     x = torch.randn(96, 192, generator=torch.Generator().manual_seed(0))
@@ -36,6 +41,34 @@ def test_codes_equal_those_of_the_cpu(text: str) -> None:
     here, there = quantize(x, spec), quantize(x.cuda(), spec)
     assert torch.equal(here.codes, there.codes.cpu())
     assert torch.equal(here.scale, there.scale.cpu())
+
+
+@pytest.mark.parametrize(
+    "text", ["quantile4:b64", "kmeans3:channel", "int4:b64:center", "ulinear4:b64:center"]
+)
+def test_what_is_estimated_is_nearly_that_of_the_cpu(text: str) -> None:
+    """Sums run in another order."""
+    x = torch.randn(96, 192, generator=torch.Generator().manual_seed(0))
+    spec = TensorSpec.parse(text)
+    here, there = quantize(x, spec).dequantize(), quantize(x.cuda(), spec).dequantize().cpu()
+    assert float(torch.isclose(here, there, atol=1e-4).float().mean()) > 0.999
+
+
+@pytest.mark.parametrize("states", [None, {"exp_avg_sq": "factored"}, {"rounding": "stochastic"}])
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_optimizers_step_as_on_the_cpu(bits: int, states: dict | None) -> None:
+    if bits == 32 and states:
+        return
+    start = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    params = [torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.cuda())]
+    optimizers = [AdamW([p], lr=0.01, bits=bits, states=states) for p in params]
+    for step in range(5):
+        grad = torch.randn(300, 200, generator=torch.Generator().manual_seed(step))
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = grad.to(p.device)
+            optimizer.step()
+    difference = (params[0] - params[1].cpu()).abs()
+    assert float(difference.mean()) < (2e-3 if states == {"rounding": "stochastic"} else 1e-5)
 
 
 def test_token_quantization_equals_that_of_the_cpu() -> None:

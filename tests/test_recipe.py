@@ -21,7 +21,8 @@ globs = st.one_of(
     text.filter(lambda t: not t.startswith(("@", "re:"))),
 )
 values = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-9, 9), text)
-of_rules = st.one_of(st.none(), schemes.filter(lambda scheme: not scheme.weights.rank))
+stored = schemes.filter(lambda scheme: not (scheme.weights.rank or scheme.weights.kept))
+of_rules = st.one_of(st.none(), stored)
 recipes = st.builds(
     Recipe,
     name=text,
@@ -242,7 +243,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         (
             Step("rtn", (("scale", "max"),), "r.yaml:7"),
-            "'scale: max' is not allowed; allowed: absmax, mse, mse-signed",
+            "'scale: max' is not allowed; allowed: absmax, absmax-signed, mse, mse-signed",
         ),
         (Step("rtn", (("rounding", True),)), "'rounding: True' is not allowed"),
     ],

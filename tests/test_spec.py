@@ -14,7 +14,7 @@ from zq.errors import ZqError
 from zq.spec import FORMATS, SCALE_DTYPES, Layout, Scheme, TensorSpec, choose_group_size, scale_shape
 
 layouts = st.one_of(
-    st.sampled_from(["tensor", "channel", "gauto"]),
+    st.sampled_from(["tensor", "channel", "gauto", "rank1"]),
     st.builds("{}{}".format, st.sampled_from("gb"), st.integers(2, 9_999_999)),
 )
 
@@ -22,8 +22,14 @@ layouts = st.one_of(
 @st.composite
 def weight_specs(draw: st.DrawFn) -> TensorSpec:
     name, layout = draw(st.sampled_from(list(FORMATS))), Layout.parse(draw(layouts))
-    options: list[dict] = [{}]
-    if name.startswith("int"):
+    options: list[dict] = [{}, {"center": True}, {"inner": layout.size // 2 if layout.size else 4}]
+    if layout.kind == "rank1" or (layout.kind == "group" and not layout.size):
+        options = [{}]
+    elif layout.size and (layout.size % 2 or layout.size < 4):
+        options = [{}, {"center": True}]
+    if not FORMATS[name].signed:
+        options, layout = [{"center": True}], Layout("channel")
+    if name.startswith("int") and layout.kind != "rank1":
         options += [{"symmetric": False}, {"narrow": True}]
         if layout.kind == "group":
             options += [{"two_level": True}, {"two_level": True, "narrow": True}]
@@ -32,6 +38,7 @@ def weight_specs(draw: st.DrawFn) -> TensorSpec:
         layout=layout,
         scale_dtype=draw(st.sampled_from([None, *SCALE_DTYPES])),
         rank=draw(st.sampled_from([0, 0, 1, 64])),
+        kept=draw(st.sampled_from([0, 0, 1, 64])),
         **draw(st.sampled_from(options)),
     )
 
@@ -76,6 +83,15 @@ def test_every_part_of_the_spelling_counts() -> None:
         ("int4:bauto", "unknown"),
         ("int4:g64:", "allowed: asym"),
         ("int4:g64:sym", "allowed: asym, narrow, two-level"),
+        ("int4:g64:pow2=1", "pow2=N (N >= 2)"),
+        ("int4:g64:pow2=64", "must divide the larger group"),
+        ("int4:gauto:pow2=16", "must divide the larger group"),
+        ("int4:b64:pow2=24", "must divide the larger group"),
+        ("int4:g64:pow2=16:two-level", "drop one"),
+        ("int4:g64:asym:center", "drop one"),
+        ("int4:rank1:center", "rank1 scales go with no"),
+        ("nf9:channel", "from 3 to 8 bits"),
+        ("nf4:g64:asym", "drop 'asym'"),
         ("int4:g64:asym:asym", "twice"),
         ("int4:g64:s=fp32:s=bf16", "twice"),
         ("int4:g64:s=fp8", "allowed: fp32, bf16, fp16"),
@@ -99,6 +115,9 @@ def test_a_wrong_spec_is_refused_in_one_line(text: str, words: str) -> None:
     ("text", "words"),
     [
         ("int4:token", "'token' is for activations"),
+        ("udynamic4:b64", "add ':center'"),
+        ("int4:g64 @ dynamic8:token", "allowed: int8:token"),
+        ("int4:g64 @ int8:token:center", "allowed: int8:token"),
         ("int4:g64 @ int8:channel", "allowed: int8:token"),
         ("int4:g64 @ int4:token", "allowed: int8:token"),
         ("int4:g64 @ int8:token:asym", "allowed: int8:token"),
@@ -125,6 +144,7 @@ def test_a_wrong_scheme_is_refused_in_one_line(text: str, words: str) -> None:
         ("int4:g33", (6, 4)),
         ("int4:g100", (6, 1)),
         ("int4:b64", (10,)),
+        ("int4:rank1", (106,)),
     ],
 )
 def test_scale_shapes_of_a_6_by_100_matrix(text: str, shape: tuple[int, ...]) -> None:

@@ -135,6 +135,9 @@ def _check_layer(
         is_factor = name.endswith(("_lorc_a", "_lorc_b"))
         if is_factor and not bool(torch.isfinite(tensor).all()):
             raise AuditError(f"audit: '{name}' holds a low-rank factor with NaN or Inf")
+        beside = name.endswith(("_center", "_codebook", "_kept"))
+        if beside and not bool(torch.isfinite(tensor).all()):
+            raise AuditError(f"audit: '{name}' holds NaN or Inf")
     if layer.name not in measured:
         raise AuditError(f"audit: layer '{layer.name}' was planned but never measured")
     try:

@@ -129,7 +129,7 @@ def _site(
 
 def _at(scheme: Scheme, width: int) -> Scheme:
     """The scheme with weights of another width. Engines multiply INT8 by INT8 with one scale per channel."""
-    weights = replace(scheme.weights, format=f"int{width}", rank=0)
+    weights = replace(scheme.weights, format=f"int{width}", rank=0, kept=0)
     in_int8 = scheme.activations is not None and scheme.activations.format == "int8"
     if width == 8 and in_int8 and weights.layout.kind == "group" and not weights.two_level:
         weights = replace(weights, layout=Layout("channel"))
@@ -137,9 +137,10 @@ def _at(scheme: Scheme, width: int) -> Scheme:
 
 
 def _nbytes(plan: Plan, layer: PlannedLayer, scheme: Scheme) -> int:
-    """As written, with what the steps add to a layer (`rank`)."""
+    """As written, with what the steps add to a layer (`rank`, `kept`)."""
     assert layer.scheme is not None
-    weights = replace(scheme.weights, rank=layer.scheme.weights.rank)
+    own = layer.scheme.weights
+    weights = replace(scheme.weights, rank=own.rank, kept=own.kept)
     stored = replace(layer, scheme=replace(scheme, weights=weights))
     return sum(slot.nbytes for slot in plan.layer_slots(stored))
 

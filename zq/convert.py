@@ -172,7 +172,7 @@ def restate(q: QTensor, spec: TensorSpec, dtype: torch.dtype, name: str) -> QTen
     zero = q.zero
     if zero is None and not spec.symmetric:
         zero = torch.zeros(stored.shape, dtype=torch.int8)
-    return QTensor(q.codes, stored, zero, q.sub if spec.two_level else None, spec, q.left, q.right)
+    return replace(q, scale=stored, zero=zero, sub=q.sub if spec.two_level else None, spec=spec)
 
 
 def _stated(

@@ -7,7 +7,7 @@ from typing import Any
 
 from zq.distill import classic, lkd
 from zq.errors import ZqError
-from zq.quantizers import awq, gptq, lorc, rotate, rtn, smoothquant
+from zq.quantizers import awq, gptq, lorc, proxy, rotate, rtn, smoothquant
 from zq.quantizers.method import Method, Needs
 from zq.recipe import Recipe, Step
 
@@ -15,6 +15,7 @@ _ROWS = (
     rotate.METHOD,
     smoothquant.METHOD,
     awq.METHOD,
+    proxy.METHOD,
     rtn.METHOD,
     gptq.METHOD,
     lkd.METHOD,
@@ -47,7 +48,10 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
         low, high = known[key].metadata.get("range", (None, None))
         if low is not None and not low <= value <= high:
             raise ZqError(f"{spot}: '{key}: {value}' is not allowed; allowed: {low} to {high}")
-    return method, method.options(**dict(step.options))
+    try:
+        return method, method.options(**dict(step.options))
+    except ZqError as error:
+        raise ZqError(f"{spot}: {error}") from None
 
 
 def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
@@ -65,11 +69,15 @@ def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
             )
         if Needs.LINKS in method.needs(options) and quantizer:
             raise ZqError(f"{spot}: step '{step.name}' scales float weights; put it before '{quantizer}'")
+        if method is proxy.METHOD and quantizer:
+            raise ZqError(
+                f"{spot}: step 'proxy' chooses columns of float weights; put it before '{quantizer}'"
+            )
         if method is lorc.METHOD and (not quantizer or step is not recipe.steps[-1]):
             raise ZqError(
                 f"{spot}: step 'lorc' corrects what the steps before it left; put it once, as the last step, "
                 "after rtn or gptq"
             )
-        if not method.view and Needs.LINKS not in method.needs(options):
+        if not method.view and not method.needs(options) & (Needs.LINKS | Needs.SPREADS):
             quantizer = quantizer or method.name
     return found

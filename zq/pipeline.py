@@ -41,6 +41,7 @@ from zq.models.capture import Captured, capture_inputs, has_head, head
 from zq.numerics.metrics import sqnr_db, tensor_hash
 from zq.plan import Plan
 from zq.publish import publish
+from zq.quantizers.feeders import spreads
 from zq.quantizers.links import block_links, folding
 from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
 
@@ -203,6 +204,11 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     module = skeleton.block(unit)
     block = Block(prefix, module, layers, plan.dtype, plan.recipe.seed, [site for site in sites if site])
     block.norms = skeleton.norms(unit)
+    if any(Needs.SPREADS in method.needs(options) for method, options in plan.steps):
+        found = spreads(skeleton, unit, read)
+        block.spreads = [
+            found.get(s.name) for s, site in zip(skeleton.arch.sites, sites, strict=True) if site
+        ]
     if folding(plan.steps):
         block.links = block_links(skeleton, unit, layers, lambda name: COMPUTE[plan.source(name).dtype])
     return block

@@ -331,6 +331,11 @@ def _rule(entry: Any, where: str, line: int) -> Rule:
             f"{spot}: '{weights}': a rule gives no rank; drop 'lorc={weights.rank}' and add the step "
             f"- lorc: {{rank: {weights.rank}}}"
         )
+    if weights.kept:
+        raise ZqError(
+            f"{spot}: '{weights}': a rule keeps no columns; drop 'keep={weights.kept}' and add the step "
+            "- proxy: {share: 0.02}"
+        )
     return Rule(match, scheme, spot)
 
 

@@ -8,9 +8,13 @@
     int4:g64:narrow      restricted range [-7, 7] instead of [-8, 7]
     int4:g128:two-level  integer group scale (up to 16) under a floating-point channel scale
     e2m1fn:b64           4-bit floats in flat blocks of 64 values
+    dynamic4:rank1       the scale of a value is the smaller of its row's and its column's largest magnitude
+    nf3:b64:pow2=16      every 16 values have a power of two of their own, 2^0 .. 2^-15, under the scale
+    int4:b64:center      the mean of every block is subtracted and stored (unsigned formats: the least value)
     int4:g64:s=fp32      scales stored in fp32 (default: the dtype of the checkpoint)
     int4:g64:s=half      scales stored in fp16, with values that bf16 holds too
     int4:g64:lorc=8      plus a correction of rank 8; the step `lorc` makes it, no rule can ask for it
+    int4:g64:keep=12     12 input columns stay in the dtype of the model; only the step `proxy` asks for it
 
 A `Scheme` is a weight spec and, when activations are quantized too, an activation spec:
 `int4:g128 @ int8:token`.
@@ -26,46 +30,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from zq.errors import ZqError
+from zq.formats import FORMATS, KNOWN, FormatInfo
 
-LayoutKind = Literal["tensor", "channel", "token", "group", "block"]
+LayoutKind = Literal["tensor", "channel", "token", "group", "block", "rank1"]
 SCALE_DTYPES = ("fp32", "bf16", "fp16", "half")
+ACTIVATIONS = ("int8", "e4m3fn", "e5m2")
 AUTO = 0  # group size still to be chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class FormatInfo:
-    """A set of code values. Integers: two's complement of `bits`. Floats: sign, `exponent`, `mantissa`.
-
-    The name says the flavour, after ml_dtypes: `fn` = finite only (no infinities). e4m3fn keeps one
-    NaN pattern per sign, the narrower ones have none; e5m2 is IEEE-like (infinities and NaNs).
-    Source: OCP 8-bit Floating Point (OFP8) 1.0 and OCP Microscaling (MX) 1.0; e3m0fn follows the same
-    rules with bias 3 (values 0, +-0.25 .. +-16).
-    """
-
-    name: str
-    bits: int
-    exponent: int = 0
-    mantissa: int = 0
-    bias: int = 0
-    top_reserved: Literal["none", "nan", "ieee"] = "none"
-
-    @property
-    def is_int(self) -> bool:
-        return self.exponent == 0
-
-
-FORMATS: dict[str, FormatInfo] = {
-    f.name: f
-    for f in (
-        *(FormatInfo(name=f"int{k}", bits=k) for k in range(2, 9)),
-        FormatInfo(name="e4m3fn", bits=8, exponent=4, mantissa=3, bias=7, top_reserved="nan"),
-        FormatInfo(name="e5m2", bits=8, exponent=5, mantissa=2, bias=15, top_reserved="ieee"),
-        FormatInfo(name="e3m2fn", bits=6, exponent=3, mantissa=2, bias=3),
-        FormatInfo(name="e2m3fn", bits=6, exponent=2, mantissa=3, bias=1),
-        FormatInfo(name="e2m1fn", bits=4, exponent=2, mantissa=1, bias=1),
-        FormatInfo(name="e3m0fn", bits=4, exponent=3, mantissa=0, bias=3),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +53,7 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Raises ZqError when `text` is not a layout."""
-        if text in ("tensor", "channel", "token"):
+        if text in ("tensor", "channel", "token", "rank1"):
             return cls(text)  # type: ignore[arg-type]
         if text == "gauto":
             return cls("group", AUTO)
@@ -91,7 +61,7 @@ class Layout:
         if not found or int(found[2]) < 2:
             raise ZqError(
                 f"scale layout '{text}' is unknown; allowed: tensor, channel, token, gauto, "
-                "gN (group of N >= 2 inputs), bN (flat block of N >= 2 values)"
+                "gN (group of N >= 2 inputs), bN (flat block of N >= 2 values), rank1"
             )
         return cls("group" if found[1] == "g" else "block", int(found[2]))
 
@@ -105,14 +75,17 @@ class TensorSpec:
     symmetric: bool = True
     narrow: bool = False
     two_level: bool = False
+    inner: int = 0
+    center: bool = False
     scale_dtype: str | None = None
     rank: int = 0
+    kept: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ZqError(f"format '{self.format}' is unknown; allowed: {', '.join(FORMATS)}")
+            raise ZqError(f"format '{self.format}' is unknown; allowed: {KNOWN}")
         if not self.info.is_int and not self.symmetric:
-            raise ZqError(f"'{self}': floating-point formats have no zero point; drop 'asym'")
+            raise ZqError(f"'{self}': only integer formats have a zero point; drop 'asym'")
         if self.narrow and not (self.info.is_int and self.symmetric):
             raise ZqError(f"'{self}': 'narrow' is for symmetric integers only; drop it")
         if self.two_level and self.layout.kind != "group":
@@ -121,6 +94,29 @@ class TensorSpec:
             raise ZqError(f"'{self}': 'two-level' is for symmetric integers only")
         if self.scale_dtype is not None and self.scale_dtype not in SCALE_DTYPES:
             raise ZqError(f"scale dtype '{self.scale_dtype}' is unknown; allowed: {', '.join(SCALE_DTYPES)}")
+        if self.layout.kind == "rank1" and (self.inner or self.center or not self.symmetric):
+            raise ZqError(
+                f"'{self}': rank1 scales go with no 'asym', 'center' or 'pow2'; drop it or take blocks"
+            )
+        if self.center and (self.inner or self.two_level or not self.symmetric):
+            raise ZqError(f"'{self}': 'center' goes with no 'asym', 'two-level' or 'pow2'; drop one")
+        if self.inner:
+            self._check_inner()
+
+    def _check_inner(self) -> None:
+        size = self.layout.size
+        if self.two_level or not self.symmetric:
+            raise ZqError(f"'{self}': 'pow2' goes with no 'asym' or 'two-level'; drop one")
+        if size is not None and (size == AUTO or size % self.inner or size == self.inner):
+            raise ZqError(
+                f"'{self}': groups of pow2={self.inner} must divide the larger group or block; give for "
+                f"example {self.format}:{self.layout.kind[0]}{8 * self.inner}:pow2={self.inner}"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether codes, scales and zero points are all there is to a weight."""
+        return not (self.two_level or self.rank or self.kept or self.center or self.inner)
 
     @property
     def info(self) -> FormatInfo:
@@ -133,9 +129,11 @@ class TensorSpec:
     def __str__(self) -> str:
         parts = [self.format, str(self.layout)]
         parts += ["asym"] * (not self.symmetric) + ["narrow"] * self.narrow
-        parts += ["two-level"] * self.two_level
+        parts += ["two-level"] * self.two_level + ["center"] * self.center
+        parts += [f"pow2={self.inner}"] if self.inner else []
         parts += [f"s={self.scale_dtype}"] if self.scale_dtype else []
         parts += [f"lorc={self.rank}"] if self.rank else []
+        parts += [f"keep={self.kept}"] if self.kept else []
         return ":".join(parts)
 
     @classmethod
@@ -165,14 +163,20 @@ def _option(part: str, text: str) -> tuple[str, object]:
         "asym": ("symmetric", False),
         "narrow": ("narrow", True),
         "two-level": ("two_level", True),
+        "center": ("center", True),
     }
     if part in flags:
         return flags[part]
     if part.startswith("s="):
         return "scale_dtype", part[2:]
-    if re.fullmatch("lorc=[1-9][0-9]{0,6}", part):
-        return "rank", int(part[5:])
-    raise ZqError(f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, s=fp32|bf16|fp16|half")
+    numbers = {"lorc": "rank", "keep": "kept", "pow2": "inner"}
+    found = re.fullmatch("(lorc|keep|pow2)=([1-9][0-9]{0,6})", part)
+    if found and part != "pow2=1":
+        return numbers[found[1]], int(found[2])
+    raise ZqError(
+        f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, center, pow2=N (N >= 2), "
+        "s=fp32|bf16|fp16|half"
+    )
 
 
 @dataclass(frozen=True)
@@ -185,12 +189,14 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.weights.layout.kind == "token":
             raise ZqError(f"weights '{self.weights}': 'token' is for activations; use 'channel'")
+        if not self.weights.info.signed and not self.weights.center:
+            raise ZqError(f"weights '{self.weights}': the format has no negative values; add ':center'")
         act = self.activations
         if act is None:
             return
         # Scales made at run time are float32, and there is no error to correct before it.
-        plain = act.symmetric and act.scale_dtype is None and not act.rank
-        if act.layout.kind != "token" or not plain or act.bits != 8:
+        plain = TensorSpec(format=act.format, layout=act.layout, narrow=act.narrow)
+        if act != plain or act.layout.kind != "token" or act.format not in ACTIVATIONS:
             raise ZqError(
                 f"activations '{act}' are not supported; allowed: int8:token, e4m3fn:token, e5m2:token"
             )
@@ -210,11 +216,13 @@ class Scheme:
 
 def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scale tensor of an [N, K] tensor: tensor [1], channel/token [N, 1], group [N, G],
-    block [B]. A ragged last group or block counts as one."""
+    block [B], rank1 [N + K] (rows, then columns). A ragged last group or block counts as one."""
     n, k = shape
     kind, size = spec.layout.kind, spec.layout.size or 0
     if kind == "tensor":
         return (1,)
+    if kind == "rank1":
+        return (n + k,)
     if kind in ("channel", "token"):
         return (n, 1)
     if kind == "group":
@@ -225,3 +233,16 @@ def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
 def choose_group_size(ks: set[int]) -> int | None:
     """The largest of 128, 64 and 32 that divides every input size; None when none does."""
     return next((g for g in (128, 64, 32) if all(k % g == 0 for k in ks)), None)
+
+
+def inner_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, int]:
+    """(rows, power-of-two groups in a row) of an [N, K] tensor with `pow2` (zq/numerics/groups.py)."""
+    n, k = shape
+    rows, length = (1, n * k) if spec.layout.kind in ("tensor", "block") else (n, k)
+    outer = spec.layout.size or length
+    return rows, math.ceil(length / outer) * math.ceil(outer / spec.inner)
+
+
+def codebook_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the stored codebook of an estimated format: one per channel with that layout, else one."""
+    return (shape[0] if spec.layout.kind == "channel" else 1), 1 << spec.bits

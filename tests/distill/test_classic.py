@@ -11,6 +11,7 @@ from tests.tiny import save_tiny
 from zq.checkpoint.index import read_index
 from zq.checkpoint.reader import reader
 from zq.distill import classic
+from zq.errors import ZqError
 from zq.models.capture import capture_inputs, run_block
 from zq.numerics.qtensor import fake_quantize_tokens, quantize
 from zq.pipeline import quantize as run
@@ -124,7 +125,53 @@ def test_a_run_writes_what_was_learned(tmp_path: Path) -> None:
         a, b = (reader(index)([name])[name] for index in (old, new))
         assert not torch.equal(a, b)
         assert torch.allclose(a, b, atol=1e-3)
-    assert all(set(facts) == {"start", "end"} for facts in report["training_loss"].values())
+    wanted = {"start", "end", "optimizer_bytes"}
+    assert all(set(facts) == wanted for facts in report["training_loss"].values())
+
+
+def test_quantized_optimizer_states_learn_as_well(tmp_path: Path) -> None:
+    """Within the spread of the loss over seeds, with states of a quarter and an eighth of the size."""
+    save_tiny("llama", tmp_path / "model")
+
+    def trained(bits: int, seed: int) -> tuple[float, int]:
+        steps = f"{{lkd-classic: {{iterations: 30, rate: 0.001, optimizer: {{bits: {bits}}}}}}}"
+        text = RECIPE.replace("STEPS", steps) + f"seed: {seed}\n"
+        plan = make_plan(tmp_path / "model", Recipe.parse(text))
+        report = run(plan, tmp_path / f"{bits}-{seed}").report
+        nbytes = sum(facts["optimizer_bytes"] for facts in report["training_loss"].values())
+        return next(iter(report["output_error"].values())), nbytes
+
+    base = [trained(32, seed) for seed in range(3)]
+    plain = run(_plan(tmp_path / "model", "{lkd-classic: {iterations: 0}}"), tmp_path / "plain").report
+    gain = next(iter(plain["output_error"].values())) - base[0][0]
+    spread = max(error for error, _ in base) - min(error for error, _ in base)
+    assert gain > 0
+    nbytes = [base[0][1]]
+    for bits in (8, 4):
+        error, size = trained(bits, 0)
+        assert abs(error - base[0][0]) < max(spread, 0.1 * gain)
+        nbytes.append(size)
+    assert (
+        nbytes[0] > 1.9 * nbytes[1] > 1.9 * nbytes[2]
+    )  # half of this tiny block is too small to be quantized
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ("8", "must be a mapping with bits or states"),
+        ("{bit: 8}", "must be a mapping with bits or states"),
+        ("{bits: 16}", "bits=16 is not allowed; allowed: 32, 8, 4"),
+        ("{bits: 8, states: {exp_avg: magic:b64}}", "format 'magic' is unknown"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_with_its_line(
+    optimizer: str, words: str, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    with pytest.raises(ZqError, match=r"^recipe:3: ") as caught:
+        _plan(tmp_path / "model", f"{{lkd-classic: {{optimizer: {optimizer}}}}}")
+    assert words in str(caught.value)
 
 
 def test_without_iterations_it_is_rounding_to_nearest(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_golden_words() -> None:
         (gptq, "int4:g32:s=half @ int8:token", (32, 64), False, "no quantized activations"),
         (gptq, "int5:g32:s=half", (32, 64), False, "no int5 weights"),
         (gptq, "int4:b32:s=half", (32, 64), False, "per group or per channel"),
-        (gptq, "int4:g32:two-level", (32, 64), False, "two-level"),
+        (gptq, "int4:g32:two-level:s=half", (32, 64), False, "one level"),
         (gptq, "int4:g32", (32, 64), False, "scales are fp16"),
         (gptq, "int4:g64:s=half", (32, 96), False, "do not divide K=96"),
         (gptq, "int4:g32:s=half", (24, 64), False, "multiples of 32"),

@@ -10,18 +10,25 @@ from torch import Tensor
 from zq.spec import FORMATS, TensorSpec
 
 INTS = [f"int{k}" for k in range(2, 9)]
-FLOATS = [name for name in FORMATS if name not in INTS]
-LAYOUTS = ["tensor", "channel", "token", "g2", "g5", "g32", "b3", "b64"]
+FLOATS = [name for name, info in FORMATS.items() if info.is_float]
+MAPS = [n for n, i in FORMATS.items() if not (i.is_int or i.is_float or i.is_estimated)]
+ESTIMATED = [name for name, info in FORMATS.items() if info.is_estimated]
+LAYOUTS = ["tensor", "channel", "token", "g2", "g5", "g32", "b3", "b64", "rank1"]
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> TensorSpec:
     """Any spec that can quantize a matrix."""
-    name = draw(st.sampled_from(list(FORMATS)))
+    names = draw(st.sampled_from([INTS, FLOATS, MAPS, ESTIMATED]))
+    name = draw(st.sampled_from(names))
     layout = draw(st.sampled_from(LAYOUTS))
-    options = [""]
+    options = ["", ":center", ":pow2=4", ":pow2=8"]
     if name in INTS:
         options += [":asym", ":narrow"] + [":two-level"] * layout.startswith("g")
+    if layout == "rank1":
+        options = ["", ":narrow"] if name in INTS else [""]
+    elif layout not in ("g32", "b64", "tensor", "channel", "token"):
+        options = [option for option in options if "pow2" not in option]
     dtype = draw(st.sampled_from(["", ":s=fp32", ":s=bf16", ":s=fp16"]))
     return TensorSpec.parse(f"{name}:{layout}{draw(st.sampled_from(options))}{dtype}")
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.numerics.strategies import FLOATS, INTS
+from tests.numerics.strategies import FLOATS, INTS, MAPS
 from zq.errors import ZqError
 from zq.numerics.codebook import codebook
 from zq.spec import FORMATS
@@ -58,7 +58,7 @@ def test_integers_are_twos_complement(name: str) -> None:
     assert book.codes.tolist() == [int(v) & (2**bits - 1) for v in book.values.tolist()]
 
 
-@pytest.mark.parametrize("name", [*FLOATS, *INTS])
+@pytest.mark.parametrize("name", [*FLOATS, *INTS, *MAPS])
 def test_values_increase_and_codes_are_distinct(name: str) -> None:
     book = codebook(name)
     assert bool((book.values[1:] > book.values[:-1]).all())
@@ -106,11 +106,11 @@ def test_midpoints_go_to_the_even_code(name: str) -> None:
         assert book.decode(book.encode(middle)).tolist() == [even, -even]
 
 
-@given(st.sampled_from(FLOATS), st.floats(-1e3, 1e3, width=32))
+@given(st.sampled_from([*FLOATS, *MAPS]), st.floats(-1e3, 1e3, width=32))
 def test_rounding_finds_the_nearest_value(name: str, x: float) -> None:
     book = codebook(name)
     got = float(book.decode(book.encode(torch.tensor([x])))[0])
-    clamped = min(max(x, -book.max), book.max)
+    clamped = min(max(x, float(book.values[0])), book.max)
     assert abs(got - clamped) == min(abs(v - clamped) for v in book.values.tolist())
 
 
@@ -137,5 +137,15 @@ def test_stochastic_rounding_repeats_with_its_seed_and_saturates() -> None:
 
 
 def test_an_unknown_format_is_refused_with_what_is_allowed() -> None:
-    with pytest.raises(ZqError, match=r"format 'e9m9' is unknown; allowed: int2, .*e2m1fn"):
+    with pytest.raises(ZqError, match=r"format 'e9m9' is unknown; allowed: int2 to int8, .*e2m1fn"):
         codebook("e9m9")
+
+
+@pytest.mark.parametrize("name", [*FLOATS, *INTS, *MAPS])
+def test_many_values_round_as_few_do(name: str) -> None:
+    """Many are looked up, few are searched for."""
+    book = codebook(name)
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * book.max
+    x = torch.cat([x, x * 1e-3, x * 1e-6, halfway(name), book.values, torch.tensor([0.0, -0.0, 1e38, -1e38])])
+    few = torch.cat([book.encode(part) for part in x.split(1000)])
+    assert torch.equal(book.encode(x), few)

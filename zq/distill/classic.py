@@ -7,21 +7,26 @@ straight, norms and biases directly. Weight scales are the largest magnitude of 
 activations are quantized per token. AdamW at rate 5e-6 without a schedule, 100 iterations of 32 windows, no
 selection: what the last iteration leaves is written. No block's input depends on another block's result, so
 blocks could be trained in any order or at once. `calibration: {source: random}` is the paper's setting
-without data.
+without data. `optimizer: {bits: 8}` keeps AdamW's states in 8 or 4 bits (zq/optim).
 
 `lkd` (distill/lkd.py) is what grew out of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zq.distill.lkd import shuffled
+from zq.errors import ZqError
 from zq.models.capture import run_block
 from zq.numerics.qtensor import SCALES, quantize
+from zq.optim import AdamW
+from zq.optim.config import states
 from zq.quantizers.method import Block, Layer, Method, Needs, quantized_inputs
 
 
@@ -32,6 +37,15 @@ class Options:
     rate: float = field(default=5e-6, metadata={"range": (0.0, 1.0)})
     decay: float = field(default=0.01, metadata={"range": (0.0, 1.0)})
     scale: str = field(default="absmax", metadata={"allowed": tuple(SCALES)})
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = self.optimizer
+        if not isinstance(given, Mapping) or set(given) - {"bits", "states"}:
+            raise ZqError(
+                f"'optimizer' must be a mapping with bits or states, such as {{bits: 8}}, not {given!r}"
+            )
+        states(given.get("bits", 32), given.get("states"), AdamW.names)
 
 
 def run(block: Block, options: Options) -> None:
@@ -41,7 +55,9 @@ def run(block: Block, options: Options) -> None:
         _train(block, learned, options)
     for layer in block.layers:
         spec = layer.scheme.weights
-        layer.replace(quantize(learned[layer.name], spec, options.scale, block.scale_dtype))
+        layer.replace(
+            quantize(learned[layer.name], spec, options.scale, block.scale_dtype, places=layer.places)
+        )
 
 
 def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
@@ -51,7 +67,8 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
     paths = {child: path for path, child in module.named_modules()}
     layers = {f"{paths[layer.module]}.weight": layer for layer in block.layers}
     held = {name: p.detach().float().clone().requires_grad_() for name, p in module.named_parameters()}
-    optimizer = torch.optim.AdamW(held.values(), lr=options.rate, weight_decay=options.decay)
+    rates: dict[str, Any] = {"lr": options.rate, "weight_decay": options.decay}
+    optimizer = AdamW(held.values(), **rates, **options.optimizer)
     losses: list[Tensor] = []
     inputs, targets = torch.cat(block.teacher_inputs), torch.cat(block.targets)
     size, call = block.inputs[0].shape[0], block.calls[0]
@@ -75,13 +92,14 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
             p.data.copy_(value)
             block.changed.add(f"{block.name}.{name}")
     if losses:
-        block.facts["training_loss"] = {"start": float(losses[0]), "end": float(losses[-1])}
+        ends = {"start": float(losses[0]), "end": float(losses[-1])}
+        block.facts["training_loss"] = {**ends, "optimizer_bytes": optimizer.state_bytes}
 
 
 def _rounded(weight: Tensor, layer: Layer, scale: str) -> Tensor:
     """A weight as its module stores it, rounded to nearest; the gradient passes as if it were not."""
     dense = weight.detach().T if layer.transposed else weight.detach()
-    rounded = quantize(dense, layer.scheme.weights, scale, torch.float32).dequantize()
+    rounded = quantize(dense, layer.scheme.weights, scale, torch.float32, places=layer.places).dequantize()
     return weight + ((rounded.T if layer.transposed else rounded) - weight).detach()
 
 

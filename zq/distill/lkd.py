@@ -4,7 +4,8 @@ The quantized block sees the hidden states that the quantized blocks before it p
 what the float block gives on the float model's hidden states, so it also repairs what came before it. What
 it learns is how each weight is rounded and how large each scale is (distill/rounding.py); the inference graph
 and the format stay the same. Signed gradient descent with a rate that falls linearly to zero: an offset can
-move by at most rate / 2 steps of the grid in all.
+move by at most rate / 2 steps of the grid in all. It keeps no optimizer states, so there is none to
+store in fewer bits; those of distill/classic.py can be.
 
     inputs      quantized: what the quantized blocks before it produce; float: what the float ones do
     loss        normalised: each token counts by its relative error; mse: by its absolute one
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from zq.distill.gains import LearnedGain
-from zq.distill.rounding import LearnedRounding
+from zq.distill.rounding import LearnedRounding, learnable
 from zq.distill.student import Course, recorded
 from zq.errors import ZqError
 from zq.quantizers.method import Block, Method, Needs
@@ -91,7 +92,7 @@ def run(block: Block, options: Options) -> None:
 
 def _learned(block: Block, options: Options) -> list[Learned]:
     """What is learned of a block: its integer layers, and the gains of its norms when they have a rate."""
-    layers = [layer for layer in block.layers if layer.scheme.weights.info.is_int]
+    layers = [layer for layer in block.layers if learnable(layer.scheme.weights)]
     rates = options.rounding_rate, options.scale_rate
     learned: list[Learned] = [LearnedRounding(layer, *rates) for layer in layers]
     if learned and options.norm_rate:

@@ -26,8 +26,15 @@ from zq.numerics.groups import group, grouped_scale, ungroup
 from zq.numerics.qtensor import QTensor, assemble
 from zq.numerics.scales import Scale, int_range, rounded
 from zq.quantizers.method import Layer
+from zq.spec import TensorSpec
 
 CACHED = 1 << 16  # values that are worked on at once on a CPU
+
+
+def learnable(spec: TensorSpec) -> bool:
+    """Whether the rounding can be learned: integers whose steps are plain or two-level scales."""
+    plain = not (spec.inner or spec.center or spec.kept) and spec.layout.kind != "rank1"
+    return spec.info.is_int and plain
 
 
 class LearnedRounding:
@@ -38,7 +45,7 @@ class LearnedRounding:
     def __init__(self, layer: Layer, offset_rate: float = 1.0, stretch_rate: float = 0.2) -> None:
         q = layer.quantized
         assert q is not None
-        assert q.spec.info.is_int
+        assert learnable(q.spec)
         self.layer, self.spec, self.shape = layer, q.spec, q.shape
         self.offset_rate, self.stretch_rate = offset_rate, stretch_rate
         self.dtype = q.scale.dtype

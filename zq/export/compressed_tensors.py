@@ -52,7 +52,11 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
     problems = [
         (transposed, "its layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
         (w.layout.kind == "block", "compressed-tensors has no flat blocks"),
+        (w.layout.kind == "rank1", "compressed-tensors has no rank-1 scales"),
         (w.rank > 0, "compressed-tensors has no low-rank corrections"),
+        (w.kept > 0, "compressed-tensors has no columns that stay in 16 bits"),
+        (w.center, "compressed-tensors subtracts no mean"),
+        (w.inner > 0, "compressed-tensors has no power-of-two groups inside groups"),
         (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
         (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),
         (a is not None and a.format not in ("int8", "e4m3fn"), f"it has no {a and a.format} activations"),

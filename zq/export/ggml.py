@@ -39,9 +39,9 @@ def refuse(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     problems = [
         (scheme.activations is not None, "its files say nothing of activations"),
         (w.format not in ("int4", "int6", "int8"), f"it has no {w.format} blocks, only int4, int6 and int8"),
-        (w.rank > 0, "it has no low-rank corrections"),
+        (not replace(w, two_level=False).plain, "it has codes and scales only"),
         (not w.symmetric and w.bits != 4, f"its blocks of {w.format} are symmetric"),
-        (w.layout.kind == "block", "its scales run along the inputs of a row"),
+        (w.layout.kind in ("block", "rank1"), "its scales run along the inputs of a row"),
         (
             w.layout.kind == "group" and bool((w.layout.size or 0) % unit),
             f"groups of {w.layout.size} are no multiple of its {unit}",

@@ -8,8 +8,14 @@ For a linear layer NAME with an [N, K] weight, whatever the layout of its scales
     NAME.weight_sub     int8 [N, G]                  two-level only
     NAME.weight_lorc_a  model dtype [N, r]           lorc=r only: the weight is dequantize(codes) + A B
     NAME.weight_lorc_b  model dtype [r, K]
+    NAME.weight_shift   int32 [R, ceil(G*4/32)]      pow2=p only: exponents, packed (zq.spec.inner_shape)
+    NAME.weight_center  as the scales                center only
+    NAME.weight_codebook    dtype of the scales      estimated formats only; zq.spec.codebook_shape
+    NAME.weight_kept    model dtype [N, M]           keep=M only: input columns that were not quantized
+    NAME.weight_kept_index  int32 [M]                and where they are along K; their codes mean nothing
 
-Integer codes are offset binary, u = q + 2^(bits-1); float codes are the format's bit pattern.
+Integer codes are offset binary, u = q + 2^(bits-1); float codes are the format's bit pattern,
+others the number of the value, counted from the least.
 config.json lists the layers of each scheme by name, so nothing is quantized or skipped by a pattern.
 """
 
@@ -28,8 +34,8 @@ from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import packed_words
 from zq.numerics.packing import unpack as unpack_bits
 from zq.numerics.qtensor import QTensor
-from zq.numerics.scales import DTYPES
-from zq.spec import AUTO, Layout, Scheme, TensorSpec, scale_shape
+from zq.numerics.scales import DTYPES, SHIFT_BITS
+from zq.spec import AUTO, Layout, Scheme, TensorSpec, codebook_shape, inner_shape, scale_shape
 
 FORMAT_VERSION = 1
 Read = Callable[[str], Tensor]
@@ -66,6 +72,16 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
     if spec.rank:
         result.append(Slot(f"{name}.weight_lorc_a", CODES[dtype], (n, spec.rank)))
         result.append(Slot(f"{name}.weight_lorc_b", CODES[dtype], (spec.rank, k)))
+    if spec.inner:
+        rows, groups = inner_shape(spec, shape)
+        result.append(Slot(f"{name}.weight_shift", "I32", (rows, packed_words(groups, SHIFT_BITS))))
+    if spec.center:
+        result.append(Slot(f"{name}.weight_center", CODES[scale_dtype], scales))
+    if spec.info.is_estimated:
+        result.append(Slot(f"{name}.weight_codebook", CODES[scale_dtype], codebook_shape(spec, shape)))
+    if spec.kept:
+        result.append(Slot(f"{name}.weight_kept", CODES[dtype], (n, spec.kept)))
+        result.append(Slot(f"{name}.weight_kept_index", "I32", (spec.kept,)))
     return result
 
 
@@ -80,17 +96,43 @@ def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
         tensors[f"{name}.weight_sub"] = q.sub
     if q.left is not None and q.right is not None:
         tensors[f"{name}.weight_lorc_a"], tensors[f"{name}.weight_lorc_b"] = q.left, q.right
+    if q.shift is not None:
+        tensors[f"{name}.weight_shift"] = pack_bits(q.shift, SHIFT_BITS)
+    if q.center is not None:
+        tensors[f"{name}.weight_center"] = q.center
+    if q.book is not None:
+        tensors[f"{name}.weight_codebook"] = q.book
+    if q.kept is not None and q.places is not None:
+        tensors[f"{name}.weight_kept"], tensors[f"{name}.weight_kept_index"] = q.kept, q.places
     return tensors
 
 
 def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
+    """Raises ZqError when the places of kept columns do not fit the layer."""
     spec = scheme.weights
-    codes = from_unsigned(unpack_bits(read(f"{name}.weight_packed"), spec.bits, shape[1]), spec)
-    zero = None if spec.symmetric else read(f"{name}.weight_zero")
-    sub = read(f"{name}.weight_sub") if spec.two_level else None
-    left = read(f"{name}.weight_lorc_a") if spec.rank else None
-    right = read(f"{name}.weight_lorc_b") if spec.rank else None
-    return QTensor(codes, read(f"{name}.weight_scale"), zero, sub, spec, left, right)
+
+    def part(suffix: str, wanted: object) -> Tensor | None:
+        return read(f"{name}.weight_{suffix}") if wanted else None
+
+    shift, places = part("shift", spec.inner), part("kept_index", spec.kept)
+    if places is not None and not bool(((places >= 0) & (places < shape[1])).all()):
+        raise ZqError(
+            f"'{name}.weight_kept_index' names columns that the layer does not have; download again"
+        )
+    return QTensor(
+        from_unsigned(unpack_bits(read(f"{name}.weight_packed"), spec.bits, shape[1]), spec),
+        read(f"{name}.weight_scale"),
+        part("zero", not spec.symmetric),
+        part("sub", spec.two_level),
+        spec,
+        part("lorc_a", spec.rank),
+        part("lorc_b", spec.rank),
+        None if shift is None else unpack_bits(shift, SHIFT_BITS, inner_shape(spec, shape)[1]),
+        part("center", spec.center),
+        part("codebook", spec.info.is_estimated),
+        part("kept", spec.kept),
+        places,
+    )
 
 
 def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:

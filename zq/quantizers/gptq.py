@@ -25,7 +25,7 @@ from torch import Tensor
 
 from zq.errors import ZqError
 from zq.numerics.groups import group
-from zq.numerics.qtensor import SCALES, QTensor, assemble, encode, fake_groups, split_rows
+from zq.numerics.qtensor import SCALES, QTensor, assemble, encode, fake_groups, keep, split_rows, without
 from zq.numerics.scales import DTYPES, Scale
 from zq.quantizers import rtn
 from zq.quantizers.method import Block, Layer, Method, Needs
@@ -88,30 +88,43 @@ def quantize_weight(
     *,
     scale: str = "mse",
     columns: int = 128,
+    places: Tensor | None = None,
 ) -> tuple[QTensor, Tensor]:
     """weight [N, K] float -> (QTensor, latent [N, K]).
 
     The latent is the value that each column had when it was rounded: rounding it again to nearest with the
-    same scales gives the same codes. Computed in the dtype of the factor.
+    same scales gives the same codes. Computed in the dtype of the factor. The columns `places` are rounded to
+    `scale_dtype` only, and take up the errors of the columns before them.
     """
     shape = (weight.shape[0], weight.shape[1])
     dtype = DTYPES[spec.scale_dtype] if spec.scale_dtype else scale_dtype
     work = weight.to(factor.upper.dtype)
-    importance = group(factor.diagonal.float().expand(1, -1), spec) if spec.layout.kind == "group" else None
-    if spec.layout.kind in ("channel", "token"):
-        importance = factor.diagonal.float().reshape(1, 1, -1)
-    chosen = SCALES[scale](group(work.float(), spec), spec, dtype, importance)
-    latent = _compensate(work, factor, spec, chosen, columns)
-    codes = encode(group(latent.float(), spec), spec, chosen)
-    return assemble(codes, chosen, spec, shape, dtype), latent
+    importance = None
+    if spec.layout.kind in ("group", "channel", "token"):
+        importance = group(factor.diagonal.float().expand(1, -1), spec)
+    elif spec.layout.kind == "rank1":
+        importance = factor.diagonal.float().reshape(1, -1, 1)
+    coded = work.float() if places is None else without(work.float(), places)
+    chosen = SCALES[scale](group(coded, spec), spec, dtype, importance)
+    kept = {} if places is None else dict.fromkeys(places.tolist(), scale_dtype)
+    latent = _compensate(work, factor, spec, chosen, columns, kept)
+    coded = latent.float() if places is None else without(latent.float(), places)
+    q = assemble(encode(group(coded, spec), spec, chosen), chosen, spec, shape, dtype)
+    return q if places is None else keep(q, latent, places, scale_dtype), latent
 
 
-def _compensate(work: Tensor, factor: Factor, spec: TensorSpec, scale: Scale, columns: int) -> Tensor:
-    """Run over the columns in order; returns the latent in the original order of columns."""
+def _compensate(
+    work: Tensor, factor: Factor, spec: TensorSpec, scale: Scale, columns: int, kept: dict[int, torch.dtype]
+) -> Tensor:
+    """Run over the columns in order; returns the latent in the original order of columns. `kept`: the dtypes
+    to which some columns are rounded instead of to codes."""
     n, k = work.shape
-    upper = factor.upper
+    upper, order = factor.upper, factor.order.tolist()
     step = _per_column(scale.step, spec, n, k)[:, factor.order]
-    zero = None if scale.zero is None else _per_column(scale.zero, spec, n, k)[:, factor.order]
+    zero, center = (
+        None if part is None else _per_column(part, spec, n, k)[:, factor.order]
+        for part in (scale.zero, scale.center)
+    )
     w = work[:, factor.order].clone()
     latent = torch.empty_like(w)
     for start in range(0, k, columns):
@@ -120,8 +133,14 @@ def _compensate(work: Tensor, factor: Factor, spec: TensorSpec, scale: Scale, co
         for c in range(start, end):
             column = w[:, c]
             latent[:, c] = column
-            one = Scale(step[:, c : c + 1], zero=None if zero is None else zero[:, c : c + 1])
-            rounded = _round(column, spec, one)
+            one = Scale(
+                step[:, c : c + 1],
+                zero=None if zero is None else zero[:, c : c + 1],
+                center=None if center is None else center[:, c : c + 1],
+                book=scale.book,
+            )
+            dtype = kept.get(order[c])
+            rounded = _round(column, spec, one) if dtype is None else column.to(dtype).to(column.dtype)
             errors[:, c - start] = (column - rounded) / upper[c, c]
             w[:, c + 1 : end] -= errors[:, c - start, None] * upper[c, c + 1 : end]
         w[:, end:] -= errors @ upper[start:end, end:]
@@ -137,11 +156,14 @@ def _round(column: Tensor, spec: TensorSpec, scale: Scale) -> Tensor:
 
 def _per_column(scale: Tensor, spec: TensorSpec, n: int, k: int) -> Tensor:
     """Scales [R, G] -> [N, K]."""
-    if spec.layout.kind in ("tensor", "channel", "token"):
+    size = spec.inner or spec.layout.size or 1
+    if spec.layout.kind == "rank1":
+        return scale
+    if spec.layout.kind in ("tensor", "channel", "token") and not spec.inner:
         return scale.expand(n, k)
-    if spec.layout.kind == "group":
-        return scale.expand(n, -1).repeat_interleave(spec.layout.size or 1, dim=1)[:, :k]
-    return scale.reshape(-1).repeat_interleave(spec.layout.size or 1)[: n * k].reshape(n, k)
+    if spec.layout.kind in ("tensor", "block"):
+        return scale.reshape(-1).repeat_interleave(size)[: n * k].reshape(n, k)
+    return scale.expand(n, -1).repeat_interleave(size, dim=1)[:, :k]
 
 
 def correction(weight: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Tensor:
@@ -168,6 +190,7 @@ def run(block: Block, options: Options) -> None:
                 block.scale_dtype,
                 scale=options.scale,
                 columns=options.columns,
+                places=layers[0].places,
             )
             rows = [len(weight) for weight in weights]
             for layer, part, kept in zip(layers, split_rows(stacked, rows), latent.split(rows), strict=True):
@@ -189,7 +212,7 @@ def _stackable(site: list[Layer]) -> list[list[Layer]]:
     stacks: dict[object, list[Layer]] = {}
     for layer in site:
         spec = layer.scheme.weights
-        by_row = spec.layout.kind in ("group", "channel")
+        by_row = spec.layout.kind == "channel" or (spec.layout.kind == "group" and not spec.info.is_estimated)
         stacks.setdefault(spec if by_row else layer.name, []).append(layer)
     return list(stacks.values())
 

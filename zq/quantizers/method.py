@@ -32,6 +32,7 @@ class Needs(enum.Flag):
     TEACHER = enum.auto()  # the block as it was, beside the one that changes, and its inputs
     PARAMETERS = enum.auto()  # to change any parameter of the block
     NORMS = enum.auto()  # to change the weights of the block's norms
+    SPREADS = enum.auto()  # how widely the weights are spread that feed each input; before any step quantizes
     LINKS = enum.auto()  # the links along which a step may move scales; it runs before any quantizes
 
 
@@ -44,6 +45,7 @@ class Layer:
                computes with it in its own dtype. None before, and once the layer is quantized
     quantized  what a step made of the weight; None until then
     latent     the [N, K] values that rounded to the codes (GPTQ), for a step that learns the rounding
+    places     int64 [M], input columns that stay in the dtype of the model (`keep=M` in the scheme), or None
     """
 
     name: str
@@ -54,6 +56,7 @@ class Layer:
     folded: Tensor | None = None
     quantized: QTensor | None = None
     latent: Tensor | None = None
+    places: Tensor | None = None
     _original: Tensor | None = None
 
     @property
@@ -122,6 +125,8 @@ class Block:
              needs them
     links    along which scales may move, in the order of computation: only when a step needs them
     norms    paths of the norms in the module
+    spreads  standard deviation [K] of the weights that feed each input of a site, or None, for every one of
+             `sites`: only when a step needs them
     changed  full names of the parameters that a step changed, beside the weights of `layers`
     """
 
@@ -136,6 +141,7 @@ class Block:
     calls: list[Call] = field(default_factory=list)
     ahead: list[tuple[nn.Module, list[Call]]] = field(default_factory=list)
     logits: Callable[[Tensor], Tensor] | None = None
+    spreads: list[Tensor | None] = field(default_factory=list)
     teacher: nn.Module | None = None
     teacher_inputs: list[Tensor] = field(default_factory=list)
     links: list[BlockLink] = field(default_factory=list)

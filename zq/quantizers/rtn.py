@@ -30,7 +30,9 @@ def run(block: Block, options: Options) -> None:
         generator = block.generator(layer) if options.rounding == "stochastic" else None
         spec = layer.scheme.weights
         try:
-            quantized = quantize(layer.weight, spec, options.scale, block.scale_dtype, generator)
+            quantized = quantize(
+                layer.weight, spec, options.scale, block.scale_dtype, generator, layer.places
+            )
         except ZqError as error:
             raise ZqError(f"'{layer.name}.weight': {error}") from None
         layer.replace(quantized)

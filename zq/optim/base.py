@@ -1,0 +1,195 @@
+"""What AdamW and SGD share: which state of which parameter is stored how, saving, loading, overriding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zq.errors import ZqError
+from zq.optim.config import BITS, FLOAT, States, states
+from zq.optim.storage import Factored, Full, Quantized, State, fill, new, packed
+
+Given = Mapping[str, Any] | str | Path | None
+
+
+class StoredOptimizer(torch.optim.Optimizer):
+    """`bits` and `states` can differ between parameter groups, and `bits` between parameters (`override`, or
+    the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._overrides: dict[Tensor, int] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; raises ZqError for `bits` or `states` that cannot be."""
+        group = {"bits": self.defaults["bits"], "states": self.defaults["states"], **param_group}
+        states(group["bits"], group["states"], self.names)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_overrides": self._overrides}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; `closure` computes the loss again, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
+                    raise ZqError(
+                        "a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))"
+                    )
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    for name in self.wanted(group):
+                        state[name] = self._new(param, group, name)
+                state["step"] += 1
+                self.update(param, state, group)
+        return loss
+
+    def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One step of one parameter, whose states are there."""
+        raise NotImplementedError
+
+    def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the states that a group needs."""
+        return self.names
+
+    def generator(self, param: Tensor, group: dict[str, Any], step: int) -> torch.Generator | None:
+        """For stochastic rounding: depends on the seed, the parameter's place and the step only."""
+        how = self._how(param, group)
+        if how.rounding == "nearest":
+            return None
+        every = chain.from_iterable(g["params"] for g in self.param_groups)
+        place = next(i for i, p in enumerate(every) if p is param)
+        return torch.Generator(param.device).manual_seed(
+            ((how.seed << 20) + place << 32) + step & (1 << 62) - 1
+        )
+
+    def override(self, module: nn.Module, name: str, bits: int) -> None:
+        """Keep the states of the parameter `name` of `module` in so many bits from now on; states that are
+        there already are converted. Raises ZqError when it is none of this optimizer's parameters."""
+        if bits not in BITS:
+            raise ZqError(f"bits={bits!r} is not allowed; allowed: 32, 8, 4")
+        param = getattr(module, name, None)
+        groups = [g for g in self.param_groups if any(p is param for p in g["params"])]
+        if not groups:
+            raise ZqError(
+                f"'{name}' of {type(module).__name__} is no parameter of this optimizer; give another name"
+            )
+        assert isinstance(param, Tensor)
+        self._overrides[param] = bits
+        self._settle(param, groups[0])
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states in memory, scales included, the step counts not."""
+        every = chain.from_iterable(state.values() for state in self.state.values())
+        return sum(t.nbytes for s in every if not isinstance(s, Tensor) for t in s.tensors().values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, text and lists. With 32 bits it is what torch's optimizer of that name gives."""
+        saved = super().state_dict()
+        saved["state"] = {
+            key: {
+                name: value if isinstance(value, Tensor) else packed(value) for name, value in state.items()
+            }
+            for key, state in saved["state"].items()
+        }
+        for group in saved["param_groups"]:
+            del group["bits"], group["states"]
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From any width, zq's or torch's, into the widths of this optimizer: equal ones bit for bit."""
+        kept = [{key: group[key] for key in ("bits", "states")} for group in self.param_groups]
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for group, own in zip(self.param_groups, kept, strict=True):
+            group.update(own)
+        keys = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        places = [(param, group) for group in self.param_groups for param in group["params"]]
+        for key, (param, group) in zip(keys, places, strict=True):
+            saved = state_dict["state"].get(key)
+            if not saved:
+                continue
+            loaded = {
+                name: self._unpacked(param, group, value)
+                for name, value in saved.items()
+                if name in self.names
+            }
+            step = saved.get("step", 0 if not loaded else 1)
+            self.state[param] = {"step": torch.as_tensor(step, dtype=torch.float32).cpu().clone(), **loaded}
+            self._settle(param, group)
+
+    def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
+        return self._overrides.get(param) or getattr(param, "optim_bits", None) or group["bits"]
+
+    def _how(self, param: Tensor, group: dict[str, Any]) -> States:
+        bits = self._bits(param, group)
+        return states(bits, group["states"] if bits == group["bits"] else None, self.names)
+
+    def _new(self, param: Tensor, group: dict[str, Any], name: str) -> State:
+        how = self._how(param, group)
+        return new(param, FLOAT if param.numel() <= how.threshold else getattr(how, name), how)
+
+    def _settle(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Convert the states of a parameter to how they are to be stored."""
+        state = self.state.get(param, {})
+        for name in self.names:
+            if name not in state:
+                continue
+            target = self._new(param, group, name)
+            if target.spec != state[name].spec:
+                fill(target, _padded(state[name]), param.numel())
+                state[name] = target
+
+    def _unpacked(self, param: Tensor, group: dict[str, Any], value: Any) -> State:
+        """Raises ZqError when a saved state does not fit the parameter."""
+        shape = value.shape if isinstance(value, Tensor) else value["shape"]
+        if tuple(shape) != tuple(param.shape):
+            raise ZqError(
+                f"a saved state has shape {list(shape)}, its parameter {list(param.shape)}; load another file"
+            )
+        if isinstance(value, Tensor):
+            full = Full(param)
+            full.values.copy_(value)
+            return full
+        how = self._how(param, group)
+        state = new(param, value["spec"], how)
+        assert isinstance(state, Quantized | Factored)
+        for name, tensor in state.tensors().items():
+            tensor.copy_(value[name])
+        return state
+
+
+def _padded(state: State) -> Callable[[int, int], Tensor]:
+    """`read` for ranges that begin or end inside a unit of the state."""
+
+    def read(start: int, stop: int) -> Tensor:
+        first = start // state.unit * state.unit
+        last = -(-stop // state.unit) * state.unit
+        count = state.values.numel() if isinstance(state, Full) else _numel(state)
+        return state.read(first, min(last, count))[start - first : stop - first]
+
+    return read
+
+
+def _numel(state: Quantized | Factored) -> int:
+    count = 1
+    for length in state.shape:
+        count *= length
+    return count

@@ -1,0 +1,115 @@
+"""AdamW and SGD with states of 32, 8 or 4 bits, in the place of torch's optimizers of these names.
+
+    8 bits   first moment dynamic8, second udynamic8, blocks of 256 (Dettmers et al. 2021, arXiv:2110.02861;
+             the paper has blocks of 2048, bitsandbytes 256)
+    4 bits   first moment dynamic4 in blocks of 128, second ulinear4, rank-1 (Li et al. 2023,
+             arXiv:2309.01507)
+
+`states` (a mapping or a YAML file, zq/optim/config.py) says otherwise for each state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from zq.errors import ZqError
+from zq.optim.base import Given, StoredOptimizer
+from zq.optim.kernel import adamw_step_, sgd_step_
+
+
+class AdamW(StoredOptimizer):
+    """Decoupled weight decay (arXiv:1711.05101). Parameters of any float dtype, states float32 or quantized.
+
+    Raises ZqError for numbers out of range, and for `bits` or `states` that cannot be.
+    """
+
+    names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        bits: int = 32,
+        states: Given = None,
+    ) -> None:
+        _positive(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ZqError(f"betas={betas} are not allowed; allowed: from 0 to below 1")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "bits": bits, "states": states})
+
+    def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One step of one parameter."""
+        assert param.grad is not None
+        step = int(state["step"])
+        adamw_step_(
+            param,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            group=group,
+            step=step,
+            generator=self.generator(param, group, step),
+        )
+
+
+class SGD(StoredOptimizer):
+    """Stochastic gradient descent with momentum, damping, Nesterov and L2 decay as in torch.
+
+    Without momentum there is no state. Raises ZqError as AdamW.
+    """
+
+    names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        bits: int = 32,
+        states: Given = None,
+    ) -> None:
+        _positive(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ZqError("nesterov=True needs momentum and no dampening; give momentum=0.9, dampening=0")
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, {**defaults, "bits": bits, "states": states})
+
+    def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Nothing without momentum."""
+        return self.names if group["momentum"] else ()
+
+    def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One step of one parameter."""
+        assert param.grad is not None
+        if not group["momentum"]:
+            decay = group["weight_decay"]
+            grad = param.grad.add(param, alpha=decay) if decay else param.grad
+            param.add_(grad, alpha=-float(group["lr"]))
+            return
+        step = int(state["step"])
+        sgd_step_(
+            param,
+            param.grad,
+            state["momentum_buffer"],
+            group=group,
+            step=step,
+            generator=self.generator(param, group, step),
+        )
+
+
+def _positive(**values: float | Tensor) -> None:
+    for name, value in values.items():
+        if not float(value) >= 0:
+            raise ZqError(f"{name}={value} is not allowed; allowed: 0 or more")
