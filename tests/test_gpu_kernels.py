@@ -1,8 +1,8 @@
 """On a CUDA device: every operator against its reference on fresh random data.
 
-Outputs lie in memory full of NaN before, so what a kernel forgets to write shows. Quantized activations and products
-of integers are equal to the last bit; norms and activation functions may differ where a sum or a function of the
-device is rounded otherwise; products of floats are compared with the rounding of their sums.
+Outputs lie in memory full of NaN before, so what a kernel forgets to write shows. Quantized activations and
+products of integers are equal to the last bit; norms and activation functions may differ where a sum or a
+function of the device is rounded otherwise; products of floats are compared with the rounding of their sums.
 """
 
 from __future__ import annotations
@@ -68,13 +68,18 @@ def compare(name: str, args: tuple) -> None:
 
 
 def same_but_for_rounding(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """Codes: at most one step apart, and rarely. Scales, residuals: a step of 16-bit floats. Sums of a row: as
-    many steps as there are codes that moved."""
+    """Codes: at most one step apart, and rarely. Scales and residuals: a step of bf16. Sums of a row: one for
+    each code that may have moved."""
     apart = (a - b).abs()
-    if dtype == torch.int8 and a.dim() == 2:
+    if dtype == torch.int8:
         assert apart.max() <= 1, name
-    assert (apart > 0).double().mean() <= (0.02 if a.dim() == 2 else 1.0), name
-    assert (apart <= 2**-6 * b.abs() + 2 * a.shape[-1] ** 0.5).all(), name
+    elif dtype == FP8:
+        assert (apart <= 2**-3 * b.abs() + 2**-9).all(), name
+    elif dtype == torch.int32:
+        assert a.numel() == 0 or apart.max() <= 2000, name
+    else:
+        assert (apart <= 2**-7 * b.abs()).all(), name
+    assert a.dim() == 1 or (apart > 0).double().mean() <= 0.02, name
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -1,7 +1,12 @@
-"""One cache of cubins for all tests of a run, and every kernel compiled once."""
+"""One cache of cubins for all tests of a run, and kernels compiled once.
+
+All for all architectures take minutes (`make kernels`). Here every unit of quant.cu is compiled for one
+architecture, and the matrix kernels with the schemes of the recipes, each by both of their sources.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +15,29 @@ from pathlib import Path
 import pytest
 
 from zq.kernels import nvrtc
-from zq.kernels.table import UNITS
+from zq.kernels.table import QUANT_UNITS, UNITS
 
 ARCHS = ("sm_80", "sm_90a", "sm_120")  # the oldest, the one with kernels of its own, the newest
+
+
+GEMMS = (
+    ("sm90_w4a8_int8_g128", "sm_90a"),
+    ("sm90_w4a8_fp8_g128", "sm_90a"),
+    ("sm90_w4a16_g128", "sm_90a"),
+    ("sm90_w8a8_int8", "sm_90a"),
+    ("mma_w4a8_int8_g128", "sm_80"),
+    ("mma_w4a16_g64_asym", "sm_80"),
+    ("mma_w8a8_fp8", "sm_120"),
+)
+
+
+def chosen() -> list[tuple[str, str]]:
+    """(unit, architecture) of what is compiled."""
+    archs = itertools.cycle(ARCHS)
+    found = []
+    for unit in QUANT_UNITS:
+        found.append((unit.name, next(arch for arch in archs if arch in unit.archs)))
+    return [*found, *GEMMS]
 
 
 @pytest.fixture(scope="session")
@@ -30,18 +55,17 @@ def cache(cubins: Path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[tuple[str, str], nvrtc.Compiled | Exception]:
-    """Every unit for ARCHS, with the compiler's log."""
+    """What `chosen` says, with the compiler's log."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    todo = [(unit, arch) for unit in UNITS.values() for arch in ARCHS if arch in unit.archs]
 
-    def one(pair) -> nvrtc.Compiled | Exception:
+    def one(pair: tuple[str, str]) -> nvrtc.Compiled | Exception:
         try:
-            return nvrtc.compile_unit(*pair, verbose=True)
+            return nvrtc.compile_unit(UNITS[pair[0]], pair[1], verbose=True)
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {(unit.name, arch): made for (unit, arch), made in zip(todo, pool.map(one, todo), strict=True)}
+        return dict(zip(chosen(), pool.map(one, chosen()), strict=True))
 
 
 def resources(log: str) -> dict[str, tuple[int, int]]:

@@ -54,7 +54,7 @@ def test_what_is_written(out):
 def test_a_recognised_cubin_needs_no_compiler(out, monkeypatch):
     wanted = cubin_cache.compiled(UNIT, "sm_90a")
     monkeypatch.setattr(nvrtc, "is_installed", lambda: False)
-    with pytest.raises(ZqError, match="is in no bundle in use .* pip install"):
+    with pytest.raises(ZqError, match=r"is in no bundle in use .* pip install"):
         bundle.cubin(UNIT, "sm_90a")
     assert bundle.use(out)
     assert bundle.cubin(UNIT, "sm_90a") == wanted

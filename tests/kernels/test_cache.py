@@ -36,7 +36,7 @@ def test_compiled_once(cache, monkeypatch):
 def test_a_failure_keeps_the_log_and_no_cubin(tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setenv("ZQ_CACHE", str(tmp_path))
-    with pytest.raises(ZqError, match="does not compile for sm_90a .*the whole log is in") as raised:
+    with pytest.raises(ZqError, match=r"does not compile for sm_90a .*the whole log is in") as raised:
         cubin_cache.compiled(replace(UNIT, defines=()), "sm_90a")
     (left,) = (tmp_path / "kernels").iterdir()
     assert str(left) in str(raised.value)
@@ -75,5 +75,5 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_place_that_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ZqError, match="Not a directory|File exists"):
+    with pytest.raises(ZqError, match=r"Not a directory|File exists"):
         cubin_cache.write(Path(tmp_path / "file" / "x"), b"")

@@ -55,8 +55,8 @@ def test_rounded_is_float32():
 
 @pytest.mark.parametrize("top", [127.5, 448.0])
 def test_codes_are_those_of_ieee_division(top):
-    """x of every size up to the absmax of its row, from float32 and from bf16. Where the quotient is above 2^-40
-    it is the correctly rounded one; below, both round to code 0."""
+    """x of every size up to the absmax of its row, from float32 and from bf16. Where the quotient is above
+    2^-40 it is the correctly rounded one; below, both round to code 0."""
     for largest in [*floats(600, 1), float(TINY), 2.0**-149, 1.5 * 2.0**-60, float(MAX)]:
         step = np.float32(largest) / np.float32(top)
         scale = float(np.float32(1) if step == 0 else np.clip(step, float(TINY), None))

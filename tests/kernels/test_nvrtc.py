@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.conftest import ARCHS, resources
+from tests.kernels.conftest import ARCHS, GEMMS, chosen, resources
 from zq.errors import ZqError
 from zq.kernels import nvrtc
 from zq.kernels.table import QUANT_UNITS, UNITS
@@ -14,10 +14,9 @@ from zq.kernels.unit import ARCHS as ALL
 from zq.kernels.unit import Unit, arch_number, arch_of, parse_archs
 
 UNIT = UNITS["plain_int8_bf16"]
-MADE = [(unit.name, arch) for unit in UNITS.values() for arch in ARCHS if arch in unit.archs]
 
 
-@pytest.mark.parametrize(("name", "arch"), MADE)
+@pytest.mark.parametrize(("name", "arch"), chosen())
 def test_compiles(name, arch, compiled):
     made = compiled[name, arch]
     assert isinstance(made, nvrtc.Compiled), made
@@ -28,13 +27,17 @@ def test_compiles(name, arch, compiled):
     assert "warning" not in made.log
 
 
-@pytest.mark.parametrize("unit", QUANT_UNITS, ids=lambda unit: unit.name)
-def test_a_row_stays_in_registers(unit, compiled):
-    for arch in ARCHS:
-        if arch in unit.archs:
-            for entry, (registers, spills) in resources(compiled[unit.name, arch].log).items():
-                assert registers <= 64, "1024 threads cannot have more"
-                assert spills == 0, (arch, entry)
+@pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair not in GEMMS])
+def test_a_row_stays_in_registers(name, arch, compiled):
+    for registers, spills in resources(compiled[name, arch].log).values():
+        assert registers <= 64, "1024 threads cannot have more"
+        assert spills == 0
+
+
+def test_every_architecture_is_compiled_for():
+    assert {arch for _, arch in chosen()} == set(ARCHS)
+    assert {name for name, _ in chosen()} >= {unit.name for unit in QUANT_UNITS}
+    assert {UNITS[name].source for name, _ in chosen()} == {unit.source for unit in UNITS.values()}
 
 
 def test_the_same_source_gives_the_same_bytes():
@@ -43,7 +46,8 @@ def test_the_same_source_gives_the_same_bytes():
 
 
 def test_compiling_changes_no_object_of_python():
-    """The log of a quiet compilation is one byte; written into a bytes object of length 1, it would change all."""
+    """The log of a quiet compilation is one byte; written into a bytes object of length 1, it would change
+    all."""
     pytest.importorskip("cuda.bindings.nvrtc")
     nvrtc.compile_unit(UNIT, "sm_90a")
     assert [bytes([i])[0] for i in range(256)] == list(range(256))
@@ -110,4 +114,5 @@ def test_the_table():
     # "-D" of one unit must tell it from all others of its source
     made = [(unit.source, unit.defines, unit.options) for unit in UNITS.values()]
     assert len(set(made)) == len(made)
-    assert {path.name for path in nvrtc.SOURCES.glob("*.cu")} == {unit.source for unit in UNITS.values()}
+    sources = {path.name for path in nvrtc.SOURCES.glob("*.cu") if not path.name.startswith("bench_")}
+    assert sources == {unit.source for unit in UNITS.values()}

@@ -100,8 +100,8 @@ def test_blocks_of_128_are_rows_of_their_own():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_fused_operators_are_the_unfused_ones(dtype):
-    """transformers' RMSNorm, torch's layer_norm, SiLU and GELU in that dtype, then quantized: norms of the runtime
-    differ by their order of summation, which moves a code only where it crosses a boundary."""
+    """transformers' RMSNorm, torch's layer_norm, SiLU and GELU in that dtype, then quantized: norms of the
+    runtime differ by their order of summation, which moves a code only where it crosses a boundary."""
     x, residual = activations(64, 256, dtype), normal(64, 256, seed=1, dtype=dtype)
     weight, bias = normal(256, seed=2, dtype=dtype), normal(256, seed=3, dtype=dtype)
     wide = x.float()

@@ -92,8 +92,9 @@ def build(
         }
         if json:
             return print_json({"output": str(output or cache.folder()), **found})
+        where = output or cache.folder()
         out.print(
-            f"{found['cubins']} cubins, {size(found['bytes'])}, {found['seconds']} s, in {output or cache.folder()}",
+            f"{found['cubins']} cubins, {size(found['bytes'])}, {found['seconds']} s, in {where}",
             soft_wrap=True,
             markup=False,
         )
@@ -139,7 +140,8 @@ def planned(plan: Plan, archs: tuple[str, ...], quiet: bool) -> list[Unit]:
 
 
 def needed(folder: Path) -> list[Unit]:
-    """The kernels that the layers of a quantized checkpoint need. Raises ZqError when no kernel serves any."""
+    """The kernels that the layers of a quantized checkpoint need. Raises ZqError when no kernel serves
+    any."""
     from zq.checkpoint.index import main_dtype, read_index
     from zq.cli.inspect import describe
     from zq.errors import ZqError

@@ -120,8 +120,8 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         str | None,
         typer.Option(
             "--kernels",
-            help="Put zq's CUDA kernels for these architectures (such as sm_80,sm_90a, or all) beside the weights, "
-            "as `zq kernels bundle` does.",
+            help="Put zq's CUDA kernels for these architectures (such as sm_80,sm_90a, or all) beside the "
+            "weights, as `zq kernels bundle` does.",
             rich_help_panel=RUN,
         ),
     ] = None,

@@ -4,10 +4,10 @@
     OUT/kernels/NAME.ARCH.cubin
     OUT/kernels/src/...                 the sources
 
-A cubin of a bundle is recognised when the manifest says that it was made from exactly the sources, options and
-architecture that this zq would compile (`nvrtc.key`), and its own hash is the one in the manifest. Others are
-passed over, or run with `trust=True` only. A bundle is a program all the same: nothing in it proves who wrote it,
-so `use` is called for checkpoints that the user chose, never for what lies around.
+A cubin of a bundle is recognised when the manifest says that it was made from exactly the sources, options
+and architecture that this zq would compile (`nvrtc.key`), and its own hash is the one in the manifest. Others
+are passed over, or run with `trust=True` only. A bundle is a program all the same: nothing in it proves who
+wrote it, so `use` is called for checkpoints that the user chose, never for what lies around.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle in use: its folder, {(unit, arch): entry of the manifest}, whether unrecognised cubins may run."""
+    """A bundle in use: its folder, {(unit, arch): entry of the manifest}, whether others may run."""
 
     folder: Path
     entries: dict[tuple[str, str], dict[str, Any]]
@@ -82,8 +82,8 @@ def cubin(unit: Unit, arch: str) -> bytes:
         return found
     if not nvrtc.is_installed():
         raise ZqError(
-            f"kernel {unit.name} for {arch} is in no bundle in use (zq kernels bundle), and NVRTC is not installed "
-            f"to compile it; {nvrtc.INSTALL}"
+            f"kernel {unit.name} for {arch} is in no bundle in use (zq kernels bundle), and NVRTC is not "
+            f"installed to compile it; {nvrtc.INSTALL}"
         )
     return cache.compiled(unit, arch)
 
@@ -112,7 +112,8 @@ def read(checkpoint: Path, *, trust: bool = False) -> Bundle | None:
 
 
 def pairs(units: Iterable[Unit], archs: Iterable[str]) -> list[tuple[Unit, str]]:
-    """What is to be compiled: every unit for every architecture that it exists for. Raises ZqError for nothing."""
+    """What is to be compiled: every unit for every architecture that it exists for. Raises ZqError when
+    there is none."""
     found = [(unit, arch) for arch in archs for unit in units if arch in unit.archs]
     if not found:
         raise ZqError(f"no kernel exists for {', '.join(archs)} and these layers; choose other architectures")
@@ -124,7 +125,8 @@ def write(
     todo: Iterable[tuple[Unit, str]],
     progress: Callable[[Unit, str], None] = lambda unit, arch: None,
 ) -> dict[str, Any]:
-    """Compile what is not in the cache and write the bundle, in place of one that is there; returns the manifest.
+    """Compile what is not in the cache and write the bundle, in place of one that is there. Returns its
+    manifest.
 
     The old manifest goes first and the new one comes last, so a bundle that is not whole is none.
     Raises ZqError when something does not compile or cannot be written.

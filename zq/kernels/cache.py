@@ -1,8 +1,8 @@
 """Compiled cubins by what they are made of.
 
 The cache is `$ZQ_CACHE/kernels` (`~/.cache/zq/kernels`). A file is named after the unit, the architecture and
-the hash of everything that it depends on (`nvrtc.key`), so it never goes stale, and appears there by a rename,
-so it is never half there.
+the hash of everything that it depends on (`nvrtc.key`), so it never goes stale, and appears there by a
+rename, so it is never half there.
 """
 
 from __future__ import annotations
@@ -73,6 +73,6 @@ def make_folder(path: Path) -> None:
 
 def _unusable(path: Path, error: OSError) -> ZqError:
     return ZqError(
-        f"{path} cannot be written or read: {error.strerror or error}; make room or choose another folder (ZQ_CACHE, "
-        "if it lies in the cache)"
+        f"{path} cannot be written or read: {error.strerror or error}; make room or choose another folder "
+        "(ZQ_CACHE, if it lies in the cache)"
     )

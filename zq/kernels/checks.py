@@ -1,11 +1,12 @@
 """What an operator takes and gives: shapes and dtypes, checked before anything is computed.
 
-Each function takes the operator's arguments and returns [(shape, dtype)] of its outputs. It reads no values, so
-it serves the CPU, CUDA and the fake tensors of torch.compile alike. Raises ZqError.
+Each function takes the operator's arguments and returns [(shape, dtype)] of its outputs. It reads no values,
+so it serves the CPU, CUDA and the fake tensors of torch.compile alike. Raises ZqError.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def matrix(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> tu
     """x is a matrix of rows of a multiple of 16 values; returns its shape."""
     if x.dim() != 2 or x.shape[1] % MULTIPLE or x.shape[1] == 0:
         raise ZqError(
-            f"zq::{op}: {name} has shape {list(x.shape)}, expected [M, K] with K a multiple of {MULTIPLE}; flatten "
-            "the leading dimensions, or pad K with zeros"
+            f"zq::{op}: {name} has shape {list(x.shape)}, expected [M, K] with K a multiple of {MULTIPLE}; "
+            "flatten the leading dimensions, or pad K with zeros"
         )
     tensor(op, name, x, dtypes, tuple(x.shape), x)
     return x.shape[0], x.shape[1]
@@ -124,13 +125,13 @@ def gelu_quant(x: Tensor, approximate: str, dtype: torch.dtype) -> Outputs:
     return quantized(m, k, dtype)
 
 
-def gemm(
+def gemm(  # noqa: PLR0913
     op: str,
     x: Tensor,
     dtypes: tuple[torch.dtype, ...],
     w: Tensor,
     packing: Packing,
-    vectors: dict[str, tuple[Tensor | None, tuple[Any, ...]]],
+    vectors: Mapping[str, tuple[Tensor | None, tuple[Any, ...]]],
     bias: Tensor | None,
     n: Any,
     out: torch.dtype,
@@ -171,7 +172,7 @@ def fp8_block128(x: Tensor, sx: Tensor, w: Tensor, bias: Tensor | None, n: Any, 
     return gemm("fp8_block128", x, (FP8,), w, Packing("fp8_block"), vectors, bias, n, out)
 
 
-def w4a8_int8(
+def w4a8_int8(  # noqa: PLR0913 (the operator's arguments)
     x: Tensor,
     sx: Tensor,
     rowsum: Tensor,

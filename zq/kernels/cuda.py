@@ -1,5 +1,5 @@
-"""Cubins on a device: load, look up, launch on torch's current stream. Uses cuda.bindings, which CUDA builds of
-torch bring; nothing here runs before the first call of an operator on a CUDA tensor, or `prepare`.
+"""Cubins on a device: load, look up, launch on torch's current stream. Uses cuda.bindings, which CUDA builds
+of torch bring; nothing here runs before the first call of an operator on a CUDA tensor, or `prepare`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ GRID = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Device:
-    """index in torch's order, architecture to compile for ("sm_90a") and as a number (90), multiprocessors, the
-    largest shared memory of a block in bytes, and the context that torch uses."""
+    """index in torch's order, architecture to compile for ("sm_90a") and as a number (90), multiprocessors,
+    the largest shared memory of a block in bytes, and the context that torch uses."""
 
     index: int
     arch: str
@@ -43,8 +44,8 @@ _thread = threading.local()
 def prepare(device: torch.device | str | int = "cuda", units: Iterable[str] | None = None) -> None:
     """Load kernels on a device, compiling what is in no bundle and not in the cache.
 
-    units: names out of `zq.kernels.table.UNITS`; all that the device can run when None. After it, operators can
-    be captured into CUDA graphs. Raises ZqError.
+    units: names out of `zq.kernels.table.UNITS`; all that the device can run when None. After it, operators
+    can be captured into CUDA graphs. Raises ZqError.
     """
     place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     here = describe(torch.cuda.current_device() if place.index is None else place.index)
@@ -104,7 +105,7 @@ def _load(device: Device, unit: Unit) -> dict[str, Any]:
     return found
 
 
-def launch(
+def launch(  # noqa: PLR0913
     device: Device,
     unit: str,
     entry: str,
@@ -171,8 +172,9 @@ class TensorMap:
 
 @lru_cache(maxsize=4096)
 def tensor_map(pointer: int, rows: int, k: int, stride: int, width: int, box_rows: int) -> TensorMap:
-    """Describes a row-major matrix [rows, k] at `pointer`, `width` bytes in an element and `stride` elements from
-    row to row, to be fetched in boxes of box_rows x 128 bytes with the 128-byte swizzle; zeros outside."""
+    """Describes a row-major matrix [rows, k] at `pointer`, `width` bytes in an element and `stride` elements
+    from row to row, to be fetched in boxes of box_rows x 128 bytes with the 128-byte swizzle; zeros
+    outside."""
     driver = _driver()
     kinds = driver.CUtensorMapDataType
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if width == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16
@@ -202,9 +204,9 @@ _workspaces: dict[tuple[int, int, int], list[Tensor]] = {}
 
 
 def workspace(device: Device, size: int, zeroed: int) -> Tensor | None:
-    """Scratch memory of a kernel: `size` bytes that begin with `zeroed` bytes of counters, which are zero and which
-    the kernel leaves zero. One buffer per stream and number of counters; outgrown ones are kept, since a CUDA
-    graph may still use them. Raises ZqError when it would have to grow inside a capture."""
+    """Scratch memory of a kernel: `size` bytes that begin with `zeroed` bytes of counters, which are zero and
+    which the kernel leaves zero. One buffer per stream and number of counters; outgrown ones are kept, since
+    a CUDA graph may still use them. Raises ZqError when it would have to grow inside a capture."""
     if size == 0:
         return None
     if zeroed == 0:
@@ -214,7 +216,8 @@ def workspace(device: Device, size: int, zeroed: int) -> Tensor | None:
     if not made or made[-1].numel() < size:
         if torch.cuda.is_current_stream_capturing():
             raise ZqError(
-                "a CUDA graph is being captured of a shape that has not run on this stream; run it once before"
+                "a CUDA graph is being captured of a shape that has not run on this stream; run it "
+                "once before"
             )
         made.append(torch.zeros(size, dtype=torch.uint8, device=f"cuda:{device.index}"))
     return made[-1]
@@ -248,9 +251,9 @@ def _enter(device: Device) -> None:
 @lru_cache
 def _driver() -> Any:
     try:
-        from cuda.bindings import driver
+        return import_module("cuda.bindings.driver")
     except ImportError as error:
         raise ZqError(
-            f"kernels are launched with cuda-bindings, which is not installed ({error}); run: pip install 'zq[kernels]'"
+            f"kernels are launched with cuda-bindings, which is not installed ({error}); "
+            "run: pip install 'zq[kernels]'"
         ) from None
-    return driver

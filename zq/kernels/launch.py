@@ -35,9 +35,9 @@ class QuantArguments(ctypes.Structure):
 
 
 def row_shape(pieces: int) -> tuple[str, int, int]:
-    """(entry, threads, bytes of shared memory) for rows of `pieces` of 16 bytes: one piece in a thread for short
-    rows, else four, so that fewer threads share a reduction; long rows in shared memory. It does not depend on the
-    number of rows, so a token gives the same codes whatever the batch."""
+    """(entry, threads, bytes of shared memory) for rows of `pieces` of 16 bytes: one piece in a thread for
+    short rows, else four, so that fewer threads share a reduction; long rows in shared memory. It does not
+    depend on the number of rows, so a token gives the same codes whatever the batch."""
     each = 1 if pieces <= SHORT else 4
     threads = -(-pieces // (32 * each)) * 32
     return (
@@ -64,8 +64,8 @@ def quantize(op: str, x: Tensor, outputs: list[Tensor], k: int, eps: float = 0.0
     entry, threads, shared = row_shape(k * x.element_size() // PIECE)
     if shared > device.shared - RESERVED:
         raise ZqError(
-            f"a row of {shared} bytes is longer than the {device.shared - RESERVED} bytes of shared memory that keep "
-            "it; compute without kernels"
+            f"a row of {shared} bytes is longer than the {device.shared - RESERVED} bytes of shared memory "
+            "that keep it; compute without kernels"
         )
     name = f"{op}_{short}{blocks}_{KINDS[x.dtype]}"
     cuda.launch(device, name, entry, (rows, 1, 1), threads, [arguments], shared=shared, pdl=True)
@@ -117,7 +117,7 @@ def _choose(
     return tiles.choose(op, m, n, k, group=group, arch=device.number, sms=device.sms, asym=asym, half=half)
 
 
-def gemm(
+def gemm(  # noqa: PLR0913
     op: str,
     outputs: list[Tensor],
     x: Tensor,

@@ -1,8 +1,8 @@
 """CUDA C++ -> cubin with NVRTC: no toolkit, no headers, no host compiler, no GPU.
 
-NVRTC is a library of 100 MB that every CUDA build of torch brings; on other machines it is the extra `kernels`.
-It is loaded at the first call, never at import. What a cubin depends on is hashed by `key`: the source, the
-headers that it includes, options, architecture, the version of NVRTC.
+NVRTC is a library of 100 MB that every CUDA build of torch brings; on other machines it is the extra
+`kernels`. It is loaded at the first call, never at import. What a cubin depends on is hashed by `key`: the
+source, the headers that it includes, options, architecture, the version of NVRTC.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,7 @@ def _checked(answer: tuple[Any, ...]) -> Any:
 @lru_cache
 def _nvrtc() -> Any:
     try:
-        from cuda.bindings import nvrtc
-
+        nvrtc = import_module("cuda.bindings.nvrtc")
         nvrtc.nvrtcVersion()  # the library itself is loaded here
     except (ImportError, RuntimeError) as error:  # the loader's own error is a RuntimeError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,10 +1,10 @@
 """The operators: `torch.ops.zq.NAME`, after `import zq.kernels.ops`. All are functional: new tensors out.
 
-x is [M, K] with K a multiple of 16; flatten leading dimensions. Weights are packed by zq.kernels.layout, n is the
-number of outputs N (the packed weight is padded). On a CPU an operator is its reference (zq.kernels.reference);
-on a CUDA device it runs on the current stream, without a synchronization, and inside a CUDA graph once
-`zq.kernels.cuda.prepare(device)` has loaded the kernels. `dtype` is torch.int8 or torch.float8_e4m3fn, `out` is
-torch.bfloat16 or torch.float16. Wrong shapes, dtypes and devices raise ZqError.
+x is [M, K] with K a multiple of 16; flatten leading dimensions. Weights are packed by zq.kernels.layout, n is
+the number of outputs N (the packed weight is padded). On a CPU an operator is its reference
+(zq.kernels.reference); on a CUDA device it runs on the current stream, without a synchronization, and inside
+a CUDA graph once `zq.kernels.cuda.prepare(device)` has loaded the kernels. `dtype` is torch.int8 or
+torch.float8_e4m3fn, `out` is torch.bfloat16 or torch.float16. Wrong shapes, dtypes and devices raise ZqError.
 
     quant_int8                      x / scale in INT8, scale [M], sum of each row [M]
     quant_fp8                       x / scale in e4m3, scale [M]
@@ -49,7 +49,8 @@ SCHEMAS = {
     "fp8_block128": f"(Tensor x, Tensor sx, Tensor w, {GEMM}, ScalarType out) -> Tensor",
     "w4a8_int8": "(Tensor x, Tensor sx, Tensor rowsum, Tensor w, Tensor ws, "
     f"{GEMM}, int group, ScalarType out) -> Tensor",
-    "w4a8_int8_group": f"(Tensor x, Tensor sx, Tensor w, Tensor? ws, {GEMM}, int group, ScalarType out) -> Tensor",
+    "w4a8_int8_group": "(Tensor x, Tensor sx, Tensor w, Tensor? ws, "
+    f"{GEMM}, int group, ScalarType out) -> Tensor",
     "w4a8_fp8": f"(Tensor x, Tensor sx, Tensor w, {GEMM}, int group, ScalarType out) -> Tensor",
     "w4a16": f"(Tensor x, Tensor w, Tensor? ws, {GEMM}, int group, bool asym) -> Tensor",
     "w8a16": f"(Tensor x, Tensor w, Tensor ws, {GEMM}) -> Tensor",

@@ -1,9 +1,9 @@
 """What every operator computes, in plain torch on the CPU. Slow and obvious: the kernels must agree with it.
 
-Activations are quantized by zq.numerics, as the runtime simulates it. What a fused operator does before that is
-rounded to the dtype of its input where the unfused model rounds (norms as in transformers); sums are taken in
-float64 and rounded to float32, so a kernel that sums in float32 may differ by one unit in the last place of a
-norm's inverse, and rarely by one code.
+Activations are quantized by zq.numerics, as the runtime simulates it. What a fused operator does before that
+is rounded to the dtype of its input where the unfused model rounds (norms as in transformers); sums are taken
+in float64 and rounded to float32, so a kernel that sums in float32 may differ by one unit in the last place
+of a norm's inverse, and rarely by one code.
 
 Products of matrices: x [M, K], weight [N, K].
 
@@ -156,7 +156,7 @@ def fp8_block128(x: Tensor, sx: Tensor, w: Tensor, bias: Tensor | None, n: int, 
     return finish(product(x.double() * steps, weight), None, bias, out)
 
 
-def w4a8_int8(
+def w4a8_int8(  # noqa: PLR0913 (the operator's arguments)
     x: Tensor,
     sx: Tensor,
     rowsum: Tensor,

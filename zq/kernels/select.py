@@ -36,8 +36,8 @@ def gemm_op(scheme: Scheme) -> str | None:
 
 
 def units_for(schemes: Iterable[Scheme], dtype: str) -> list[Unit]:
-    """The units that layers of these schemes need in a model of `dtype` (bf16, fp16, fp32), activations alone or
-    fused included, in the order of the table."""
+    """The units that layers of these schemes need in a model of `dtype` (bf16, fp16, fp32), activations alone
+    or fused included, in the order of the table."""
     names, outputs = set(), set()
     for scheme in schemes:
         op = gemm_op(scheme)
