@@ -99,10 +99,24 @@ def build(folder: Path, macros: tuple[tuple[str, str], ...], tokens: int = 128) 
     source = folder / "host.cpp"
     source.write_text(SHIM)
     library = folder / "host.so"
-    defines = [f"-D{name}={value}" for name, value in (*macros, ("ZQ_ARCH", 80), ("ZQ_HOST", 1), ("TOKENS", tokens))]
+    defines = [
+        f"-D{name}={value}" for name, value in (*macros, ("ZQ_ARCH", 80), ("ZQ_HOST", 1), ("TOKENS", tokens))
+    ]
     assert COMPILER
     subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", *defines, f"-I{SOURCES}", source, "-o", library],
+        [
+            COMPILER,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-w",
+            *defines,
+            f"-I{SOURCES}",
+            source,
+            "-o",
+            library,
+        ],
         check=True,
     )
     return ctypes.CDLL(str(library))
@@ -111,7 +125,9 @@ def build(folder: Path, macros: tuple[tuple[str, str], ...], tokens: int = 128) 
 def place_of_a(width: int) -> tuple[np.ndarray, np.ndarray]:
     """(row, k) [128 threads, 4 registers, elements of a register] of the A operand of one wgmma, elements of `width`
     bytes. For wgmma.m64nNk32 and k16 alike: warp w has rows 16 w .. 16 w + 15."""
-    thread, register, element = np.meshgrid(np.arange(128), np.arange(4), np.arange(4 // width), indexing="ij")
+    thread, register, element = np.meshgrid(
+        np.arange(128), np.arange(4), np.arange(4 // width), indexing="ij"
+    )
     warp, lane = thread // 32, thread % 32
     group, within = lane >> 2, lane % 4  # groupID and threadID_in_group of the PTX ISA
     row = 16 * warp + np.where((register == 0) | (register == 2), group, group + 8)

@@ -24,7 +24,13 @@ def compile_unit(unit: Unit, arch: str, more: Sequence[str] = ()) -> bytes:
 
     headers = sorted(SOURCES.glob("*.cuh"))
     macros = [f"-D{name}={value}" for name, value in unit.defines]
-    options = [f"-arch={arch}", "-std=c++17", "-default-device", "--fmad=false", f"-DZQ_ARCH={arch_number(arch)}"]
+    options = [
+        f"-arch={arch}",
+        "-std=c++17",
+        "-default-device",
+        "--fmad=false",
+        f"-DZQ_ARCH={arch_number(arch)}",
+    ]
     options += [*macros, *more]
     source = (SOURCES / unit.source).read_bytes()
     texts, names = [h.read_bytes() for h in headers], [h.name.encode() for h in headers]

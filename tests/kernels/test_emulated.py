@@ -49,15 +49,22 @@ extern "C" int launch(Call c, int gx, int gz, int cluster_size, int threads, int
 
 class Call(ctypes.Structure):
     _fields_ = (
-        *((f, ctypes.c_void_p) for f in ("entry", "x", "sx", "rowsum", "w", "scale", "bias", "y", "workspace")),
+        *(
+            (f, ctypes.c_void_p)
+            for f in ("entry", "x", "sx", "rowsum", "w", "scale", "bias", "y", "workspace")
+        ),
         *((f, ctypes.c_int) for f in ("m", "n", "k", "ldx", "split", "out")),
     )
 
 
-def build(folder: Path, op: str, p: layout.Packing, source: str, more: tuple[tuple[str, object], ...] = ()) -> ctypes.CDLL:
+def build(
+    folder: Path, op: str, p: layout.Packing, source: str, more: tuple[tuple[str, object], ...] = ()
+) -> ctypes.CDLL:
     text = (SOURCES / source).read_text()
     text = "\n".join(line for line in text.splitlines() if not line.startswith("#include"))
-    text = text.replace("extern __shared__ __align__(1024) u8 memory[];", "u8* const memory = current->block->shared;")
+    text = text.replace(
+        "extern __shared__ __align__(1024) u8 memory[];", "u8* const memory = current->block->shared;"
+    )
     text = text.replace("__shared__ int order;", "int& order = current->block->order;")
     scheme = (SOURCES / "scheme.cuh").read_text().replace('#include "common.cuh"', "")
     (folder / "scheme.cuh").write_text(scheme)
@@ -95,7 +102,11 @@ def operands(op: str, p: layout.Packing, m: int, n: int, k: int) -> dict[str, Te
         x = torch.randn(m, k, generator=g).to(torch.float8_e4m3fn)
     else:
         x = torch.randint(-128, 128, (m, k), generator=g).to(torch.int8)
-    found = {"x": x, "w": layout.pack(p, codes, scale, offset), "bias": torch.randn(n, generator=g).bfloat16()}
+    found = {
+        "x": x,
+        "w": layout.pack(p, codes, scale, offset),
+        "bias": torch.randn(n, generator=g).bfloat16(),
+    }
     value = x.double()
     if op == "fp8_block128":
         found["sx"] = torch.rand(m, -(-k // 128), generator=g) + 0.5
@@ -116,7 +127,9 @@ def operands(op: str, p: layout.Packing, m: int, n: int, k: int) -> dict[str, Te
     return found
 
 
-def compute(library: ctypes.CDLL, c: Config, given: dict[str, Tensor], random: int, out: torch.dtype) -> Tensor:
+def compute(
+    library: ctypes.CDLL, c: Config, given: dict[str, Tensor], random: int, out: torch.dtype
+) -> Tensor:
     (m, k), n = given["x"].shape, given["bias"].shape[0]
     y = torch.full((m + 1, n), torch.nan, dtype=out)
     bias = given["bias"].to(out)
@@ -141,7 +154,9 @@ def check(op: str, given: dict[str, Tensor], y: Tensor) -> None:
         assert torch.equal(y, right)
     else:
         unit = 2.0**-8 if y.dtype == torch.bfloat16 else 2.0**-10
-        assert bool(((y.float() - given["right"]).abs() <= unit * right.float().abs() + 1e-5 * given["terms"]).all())
+        assert bool(
+            ((y.float() - given["right"]).abs() <= unit * right.float().abs() + 1e-5 * given["terms"]).all()
+        )
 
 
 SCHEMES = [
@@ -186,8 +201,12 @@ def test_sm90(op: str, p: layout.Packing, tmp_path: Path) -> None:
     ):
         if tile.tokens < 32 or (split > 1 and tile.tokens > 64):
             continue
-        c = tiles.persistent(op, p, tile, cluster, split, (m, n), 2)  # two multiprocessors: several tiles for each
-        check(op, given, compute(library, c, given, number, p.float16 if p.act_bytes == 2 else torch.bfloat16))
+        c = tiles.persistent(
+            op, p, tile, cluster, split, (m, n), 2
+        )  # two multiprocessors: several tiles for each
+        check(
+            op, given, compute(library, c, given, number, p.float16 if p.act_bytes == 2 else torch.bfloat16)
+        )
 
 
 @pytest.mark.parametrize("tokens", [8, 16])

@@ -18,9 +18,16 @@ from zq.numerics.qtensor import QTensor, quantize
 from zq.spec import TensorSpec
 
 PACKINGS = [Packing(kind, group) for kind in KINDS for group in GROUPS.get(kind, (0,))]
-PACKINGS += [Packing("w4a16", g, asym, half) for g in (32, 128) for asym in (False, True) for half in (False, True)]
+PACKINGS += [
+    Packing("w4a16", g, asym, half) for g in (32, 128) for asym in (False, True) for half in (False, True)
+]
 PACKINGS = list(dict.fromkeys(PACKINGS))
-OPS = {"w4a8_two": "w4a8_int8", "w4a8_group": "w4a8_int8_group", "fp8_block": "fp8_block128", "w8a8": "w8a8_int8"}
+OPS = {
+    "w4a8_two": "w4a8_int8",
+    "w4a8_group": "w4a8_int8_group",
+    "fp8_block": "fp8_block128",
+    "w8a8": "w8a8_int8",
+}
 
 
 def example(p: Packing, n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -144,7 +151,9 @@ def test_two_level_with_every_sub() -> None:
     assert torch.equal(unsigned.int() * s.int() + o.int() - 128, codes.int() * subs.int())
 
 
-@pytest.mark.parametrize("bad", [("w4a8", 0, False), ("w4a8_two", 32, False), ("w8a8", 128, False), ("w4a16", 0, True)])
+@pytest.mark.parametrize(
+    "bad", [("w4a8", 0, False), ("w4a8_two", 32, False), ("w8a8", 128, False), ("w4a16", 0, True)]
+)
 def test_unknown_packings_are_refused(bad: tuple[str, int, bool]) -> None:
     with pytest.raises(ZqError, match="no kernel computes"):
         Packing(*bad)
@@ -165,13 +174,17 @@ def test_activations_where_the_tensor_core_reads_them() -> None:
         address ^= (address >> 7 & 7) << 4  # on the address: tiles begin at multiples of 1024
         assert np.array_equal(memory[address], row * 128 + 32 * j + within)
 
-    for j in range(4):  # mma.sync: lane l gives row l % 8 of matrix l / 8; it receives row l / 4, bytes 4 (l % 4) ..
+    for j in range(
+        4
+    ):  # mma.sync: lane l gives row l % 8 of matrix l / 8; it receives row l / 4, bytes 4 (l % 4) ..
         for block in range(0, 32, 2):
             lane = np.arange(32)
             row = block * 8 + (lane & 7) + (lane >> 4) * 8
             address = row * 128 + ((2 * j + (lane >> 3 & 1)) ^ (row & 7)) * 16
             for matrix in range(4):
-                got = memory[address[matrix * 8 + lane // 4][:, None] + 4 * (lane % 4)[:, None] + np.arange(4)]
+                got = memory[
+                    address[matrix * 8 + lane // 4][:, None] + 4 * (lane % 4)[:, None] + np.arange(4)
+                ]
                 n = block * 8 + matrix // 2 * 8 + lane // 4  # b0, b1 of block, b0, b1 of block + 1
                 k = 32 * j + 16 * (matrix % 2) + 4 * (lane % 4)
                 assert np.array_equal(got, n[:, None] * 128 + k[:, None] + np.arange(4))
@@ -205,4 +218,6 @@ def test_every_tile_of_y_is_computed_once(tokens: int, tmp_path: Path) -> None:
     for tiles_m, groups_n in ((1, 1), (1, 7), (33, 5), (100, 3), (7, 64)):
         found = np.zeros((tiles_m * groups_n, 2), np.int32)
         library.tiles(tiles_m, groups_n, found.ctypes.data_as(ctypes.c_void_p))
-        assert {(m, n) for m, n in found.tolist()} == {(m, n) for m in range(tiles_m) for n in range(groups_n)}
+        assert {(m, n) for m, n in found.tolist()} == {
+            (m, n) for m in range(tiles_m) for n in range(groups_n)
+        }

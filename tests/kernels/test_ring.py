@@ -58,7 +58,9 @@ class Block:
 class Cluster:
     """works x steps of a persistent cluster whose blocks share x; `early`: weights that precede the wait."""
 
-    def __init__(self, rng: random.Random, stages: int, blocks: int, works: int, steps: int, scaled: bool, lag: int):
+    def __init__(
+        self, rng: random.Random, stages: int, blocks: int, works: int, steps: int, scaled: bool, lag: int
+    ):
         self.rng, self.works, self.steps, self.lag = rng, works, steps, lag
         self.blocks = [Block(stages, blocks, scaled) for _ in range(blocks)]
         self.flying: list[Callable[[], None]] = []
@@ -109,7 +111,9 @@ class Cluster:
                     s, phase = 0, phase ^ 1
 
     def consumer(self, block: Block) -> Iterator[Callable[[], bool] | None]:
-        keys = {"w", *(f"x{rank}" for rank in range(len(self.blocks)))} | ({"scales"} if block.scaled else set())
+        keys = {"w", *(f"x{rank}" for rank in range(len(self.blocks)))} | (
+            {"scales"} if block.scaled else set()
+        )
         s, phase = 0, 0
         for work in range(self.works):
             reading: list[tuple[int, int]] = []
@@ -151,7 +155,9 @@ class Cluster:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-@pytest.mark.parametrize(("stages", "works", "steps"), [(4, 3, 7), (2, 2, 5), (5, 2, 3), (3, 1, 9), (4, 3, 1), (3, 0, 4)])
+@pytest.mark.parametrize(
+    ("stages", "works", "steps"), [(4, 3, 7), (2, 2, 5), (5, 2, 3), (3, 1, 9), (4, 3, 1), (3, 0, 4)]
+)
 def test_no_schedule_breaks_the_ring(
     stages: int, works: int, steps: int, blocks: int, lag: int, scaled: bool
 ) -> None:
