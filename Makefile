@@ -1,5 +1,6 @@
 # make demo    set up, quantize SmolLM2-135M to W4A8, evaluate it, reload it, generate text
 # make test    set up, run every test
+# make kernels  compile every CUDA kernel for every architecture (minutes; no GPU is needed)
 # make check   lint, formatting, types, import order, generated docs
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OUT ?= demo-w4a8
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test kernels check format docs clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,9 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+kernels: $(VENV)/ready
+	$(BIN)/zq kernels build
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ ANYTHING = "…"  # in the table: text of another program, which its versions ma
 
 # Rows that run as real processes; the number limits the size of any file, in bytes (a full disk).
 PROCESSES: dict[str, int | None] = {
+    "kernels-no-compiler": None,
     "no-scheme": None,
     "hub-offline": None,
     "audit-failed": None,
@@ -169,6 +170,7 @@ def situation(
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
     *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
+    *("kernels-arch", "kernels-arch-quantize", "kernels-not-quantized", "kernels-output"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:
@@ -423,6 +425,7 @@ RECIPES = {
     "not-expressible": 'format: compressed-tensors\nrules:\n  - {match: "*", weights: "e2m1fn:b64"}\n',
     "rotate-late": RULE + "steps:\n  - rtn: {}\n  - rotate: {}\n",
     "rotate-nothing": RULE + "steps:\n  - rotate: {r1: false, r2: false}\n  - rtn: {}\n",
+    "kernels-none": 'rules:\n  - {match: "*", weights: "int3:g32"}\ncalibration: {source: none}\n',
     "tied-head": RULE + '  - {match: lm_head, weights: "int8:channel"}\n',
 }
 SITUATIONS |= {name: _recipe(text) for name, text in RECIPES.items()}
@@ -553,6 +556,13 @@ def not_two_level(model: Model) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"]["zq"] = {"two_level": ["group_0"]}
     path.write_text(json.dumps(config))
+
+
+@situation("kernels-no-compiler")
+def no_compiler(model: Model) -> None:
+    """A package `cuda` without bindings lies in the current folder, where `python -m` looks first."""
+    Path("cuda").mkdir()
+    Path("cuda", "__init__.py").touch()
 
 
 @situation("resume-in-use")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from zq import __version__
-from zq.cli import evaluate, generate, inspect, quantize, recipes
+from zq.cli import evaluate, generate, inspect, kernels, quantize, recipes
 from zq.cli.console import EXIT_CODES, fail
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(kernels.app, name="kernels")
 
 
 def main() -> None:

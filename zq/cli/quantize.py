@@ -28,8 +28,10 @@ from zq.cli.console import (
     size,
     torch_device,
 )
+from zq.cli.kernels import bundle_line, planned, write_bundle
 from zq.cli.signals import resumable
 from zq.errors import ZqError
+from zq.kernels.unit import parse_archs
 
 if TYPE_CHECKING:
     from zq.plan import Plan
@@ -114,6 +116,15 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     shard_size: Annotated[
         float, typer.Option("--shard-size", help="Largest output file in GB.", rich_help_panel=RUN)
     ] = 5.0,
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            "--kernels",
+            help="Put zq's CUDA kernels for these architectures (such as sm_80,sm_90a, or all) beside the "
+            "weights, as `zq kernels bundle` does.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.", rich_help_panel=RUN)
     ] = False,
@@ -139,6 +150,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
+        archs = parse_archs(kernels) if kernels else ()
         if output is not None and not dry_run:
             _check_output(output, resume)
         from zq.source import resolve as resolve_model
@@ -155,9 +167,14 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if dry_run:
             return _show_plan(plan, as_json=json)
         assert output is not None
+        units = (
+            planned(plan, archs, quiet=json) if archs else []
+        )  # compiled now: a failure comes before the work
         with resumable(output, f"{_command_line()} --resume", as_json=json):
             report = _run(plan, output, resume, quiet=json)
         report |= {"output": str(output), "peak_memory": peak_memory()}
+        if units:
+            report["kernels"] = write_bundle(output, units, archs, quiet=True)
         report["seconds_total"] = round(time.monotonic() - started, 2)
         if json:
             print_json({k: v for k, v in report.items() if k not in ("layers", "tensors")})
@@ -340,6 +357,8 @@ def _summary(plan: Plan, report: dict[str, Any]) -> None:
         table.add_row("output error", f"{known} after the last block (relative, squared)")
     for line in report["notes"][len(plan.notes) :]:  # the others were said at the start
         table.add_row("note", line)
+    if "kernels" in report:
+        table.add_row("kernels", bundle_line(Path(report["output"]), report["kernels"]))
     audit = report["audit"]
     table.add_row(
         "audit", f"passed: {audit['tensors']} tensors, {audit['quantized_layers']} quantized layers"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from zq.errors import ZqError
 
-# What a cubin is made for, and the devices that run it. A cubin runs on later minor versions of the same major
-# one, those with a trailing `a` on exactly one.
+# What a cubin is made for, and the devices that run it. A cubin runs on later minor versions of the same
+# major one, those with a trailing `a` on exactly one.
 DEVICES: dict[str, tuple[tuple[int, int], ...]] = {
     "sm_80": ((8, 0), (8, 6), (8, 7)),
     "sm_89": ((8, 9),),
@@ -51,8 +51,8 @@ def arch_of(capability: tuple[int, int]) -> str:
             return arch
     known = ", ".join(f"{major}.{minor}" for devices in DEVICES.values() for major, minor in devices)
     raise ZqError(
-        f"there are no kernels for compute capability {capability[0]}.{capability[1]}; supported are {known}; "
-        "compute without kernels"
+        f"there are no kernels for compute capability {capability[0]}.{capability[1]}; supported are "
+        f"{known}; compute without kernels"
     )
 
 

@@ -27,6 +27,13 @@ __device__ __forceinline__ float from_half(u16 x) {
   return y;
 }
 
+// The larger; NaN if there is one.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
 #if ZQ_ARCH >= 89
 // Two floats -> two e4m3 codes, `low` in the low byte. To nearest even, beyond +-448 to +-448, NaN to NaN.
 __device__ __forceinline__ u16 to_e4m3x2(float low, float high) {
