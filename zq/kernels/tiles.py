@@ -85,11 +85,10 @@ def has_parts(op: str, p: Packing) -> bool:
 def tiles(op: str, p: Packing, arch: int) -> tuple[Tile, ...]:
     """The tiles that a kernel is compiled for, smallest first."""
     small = (Tile(8), Tile(16), Tile(32), Tile(64))
+    one_sum = p.act_bytes == 1 and not has_parts(op, p)
     if arch == 90:
-        large = not has_parts(op, p) and p.act_bytes == 1
-        return (*small, Tile(128), *[Tile(256), Tile(128, 256)] * large)
-    large = p.act_bytes == 1 and not (has_parts(op, p) and 0 < p.group < STEP)
-    return (*small, Tile(128)) if large else small
+        return (*small, Tile(128), *[Tile(256), Tile(128, 256)] * one_sum)
+    return (*small, *[Tile(128)] * one_sum)
 
 
 def choose(
@@ -140,19 +139,25 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     else:
         options = [(t, c, 1) for t in choices[3:] for c in (1, 2)] + [(tile, s, s) for s in parts[1:]]
     tile, cluster, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
-    works = _works(tile, 1 if split > 1 else cluster, m, n)
+    return persistent(op, p, tile, cluster, split, (m, n), sms)
+
+
+def persistent(
+    op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int], sms: int
+) -> Config:
+    """The launch of gemm_sm90.cu with this tile: blocks of a cluster share x (split = 1) or K (split = cluster)."""
+    works = _works(tile, cluster // split, *shape)
     grid = works * split if split > 1 else min(works, sms // cluster) * cluster
-    shared = stages_and_shared(p, tile, op == "fp8_block128")[1]
     return Config(
         unit=unit_name(op, p, 90),
         entry=tile.entry,
         grid=(grid, 1, 1),
         block=PERSISTENT,
-        shared=shared,
+        shared=stages_and_shared(p, tile, op == "fp8_block128")[1],
         cluster=cluster,
         split=split,
         pdl=True,
-        map_rows=tile.tokens if split > 1 else tile.tokens // cluster,
+        map_rows=tile.tokens * split // cluster,
     )
 
 
@@ -176,6 +181,12 @@ def _portable(op: str, p: Packing, m: int, n: int, k: int, arch: int, sms: int) 
     tile = next((t for t in choices if t.tokens >= m), choices[-1])
     blocks, steps = -(-n // 128) * -(-m // tile.tokens), -(-k // STEP)
     split = max(s for s in SPLITS if s == 1 or (blocks * s <= 2 * sms and steps >= s * LEAST_STEPS))
+    return portable(op, p, tile, split, (m, n), arch)
+
+
+def portable(op: str, p: Packing, tile: Tile, split: int, shape: tuple[int, int], arch: int) -> Config:
+    """The launch of gemm_mma.cu with this tile and K in `split` shares."""
+    blocks = _works(tile, 1, *shape)
     stages = {8: 5, 16: 4, 32: 4, 64: 3, 128: 3}[tile.tokens]  # of gemm_mma.cu
     stage = tile.tokens * 128 * p.act_bytes + 2 * p.tile_bytes + 4 * tile.tokens * (op == "fp8_block128")
     zeroed = -(-blocks * 4 // 16) * 16 if split > 1 else 0
