@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from tests.kernels.inputs import gemm_calls
 from zq.errors import ZqError
 from zq.kernels import checks, nvrtc, ops
 from zq.kernels.table import UNITS
@@ -108,3 +109,46 @@ def test_tensor_maps_are_aligned():
     for each in made:
         begin = ctypes.addressof(each._memory)
         assert begin <= each.getPtr() <= begin + 192 - 128
+
+
+@pytest.mark.parametrize(("arch", "number"), [("sm_80", 80), ("sm_89", 89), ("sm_90a", 90), ("sm_120", 120)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_lead_to_units(arch, number, dtype, monkeypatch):
+    """The kernel exists for the architecture, and gets its arguments in the order of the contract."""
+    device = launch.cuda.Device(0, arch, number, 132, 232448, None)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    monkeypatch.setattr(launch.cuda, "workspace", lambda device, size, zeroed: None)
+    monkeypatch.setattr(launch.cuda, "tensor_map", lambda *args: ("map", *args))
+    monkeypatch.setattr(launch, "pointer", lambda x: x)
+    seen = set()
+
+    def record(device, unit, entry, grid, block, arguments, **options):
+        assert entry in UNITS[unit].entries
+        assert arch in UNITS[unit].archs
+        assert options["shared"] <= device.shared
+        seen.add(UNITS[unit].ops[0])
+        if isinstance(arguments[0], tuple):
+            assert arguments[0][:6] == ("map", args[0].data_ptr(), 3, 160, 160, args[0].element_size())
+            arguments = arguments[1:]
+        tensors, numbers = arguments[:8], [each.value for each in arguments[8:]]
+        assert tensors[0] is args[0]
+        assert tensors[3].dtype == torch.uint8
+        assert tensors[6] is y
+        for place, kind in ((1, torch.float32), (2, torch.int32), (4, torch.float32), (5, dtype)):
+            assert tensors[place] is None or tensors[place].dtype == kind
+        assert (tensors[1] is None) == (args[0].element_size() == 2)
+        assert (tensors[5] is None) == (args.count(None) >= 1 + (name in WITHOUT_WS and tensors[4] is None))
+        assert numbers[:4] == [3, 40, 160, 160]
+        assert numbers[5] == int(dtype == torch.float16)
+
+    monkeypatch.setattr(launch.cuda, "launch", record)
+    for name, args in gemm_calls(3, 40, 160, dtype):
+        if number < 89 and "fp8" in name:
+            continue
+        (shape, out), *_ = getattr(checks, name)(*args)
+        y = args[0].new_empty(shape, dtype=out)
+        launch.LAUNCH[name](name, [y], *args)
+    assert seen == {name for name in ops.GEMM_OPS if number >= 89 or "fp8" not in name}
+
+
+WITHOUT_WS = ("w4a16", "w4a8_int8_group")  # ws is None where there are groups
