@@ -137,6 +137,8 @@ static u32 fma2(u32 a, u32 b, u32 c) {  // double is exact before the one roundi
   return ONCE(0) | (u32)ONCE(16) << 16;
 }
 
+static u32 select(u32 v, u32 mask, u32 rest) { return (v & mask) | rest; }
+
 // mbarrier
 static void settle(Barrier& b) {
   ++progress;
