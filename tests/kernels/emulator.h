@@ -87,6 +87,7 @@ static void proxy_fence() {}
 template <int N> void give_registers() {}
 template <int N> void take_registers() {}
 static u64 keep_policy() { return 0; }
+static u64 usual_policy() { return 0; }
 static u64 stream_policy() { return 0; }
 static u8* at(Block* b, u32 address, u32 bytes) {
   if (address + bytes > (u32)dynamic_bytes) fprintf(stderr, "shared address %u beyond %d\n", address, dynamic_bytes), abort();
