@@ -87,6 +87,7 @@ static void proxy_fence() {}
 template <int N> void give_registers() {}
 template <int N> void take_registers() {}
 static u64 keep_policy() { return 0; }
+static u64 usual_policy() { return 0; }
 static u64 stream_policy() { return 0; }
 static u8* at(Block* b, u32 address, u32 bytes) {
   if (address + bytes > (u32)dynamic_bytes) fprintf(stderr, "shared address %u beyond %d\n", address, dynamic_bytes), abort();
@@ -136,6 +137,8 @@ static u32 fma2(u32 a, u32 b, u32 c) {  // double is exact before the one roundi
            : narrow(WIDEN((a >> s) & 65535) * WIDEN((b >> s) & 65535) + WIDEN((c >> s) & 65535), 8, -133, 127))
   return ONCE(0) | (u32)ONCE(16) << 16;
 }
+
+static u32 select(u32 v, u32 mask, u32 rest) { return (v & mask) | rest; }
 
 // mbarrier
 static void settle(Barrier& b) {

@@ -1,8 +1,8 @@
-"""What the tensor cores expect in each register, written from the PTX ISA and from nothing else; and the code
-that fills those registers, compiled for this machine.
+"""What the tensor cores expect in each register, written from the PTX ISA and from nothing else; and kernels
+compiled for this machine, with emulator.h for a GPU.
 
-PTX ISA 9.0: "Matrix Fragments for mma.m16n8k32", "... mma.m16n8k16 with floating point type", "Register Fragments
-for wgmma.m64nNk32 / k16", "Shared memory matrix layout: 128-byte swizzling mode".
+PTX ISA 9.0: matrix fragments for mma.m16n8k32 and for mma.m16n8k16 with floating point types, register
+fragments for wgmma.m64nNk32 and k16, shared memory layout with 128-byte swizzling.
 """
 
 from __future__ import annotations
@@ -14,67 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-SOURCES = Path(__file__).resolve().parents[2] / "zq" / "kernels" / "src"
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "zq" / "kernels" / "src"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-
-# CUDA's built-ins, for the host. Assembly is dropped: the functions that use it are not called here.
-SHIM = r"""
-#include <cstdint>
-#include <cmath>
-#include <cstring>
-#include <algorithm>
-#define __device__
-#define __forceinline__ inline
-#define asm(...)
-using std::min;
-struct uint4 { uint32_t x, y, z, w; };
-struct float2 { float x, y; };
-inline float __uint_as_float(uint32_t v) { float f; memcpy(&f, &v, 4); return f; }
-inline uint32_t __float_as_uint(float f) { uint32_t v; memcpy(&v, &f, 4); return v; }
-inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) { return (((uint64_t)high << 32 | low) >> by); }
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
-  uint64_t both = (uint64_t)b << 32 | a;
-  uint32_t v = 0;
-  for (int i = 0; i < 4; ++i) v |= (uint32_t)(both >> (8 * (pick >> (4 * i) & 7)) & 255) << (8 * i);
-  return v;
+REPLACED = {
+    "extern __shared__ __align__(1024) u8 memory[];": "u8* const memory = current->block->shared;",
+    "__shared__ int order;": "int& order = current->block->order;",
 }
-// a * b + c on bfloat16 or half pairs, through double: exact before the one rounding.
-inline double widen(uint32_t v) {
-#if ZQ_HALF
-  int e = v >> 10 & 31, m = v & 1023;
-  double x = e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
-  return v & 0x8000 ? -x : x;
-#else
-  return __uint_as_float(v << 16);
-#endif
-}
-inline uint32_t narrow(double x) {
-  if (x == 0) return std::signbit(x) ? 0x8000 : 0;
-  int e;
-  std::frexp(x, &e);
-#if ZQ_HALF
-  int unit = std::max(e - 11, -24);
-#else
-  int unit = e - 8;
-#endif
-  double r = std::ldexp(std::nearbyint(std::ldexp(x, -unit)), unit);
-  uint32_t sign = r < 0 ? 0x8000 : 0;
-#if ZQ_HALF
-  std::frexp(r, &e);
-  double a = std::fabs(r);
-  if (e - 1 < -14) return sign | (uint32_t)std::ldexp(a, 24);
-  return sign | ((e - 1 + 15) << 10) | ((uint32_t)std::ldexp(a, 11 - e) & 1023);
-#else
-  return __float_as_uint((float)r) >> 16;
-#endif
-}
-inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t low = narrow(widen(a & 65535) * widen(b & 65535) + widen(c & 65535));
-  return low | narrow(widen(a >> 16) * widen(b >> 16) + widen(c >> 16)) << 16;
-}
-#include "scheme.cuh"
+PIECES = r"""
 extern "C" int tile_bytes() { return TILE_BYTES; }
-extern "C" int halves() { return HALVES; }
 extern "C" int scales() { return 2 * PARTS; }
 extern "C" void registers(const u8* tile, u32* a, float* scale) {
   for (int t = 0; t < 128; ++t)
@@ -94,37 +42,36 @@ extern "C" void tiles(int tiles_m, int groups_n, int* out) {
 """
 
 
-def build(folder: Path, macros: tuple[tuple[str, str], ...], tokens: int = 128) -> ctypes.CDLL:
-    """zq/kernels/src/scheme.cuh as a library for the host."""
-    source = folder / "host.cpp"
-    source.write_text(SHIM)
-    library = folder / "host.so"
-    defines = [
-        f"-D{name}={value}" for name, value in (*macros, ("ZQ_ARCH", 80), ("ZQ_HOST", 1), ("TOKENS", tokens))
-    ]
+def build(folder: Path, macros: tuple, source: str = "", more: str = PIECES) -> ctypes.CDLL:
+    """`source` of zq/kernels/src ("": only scheme.cuh), then `more`, behind emulator.h, as a library."""
+    text = (SOURCES / source).read_text() if source else ""
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("#include"))
+    for here, there in REPLACED.items():
+        text = text.replace(here, there)
+    scheme = (SOURCES / "scheme.cuh").read_text().replace('#include "common.cuh"', "")
+    (folder / "scheme.cuh").write_text(scheme)
+    (folder / "kernel.cpp").write_text(f'#include "emulator.h"\n{text}\n{more}')
+    flags = [f"-D{name}={value}" for name, value in (*macros, ("ZQ_ARCH", 90), ("ZQ_HOST", 1))]
+    library = folder / "kernel.so"
     assert COMPILER
-    subprocess.run(
-        [
-            COMPILER,
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-w",
-            *defines,
-            f"-I{SOURCES}",
-            source,
-            "-o",
-            library,
-        ],
-        check=True,
-    )
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O1" if source else "-O0",
+        "-shared",
+        "-fPIC",
+        "-w",
+        *flags,
+        f"-I{folder}",
+        f"-I{HERE}",
+    ]
+    subprocess.run([*command, folder / "kernel.cpp", "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
 
 def place_of_a(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row, k) [128 threads, 4 registers, elements of a register] of the A operand of one wgmma, elements of `width`
-    bytes. For wgmma.m64nNk32 and k16 alike: warp w has rows 16 w .. 16 w + 15."""
+    """(row, k) [128 threads, 4 registers, elements of a register] of the A operand of one wgmma, elements of
+    `width` bytes. For wgmma.m64nNk32 and k16 alike: warp w has rows 16 w .. 16 w + 15."""
     thread, register, element = np.meshgrid(
         np.arange(128), np.arange(4), np.arange(4 // width), indexing="ij"
     )
@@ -139,7 +86,7 @@ def place_of_a(width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather_a(registers: np.ndarray, width: int) -> np.ndarray:
-    """registers uint32 [halves, 128, 16], the A operands of a tile -> the tile's elements [64, 128] as raw uint8 or
+    """registers uint32 [halves, 128, 16], the A operands of a tile -> its elements [64, 128] as raw uint8 or
     uint16."""
     kind = np.uint8 if width == 1 else np.uint16
     row, column = place_of_a(width)
@@ -152,7 +99,7 @@ def gather_a(registers: np.ndarray, width: int) -> np.ndarray:
 
 
 def swizzled(row: np.ndarray, byte: np.ndarray) -> np.ndarray:
-    """Where byte `byte` of a row of 128 bytes lies in the 128-byte swizzle: bits 4-6 of the address are replaced by
-    their exclusive or with bits 7-9."""
+    """Where a byte of a row of 128 bytes lies in the 128-byte swizzle: bits 4-6 of the address are replaced
+    by their exclusive or with bits 7-9."""
     address = row * 128 + byte
     return address ^ ((address >> 7 & 7) << 4)

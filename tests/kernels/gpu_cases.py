@@ -97,24 +97,27 @@ def make(op: str, p: layout.Packing, m: int, n: int, k: int, out: torch.dtype, b
     return case
 
 
+def factor(case: dict) -> Tensor:
+    """What sums are multiplied by: scales of channels, of tokens, or of both, as one float32."""
+    sx, ws = case.get("sx"), case.get("ws")
+    tokens = None if sx is None or sx.shape[1:] else sx[:, None]
+    if ws is None:
+        return torch.ones((), device=DEVICE) if tokens is None else tokens
+    return ws if tokens is None else ws * tokens
+
+
 def verdict(op: str, case: dict, y: Tensor) -> str:
     """ "" when y is right: bit for bit where sums are integers, else within the error of float32 sums."""
-    factor = torch.ones((), device=DEVICE)
-    if "ws" in case and "sx" in case:
-        factor = case["ws"] * case["sx"][:, None]
-    elif "ws" in case:
-        factor = case["ws"]
-    elif "sx" in case and case["sx"].dim() == 1:
-        factor = case["sx"][:, None]
+    by = factor(case)
     bias = case["bias"].float() if "bias" in case else torch.zeros((), device=DEVICE)
-    right = (case["exact"].float() * factor + bias).to(case["out"])
+    right = (case["exact"].float() * by + bias).to(case["out"])
     if op in ("w8a8_int8", "w4a8_int8"):
         wrong = (y != right) | y.isnan()
     else:
-        tolerance = {"w8a8_fp8": 2e-3, "fp8_block128": 2e-3, "w4a8_fp8": 2e-3, "w4a16": 1e-4, "w8a16": 1e-4}.get(op, 1e-5)
+        tolerance = 2e-3 if "fp8" in op else 1e-4 if op.endswith("a16") else 1e-5
         unit = 2.0**-8 if case["out"] == torch.bfloat16 else 2.0**-10
-        exact = case["exact"] * factor + bias
-        allowed = unit * exact.abs() + tolerance * case["terms"] * factor.abs() + 1e-30
+        exact = case["exact"] * by + bias
+        allowed = unit * exact.abs() + tolerance * case["terms"] * by + 1e-30
         wrong = ~((y.double() - exact).abs() <= allowed)
     if not bool(wrong.any()):
         return ""

@@ -1,5 +1,5 @@
-"""Compile and launch the matrix kernels with the driver alone, for gpu_smoke.py: it should tell what is wrong with a
-kernel even where zq.kernels.cuda is what is wrong."""
+"""Compile and launch the matrix kernels with the driver alone, for gpu_smoke.py: it should tell what is wrong
+with a kernel even where zq.kernels.cuda is what is wrong."""
 
 from __future__ import annotations
 

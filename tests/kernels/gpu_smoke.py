@@ -2,7 +2,7 @@
 """The matrix kernels on a GPU, without pytest, for a machine that is there for minutes only.
 
     python -m tests.kernels.gpu_smoke build DIR [--arch sm_90a] [--only REGEX] [-D...]  needs no GPU
-    python -m tests.kernels.gpu_smoke check DIR [--only REGEX] [--portable] [-D...]   right or wrong, and where
+    python -m tests.kernels.gpu_smoke check DIR [--only REGEX] [--portable] [-D...]     right or wrong
     python -m tests.kernels.gpu_smoke time DIR [--only REGEX] [--portable]    microseconds, beside cuBLAS
     python -m tests.kernels.gpu_smoke sweep DIR [--only REGEX]                every tile; corrects tiles.py
     python -m tests.kernels.gpu_smoke ceiling DIR                             what the tensor core can do
@@ -32,7 +32,7 @@ from torch import Tensor
 from tests.kernels.gpu_cases import LARGE, SHAPES, make, verdict
 from tests.kernels.gpu_launch import Driver, compile_unit, cubin_file, gemm
 from zq.kernels import layout, tiles
-from zq.kernels.table_gemm import GEMM_UNITS, macros
+from zq.kernels.table_gemm import CEILINGS, GEMM_UNITS
 from zq.kernels.tiles import Config
 from zq.kernels.unit import Unit
 
@@ -48,7 +48,6 @@ TIMED_UNITS = (
     "fp8_block128",
     "w8a16",
 )
-CEILING = Unit(name="bench_ceiling", source="bench_ceiling.cu", entries=("n128", "n256"), ops=())
 
 
 def scheme_of(unit: Unit) -> tuple[str, layout.Packing]:
@@ -263,18 +262,12 @@ def ceiling(folder: Path, arch: str) -> None:
     driver, sms = Driver(), torch.cuda.get_device_properties(0).multi_processor_count
     data = torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, device="cuda") & 0xBF  # no NaN in e4m3
     sink, rounds = torch.zeros(4, dtype=torch.int32, device="cuda"), 20000
-    for unit, tokens in itertools.product(_ceilings(), (128, 256)):
+    for unit, tokens in itertools.product(CEILINGS, (128, 256)):
         c = Config(unit=unit.name, entry=f"n{tokens}", grid=(sms, 1, 1), block=256, shared=tokens * 128)
         file = cubin_file(folder, unit.name, arch)
         us = replay([partial(driver.launch, file, c, [data, rounds, sink])], 3)
         operations = sms * 2 * 64 * tokens * 128 * 2 * rounds
         print(f"{unit.name} N={tokens}: {operations / us / 1e6:.0f} Tera-operations/s", flush=True)
-
-
-def _ceilings() -> list[Unit]:
-    schemes = [("w4a8_int8", 128), ("w8a8_int8", 0), ("w8a8_fp8", 0)]
-    made = [(op, tiles.packing(op, group)) for op, group in schemes]
-    return [replace(CEILING, name=f"ceiling_{op}", defines=macros(op, p)) for op, p in made]
 
 
 def main() -> None:
@@ -290,7 +283,7 @@ def main() -> None:
     folder, arch = arguments.folder, arguments.arch
     if arguments.command == "build":
         folder.mkdir(parents=True, exist_ok=True)
-        for unit in [*units, *_ceilings()] if arch == "sm_90a" else units:
+        for unit in [*units, *CEILINGS] if arch == "sm_90a" else units:
             cubin = compile_unit(unit, arch, arguments.more)
             cubin_file(folder, unit.name, arch, arguments.more).write_bytes(cubin)
             print(unit.name, flush=True)

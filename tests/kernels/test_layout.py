@@ -1,4 +1,4 @@
-"""The packed weight: `unpack` undoes `pack`, and the kernels' own code puts every value into the right register."""
+"""The packed weight: `unpack` undoes `pack`; the kernels' code puts every value into the right register."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_unpack_undoes_pack(p: Packing, n: int, k: int) -> None:
 @pytest.mark.parametrize("p", PACKINGS, ids=name)
 def test_the_kernels_registers_hold_the_weight(p: Packing, tmp_path: Path) -> None:
     """`dequantize` of zq/kernels/src/scheme.cuh, compiled for the host, on each of four tiles."""
-    library = build(tmp_path, macros(OPS.get(p.kind, p.kind), p))
+    library = build(tmp_path, (*macros(OPS.get(p.kind, p.kind), p), ("HALF_WIDTH", 1), ("TOKENS", 8)))
     assert library.tile_bytes() == p.tile_bytes
     n, k = 128, 256
     codes, scale, offset = example(p, n, k)
@@ -201,7 +201,7 @@ def test_the_sums_come_out_transposed(tokens: int) -> None:
             row, token = 16 * warp + lane // 4 + 8 * (i // 2), 8 * j + 2 * (lane % 4) + i % 2
             value = row * 1000 + token
             # The thread's half i % 2 of register i / 2 is element [l / 4][2 (l % 4) + i % 2] of matrix i / 2;
-            # transposed, it goes to element l / 4 of the row that lane 8 (i / 2) + 2 (l % 4) + i % 2 points to.
+            # transposed, to element l / 4 of the row that lane 8 (i / 2) + 2 (l % 4) + i % 2 points to.
             source = 8 * (i // 2) + 2 * (lane % 4) + i % 2
             address = (j * 8 + source % 8) * 144 + (warp * 16 + source // 8 % 2 * 8) * 2
             memory[address // 2 + lane // 4] = value
@@ -214,7 +214,7 @@ def test_the_sums_come_out_transposed(tokens: int) -> None:
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("tokens", [8, 128, 256])
 def test_every_tile_of_y_is_computed_once(tokens: int, tmp_path: Path) -> None:
-    library = build(tmp_path, macros("w8a8_int8", Packing("w8a8")), tokens)
+    library = build(tmp_path, (*macros("w8a8_int8", Packing("w8a8")), ("HALF_WIDTH", 1), ("TOKENS", tokens)))
     for tiles_m, groups_n in ((1, 1), (1, 7), (33, 5), (100, 3), (7, 64)):
         found = np.zeros((tiles_m * groups_n, 2), np.int32)
         library.tiles(tiles_m, groups_n, found.ctypes.data_as(ctypes.c_void_p))

@@ -1,6 +1,6 @@
-"""The ring of gemm_sm90.cu as a model: blocks of a cluster, a producer, consumer warps, barriers with phases, copies
-that land at any later time. Under random schedules nothing waits for ever, and no warp ever sees a stage that
-is incomplete or overwritten."""
+"""The ring of gemm_sm90.cu as a model: blocks of a cluster, a producer, consumer warps, barriers with phases,
+copies that land at any later time. Under random schedules nothing waits for ever, and no warp ever sees a
+stage that is incomplete or overwritten."""
 
 from __future__ import annotations
 
@@ -182,6 +182,9 @@ def test_the_model_finds_a_release_that_comes_too_early() -> None:
                     if s == block.stages:
                         s, phase = 0, phase ^ 1
 
-    with pytest.raises(AssertionError):
+    def run_all() -> None:
         for seed in range(20):
             Hasty(random.Random(seed), 2, 1, 2, 6, False, 0).run()
+
+    with pytest.raises(AssertionError):
+        run_all()

@@ -5,31 +5,32 @@ both are padded to 128. A tile holds its codes and, behind them, the scales that
 bulk copy fetches it. Inside a tile codes lie in *fragment order*: thread t = 32 w + l of 128 (warp w, lane l)
 finds its registers of the A operand at 16-byte chunks (i * 128 + t) * 16, i = 0, 1, ...
 
-    A fragment of wgmma m64 (warp w) = of mma.sync m16 of rows 16 w .. 16 w + 15 (PTX ISA, "Register Fragments
-    for wgmma.m64nNk32 / mma.m16n8k32"): register p of lane l, p = 0 .. 3, holds row l / 4 + 8 (p & 1) and the four
-    bytes at byte 4 (l % 4) + 16 (p >> 1) of the 32 bytes of k that one instruction takes. Two bytes an element
-    (16-bit activations) or one, the bytes are the same.
+    The A fragment of wgmma m64 in warp w is that of mma.sync m16 for rows 16 w .. 16 w + 15 (PTX ISA,
+    fragments of wgmma.m64nNk32 and mma.m16n8k32): register p = 0 .. 3 of lane l holds row l / 4 + 8 (p & 1)
+    and the four bytes from byte 4 (l % 4) + 16 (p >> 1) on, of the 32 bytes of k that an instruction takes.
+    Whether an element has two bytes (16-bit activations) or one, these bytes are the same.
 
 How a 32-bit word holds codes (k is that of the first byte or element; r the row l / 4):
 
-    4 bits, 8-bit activations    word 2 j + h: byte b = row r (low nibble), row r + 8 (high) at k = 32 j + 16 h + b
-    4 bits, 16-bit activations   word f: nibbles p and p + 4 = the pair of register p of k = 16 f
-    8 bits, 8-bit activations    word 4 j + p = register p of k = 32 j
-    8 bits, 16-bit activations   word 2 f + v: bytes 0, 2 = register 2 v, bytes 1, 3 = register 2 v + 1 of k = 16 f
+    4 bits, 8-bit activations   word 2 j + h: byte b = row r (low nibble), r + 8 (high) at k = 32 j + 16 h + b
+    4 bits, 16-bit activations  word f: nibbles p and p + 4 = the pair of register p of k = 16 f
+    8 bits, 8-bit activations   word 4 j + p = register p of k = 32 j
+    8 bits, 16-bit activations  word 2 f + v, k = 16 f: bytes 0, 2 = register 2 v; 1, 3 = register 2 v + 1
 
 and what a 4-bit code looks like there:
 
-    w4a8_two, w4a16   q + 8          w4a8_group   q, two's complement (a shift makes it 16 q as INT8)
-    w4a8_fp8          sign and |q| - sign: bits 0-2 and 7 of a byte for row r, 4-6 and (in the next byte) 3 for
-                      row r + 8. A rotation, two masks and the sign added to the lowest bit give the e4m3 codes of
-                      q * 2^-9 for all of -8 .. 7: below 16, e4m3 is linear.
+    w4a8_two, w4a16   q + 8
+    w4a8_group        q, two's complement: a shift makes it 16 q as INT8
+    w4a8_fp8          sign and |q| - sign: bits 0-2 and 7 of a byte for row r, 4-6 and (in the next byte) 3
+                      for row r + 8. A rotation, two masks and the sign added to the lowest bit give the e4m3
+                      codes of q * 2^-9 for all of -8 .. 7: below 16, e4m3 is linear.
 
 Scales, for each pair of rows (16 w + l / 4, + 8), for each group of the tile:
 
-    w4a8_two     u8   s_r, s_r+8, o_r, o_r+8                 u = q s + o, weight = channel scale * (u - 128)
-    w4a8_group, w4a8_fp8   f32  s_r, s_r+8                   weight = s (q - 8)
-    w4a16        16 bits   s_r, s_r+8 [, z_r, z_r+8]         weight = s (q - z); z as the float 128 + z (fp16: 1024 + z)
-    fp8_block    f32  s, 0, 0, 0 for the whole tile
+    w4a8_two              u8   s_r, s_r+8, o_r, o_r+8       u = q s + o, weight = channel scale * (u - 128)
+    w4a8_group, w4a8_fp8  f32  s_r, s_r+8                   weight = s (q - 8)
+    w4a16                 b16  s_r, s_r+8 [, z_r, z_r+8]    weight = s (q - z), z as 128 + z (fp16: 1024 + z)
+    fp8_block             f32  s, 0, 0, 0 for the whole tile
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def packed_bytes(p: Packing, n: int, k: int) -> int:
 def pack(p: Packing, codes: Tensor, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
     """codes uint8 [N, K] -> uint8 [packed_bytes], on the device of the codes.
 
-    codes: 4 bits as q + 8 (0 .. 15), 8 bits as the raw byte. scale, offset: [N, G] as the module says (uint8 s
-    and o; f32; any float; offset of w4a16 is z in 0 .. 15); fp8_block: scale f32 [ceil(N/128), ceil(K/128)].
+    codes: 4 bits as q + 8 (0 .. 15), 8 bits as the raw byte. scale, offset: [N, G] as the module says (uint8
+    s and o; f32; any float; offset of w4a16 is z in 0 .. 15); fp8_block: f32 [ceil(N/128), ceil(K/128)].
     Padding holds codes of zero and scales of one.
     """
     n, k = codes.shape
@@ -150,7 +151,8 @@ def unpack(p: Packing, packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor |
 def two_level(q: QTensor) -> tuple[Tensor, Tensor, Tensor]:
     """A symmetric 4-bit two-level QTensor -> (codes [N, K], s [N, G], o [N, G]), uint8, code * s + o =
     128 + q * sub in 0 .. 255. A group with a negative sub has its codes mirrored, so that s > 0."""
-    assert q.sub is not None and q.spec.layout.size
+    assert q.sub is not None
+    assert q.spec.layout.size
     sub = q.sub.short()
     mirrored = (sub < 0).repeat_interleave(q.spec.layout.size, 1)[:, : q.shape[1]]
     codes = q.codes.short() + 8

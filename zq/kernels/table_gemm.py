@@ -33,13 +33,22 @@ def _unit(op: str, p: Packing, arch: int) -> Unit:
 
 def macros(op: str, p: Packing) -> tuple[tuple[str, str], ...]:
     """What scheme.cuh wants to know."""
-    kind = "KIND_" + {
-        "fp8_block128": "fp8_block",
-        "w4a8_int8": "w4a8_two",
-        "w4a8_int8_group": "w4a8_group",
-    }.get(op, op)
+    kind = "KIND_" + (op if p.kind == "w8a8" else p.kind)
     numbers = {"ZQ_GROUP": p.group, "ZQ_ASYM": int(p.asym), "ZQ_HALF": int(p.half)}
     return (("ZQ_KIND", kind.upper()), *((name, str(value)) for name, value in numbers.items()))
 
 
 GEMM_UNITS = tuple(_unit(op, p, arch) for arch in (90, 0) for op, p in _schemes())
+
+# Not for any operator: how fast the tensor core of an sm_90a is, for benchmarks.
+CEILINGS = tuple(
+    Unit(
+        name=f"ceiling_{op}",
+        source="bench_ceiling.cu",
+        entries=("n128", "n256"),
+        ops=(),
+        archs=("sm_90a",),
+        defines=macros(op, packing(op, group)),
+    )
+    for op, group in (("w4a8_int8", 128), ("w8a8_int8", 0), ("w8a8_fp8", 0))
+)

@@ -1,9 +1,9 @@
 """Which kernel computes a product, in what tiles: a pure function of the shape and the device.
 
-A block computes `rows` rows of W for `tokens` tokens; entry `t64` means 64 tokens. On sm_90a (gemm_sm90.cu) blocks
-are persistent and form clusters, elsewhere (gemm_mma.cu) there is one block for each tile and share of K. Few
-tokens leave fewer tiles than multiprocessors: then K is split. The cost of the larger tiles is estimated from
-the rates below; what is compared is time, so only their ratios matter.
+A block computes `rows` rows of W for `tokens` tokens; entry `t64` means 64 tokens. On sm_90a (gemm_sm90.cu)
+blocks are persistent and form clusters, elsewhere (gemm_mma.cu) there is one block for each tile and share
+of K. Few tokens leave fewer tiles than multiprocessors: then K is split. The cost of the larger tiles is
+estimated from the rates below; what is compared is time, so only their ratios matter.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ EPILOGUE = 24  # clocks for each token of a tile, with what it takes to refill t
 @dataclass(frozen=True)
 class Config:
     """A launch: `unit` and `entry` name the kernel, `shared` is in bytes, `cluster` and `split` count blocks.
-    workspace: bytes, of which the first `zeroed` are zero before and after. pdl: may begin before the kernel in
-    front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none."""
+    workspace: bytes, of which the first `zeroed` are zero before and after. pdl: may begin before the kernel
+    in front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none."""
 
     unit: str
     entry: str
@@ -91,7 +91,7 @@ def tiles(op: str, p: Packing, arch: int) -> tuple[Tile, ...]:
     return (*small, *[Tile(128)] * one_sum)
 
 
-def choose(
+def choose(  # noqa: PLR0913 (a shape, a scheme and a device)
     op: str,
     m: int,
     n: int,
@@ -103,8 +103,8 @@ def choose(
     asym: bool = False,
     half: bool = False,
 ) -> Config:
-    """The launch that computes y [M, N] = x [M, K] W^T on a device of `arch` (80, 86, 89, 90, 100, 120) with `sms`
-    multiprocessors. group, asym and half (fp16 activations) as in `packing`. Raises ZqError."""
+    """The launch that computes y [M, N] = x [M, K] W^T on a device of `arch` (80, 86, 89, 90, 100, 120) with
+    `sms` multiprocessors. group, asym and half (fp16 activations) as in `packing`. Raises ZqError."""
     p = packing(op, group, asym, half)
     if "fp8" in op and arch < 89:
         raise ZqError(
@@ -145,7 +145,7 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
 def persistent(
     op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int], sms: int
 ) -> Config:
-    """The launch of gemm_sm90.cu with this tile: blocks of a cluster share x (split = 1) or K (split = cluster)."""
+    """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster)."""
     works = _works(tile, cluster // split, *shape)
     grid = works * split if split > 1 else min(works, sms // cluster) * cluster
     return Config(

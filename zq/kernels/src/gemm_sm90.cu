@@ -92,7 +92,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 
   if (warpgroup == 0) {
     if constexpr (BT * ROWS >= 128) give_registers<56>();
-    const u64 w_policy = tiles_m == 1 ? stream_policy() : keep_policy();
+    const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
 #pragma unroll 1
       for (int i = 0; i < S::TILES; ++i) {

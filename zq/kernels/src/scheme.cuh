@@ -46,7 +46,7 @@ struct Fragment {
   float scale[2 * PARTS];
 };
 
-#ifndef ZQ_HOST  // tests compile this file for the host, and bring their own
+#ifndef ZQ_HOST  // tests compile this file for the host, and bring their own of these two
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {  // two 16-bit floats
   u32 d;
 #if ZQ_HALF
@@ -54,6 +54,11 @@ __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {  // two 16-bit floats
 #else
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
 #endif
+  return d;
+}
+__device__ __forceinline__ u32 select(u32 v, u32 mask, u32 rest) {  // v & mask | rest, one instruction
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(v), "r"(mask), "r"(rest));
   return d;
 }
 #endif
@@ -127,7 +132,7 @@ __device__ __forceinline__ void dequantize(const u8* tile, int t, int half, Frag
       }
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        u32 v = fma2(((q[j] >> (4 * p)) & 0x000F000Fu) | MAGIC, ONE, p & 1 ? z1 : z0);  // exact
+        u32 v = fma2(select(q[j] >> (4 * p), 0x000F000Fu, MAGIC), ONE, p & 1 ? z1 : z0);  // exact
         f.a[4 * j + p] = GROUPS ? fma2(v, p & 1 ? s1 : s0, SIGNS) : v;
       }
     }
@@ -139,7 +144,7 @@ __device__ __forceinline__ void dequantize(const u8* tile, int t, int half, Frag
       for (int p = 0; p < 2; ++p) {
         u32 v = q[i] >> (8 * p);
         // low seven bits minus the sign bit, both on top of MAGIC
-        f.a[2 * i + p] = fma2((v & 0x00800080u) | MAGIC, ONE ^ SIGNS, (v & 0x007F007Fu) | MAGIC);
+        f.a[2 * i + p] = fma2(select(v, 0x00800080u, MAGIC), ONE ^ SIGNS, select(v, 0x007F007Fu, MAGIC));
       }
   } else {
     words(tile, t, 0, 4, f.a);
