@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,10 +29,10 @@ from protocol import commit_of, environment
 from zq.errors import ZqError
 from zq.kernels import cuda, nvrtc
 from zq.kernels.table import UNITS
-from zq.kernels.unit import Unit
+from zq.kernels.table_gemm import CEILINGS
 
 SECONDS, ROUNDS = 0.1, 5
-CEILINGS = {"u8 x s8": "KIND_W4A8_TWO", "e4m3 x e4m3": "KIND_W4A8_FP8"}  # types of the bare instruction
+ITERATIONS = 20_000  # of the bare instruction
 
 
 def seconds(calls: list[Callable[[], Any]]) -> float:
@@ -73,41 +74,21 @@ def measured(row: Row) -> dict[str, Any]:
 
 def ceilings(device: cuda.Device) -> Iterator[dict[str, Any]]:
     """Operations per second of the bare tensor-core instruction of sm_90a with weights in registers."""
-    source = "bench_ceiling.cu"
-    if device.number != 90 or not (nvrtc.SOURCES / source).exists():
+    if device.number != 90:
         return
-    iterations, blocks = 20_000, device.sms
     data = torch.randint(-(2**31), 2**31 - 1, (1 << 20,), dtype=torch.int32, device="cuda")
     sink = torch.zeros(4, dtype=torch.int32, device="cuda")
-    for types, kind in CEILINGS.items():
-        unit = Unit(
-            name=f"bench_ceiling_{kind.lower()}",
-            source=source,
-            entries=("n128", "n256"),
-            ops=(),
-            archs=("sm_90a",),
-            defines=(("ZQ_KIND", kind), ("ZQ_GROUP", "128"), ("ZQ_ASYM", "0"), ("ZQ_HALF", "0")),
-        )
+    arguments = [cuda.pointer(data), ctypes.c_int(ITERATIONS), cuda.pointer(sink)]
+    for unit in CEILINGS:
         UNITS[unit.name] = unit
-        for n in (128, 256):
-            arguments = [cuda.pointer(data), ctypes.c_int(iterations), cuda.pointer(sink)]
-
-            def call(entry: str = f"n{n}", name: str = unit.name, arguments: list[Any] = arguments) -> None:
-                cuda.launch(device, name, entry, (blocks, 1, 1), 256, arguments, shared=64 * 1024)
-
-            operations = blocks * 2 * 64 * n * 128 * 2 * iterations
+        for entry, n in (("n128", 128), ("n256", 256)):
+            grid, options = (device.sms, 1, 1), {"shared": n * 128}
+            call = partial(cuda.launch, device, unit.name, entry, grid, 256, arguments, **options)
             spent = seconds([call])
-            name = f"bare wgmma {types}, N = {n}"
-            yield {
-                "table": "ceiling",
-                "kernel": name,
-                "m": 0,
-                "n": n,
-                "k": 0,
-                "bytes": 0,
-                "operations": operations,
-                "us": round(spent * 1e6, 3),
-            }
+            sizes = {"m": 0, "n": n, "k": 0, "bytes": 0}
+            sizes["operations"] = device.sms * 2 * 64 * n * 128 * 2 * ITERATIONS
+            kernel = f"bare wgmma of {unit.name.removeprefix('ceiling_')}, N = {n}"
+            yield {"table": "ceiling", "kernel": kernel, **sizes, "us": round(spent * 1e6, 3)}
 
 
 def rows(args: argparse.Namespace, arch: int) -> Iterator[Row]:
