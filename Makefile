@@ -2,6 +2,7 @@
 # make test    set up, run every test
 # make engines       environments with vLLM, llama.cpp and gptqmodel, on a CPU (4 GB, half an hour)
 # make test-engines  every format in every engine that reads it
+# make kernels  compile every CUDA kernel for every architecture (minutes; no GPU is needed)
 # make check   lint, formatting, types, import order, generated docs
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ OUT ?= demo-w4a8
 ENGINES ?= $(HOME)/.cache/zq/engines
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test engines test-engines check format docs clean
+.PHONY: demo test engines test-engines kernels check format docs clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +58,9 @@ $(ENGINES)/gptq/ready:
 test-engines: $(VENV)/ready engines
 	PYTHONPATH=. $(BIN)/python benchmarks/engines.py --check --vllm $(ENGINES)/vllm/bin/python \
 		--llama $(ENGINES)/llama/bin/python --gptq $(ENGINES)/gptq/bin/python
+
+kernels: $(VENV)/ready
+	$(BIN)/zq kernels build
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

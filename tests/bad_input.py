@@ -35,6 +35,7 @@ ANYTHING = "…"  # in the table: text of another program, which its versions ma
 
 # Rows that run as real processes; the number limits the size of any file, in bytes (a full disk).
 PROCESSES: dict[str, int | None] = {
+    "kernels-no-compiler": None,
     "no-scheme": None,
     "hub-offline": None,
     "audit-failed": None,
@@ -179,6 +180,7 @@ def situation(
         "engine-refuses",
         "doctor-float",
     ),
+    *("kernels-arch", "kernels-arch-quantize", "kernels-not-quantized", "kernels-output"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:
@@ -445,6 +447,7 @@ RECIPES = {
     "not-expressible": 'format: compressed-tensors\nrules:\n  - {match: "*", weights: "e2m1fn:b64"}\n',
     "rotate-late": RULE + "steps:\n  - rtn: {}\n  - rotate: {}\n",
     "rotate-nothing": RULE + "steps:\n  - rotate: {r1: false, r2: false}\n  - rtn: {}\n",
+    "kernels-none": 'rules:\n  - {match: "*", weights: "int3:g32"}\ncalibration: {source: none}\n',
     "tied-head": RULE + '  - {match: lm_head, weights: "int8:channel"}\n',
 }
 SITUATIONS |= {name: _recipe(text) for name, text in RECIPES.items()}
@@ -601,6 +604,13 @@ def act_order(model: Model) -> None:
     name = "model.layers.0.mlp.down_proj.g_idx"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@situation("kernels-no-compiler")
+def no_compiler(model: Model) -> None:
+    """A package `cuda` without bindings lies in the current folder, where `python -m` looks first."""
+    Path("cuda").mkdir()
+    Path("cuda", "__init__.py").touch()
 
 
 @situation("resume-in-use")

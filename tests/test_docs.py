@@ -72,7 +72,8 @@ def test_a_stale_reference_fails_and_shows_the_difference(tmp_path, monkeypatch,
 def test_the_reference_has_every_option_of_the_help():
     """Against what Typer itself offers, which the generator does not ask."""
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    for command in ("quantize", "eval", "generate", "inspect", "recipes list", "recipes show"):
+    groups = ("recipes list", "recipes show", "kernels list", "kernels build", "kernels bundle")
+    for command in ("quantize", "eval", "generate", "inspect", *groups):
         section = text.partition(f"\n## zq {command}\n")[2].partition("\n## ")[0]
         shown = run(*command.split(), "--help").ok().out
         options = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", shown)) - {"--help"}
@@ -99,6 +100,7 @@ def test_links_lead_somewhere(page):
 @pytest.fixture
 def parsed(monkeypatch) -> list[str]:
     """The program with commands that only note that they were understood."""
+    from zq.cli.kernels import app as kernels
     from zq.cli.main import app
     from zq.cli.recipes import app as recipes
 
@@ -107,7 +109,7 @@ def parsed(monkeypatch) -> list[str]:
     def noting(command):
         return functools.wraps(command)(lambda *args, **options: seen.append(command.__name__))
 
-    for group in (app, recipes):
+    for group in (app, kernels, recipes):
         for info in group.registered_commands:
             monkeypatch.setattr(info, "callback", noting(info.callback))
     assert isinstance(app, typer.Typer)

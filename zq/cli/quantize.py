@@ -20,9 +20,11 @@ from zq.cli.console import (
     torch_device,
 )
 from zq.cli.doctor import check
+from zq.cli.kernels import planned, write_bundle
 from zq.cli.show import carry_out, command_line, measuring, show_plan, summary
 from zq.cli.signals import resumable
 from zq.errors import ZqError
+from zq.kernels.unit import parse_archs
 
 if TYPE_CHECKING:
     from zq.recipe import Recipe
@@ -122,6 +124,15 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     shard_size: Annotated[
         float, typer.Option("--shard-size", help="Largest output file in GB.", rich_help_panel=RUN)
     ] = 5.0,
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            "--kernels",
+            help="Put zq's CUDA kernels for these architectures (such as sm_80,sm_90a, or all) beside the "
+            "weights, as `zq kernels bundle` does.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.", rich_help_panel=RUN)
     ] = False,
@@ -148,6 +159,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
+        archs = parse_archs(kernels) if kernels else ()
         if output is not None and not dry_run:
             _check_output(output, resume)
         from zq.source import resolve as resolve_model
@@ -170,12 +182,16 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if dry_run:
             return show_plan(plan, as_json=json)
         assert output is not None
+        # Compiled now: a failure comes before the work.
+        units = planned(plan, archs, quiet=json) if archs else []
         with resumable(output, f"{command_line()} --resume", as_json=json):
             report = carry_out(plan, output, resume, quiet=json)
         if to == "gguf":
             report["gguf"] = llamacpp.write(output, output / llamacpp.FILE)
             report["notes"] += report["gguf"]["notes"]
         report |= {"output": str(output), "peak_memory": peak_memory()}
+        if units:
+            report["kernels"] = write_bundle(output, units, archs, quiet=True)
         report["seconds_total"] = round(time.monotonic() - started, 2)
         if json:
             print_json({k: v for k, v in report.items() if k not in ("layers", "tensors")})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from zq.cli.console import err, facts, listing, note, out, print_json, size
+from zq.cli.kernels import bundle_line
 
 if TYPE_CHECKING:
     from zq.plan import Plan
@@ -140,6 +141,8 @@ def summary(plan: Plan, report: dict[str, Any]) -> None:
         table.add_row("output error", f"{known} after the last block (relative, squared)")
     for line in report["notes"][len(plan.notes) :]:  # the others were said at the start
         table.add_row("note", line)
+    if "kernels" in report:
+        table.add_row("kernels", bundle_line(Path(report["output"]), report["kernels"]))
     audit = report["audit"]
     table.add_row(
         "audit", f"passed: {audit['tensors']} tensors, {audit['quantized_layers']} quantized layers"

@@ -1,0 +1,136 @@
+// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu on a CPU, one block at a time.
+//
+// A thread of the block is a fiber; fibers take turns, one turn up to the next shuffle or barrier. All threads meet
+// the same shuffles and barriers, so after a turn of everyone every value is there. Two buffers, used in turn, keep
+// a fast thread from overwriting what a slow one still reads.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(threads)
+#define __grid_constant__
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using std::max;
+using std::min;
+
+struct Index {
+  int x;
+};
+static Index threadIdx, blockIdx, blockDim;
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+
+struct Fiber {
+  ucontext_t context;
+  int turn = 0;
+  bool ended = false;
+};
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static u64 exchanged[2][1024];
+
+static int next_turn() {
+  const int self = threadIdx.x, turn = fibers[self].turn++;
+  swapcontext(&fibers[self].context, &scheduler);
+  return turn;
+}
+static void __syncthreads() { next_turn(); }
+template <class A> A __shfl_xor_sync(u32, A value, int step) {
+  std::memcpy(&exchanged[fibers[threadIdx.x].turn % 2][threadIdx.x], &value, sizeof value);
+  const int turn = next_turn();
+  A other;
+  std::memcpy(&other, &exchanged[turn % 2][threadIdx.x ^ step], sizeof other);
+  return other;
+}
+
+static std::function<void()> body;
+static void begin() {
+  body();
+  fibers[threadIdx.x].ended = true;
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+// Runs `kernel` as blocks of `threads` threads, one after the other.
+static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
+  body = kernel;
+  blockDim.x = threads;
+  std::vector<std::vector<char>> stacks(threads, std::vector<char>(1 << 16));
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    fibers.assign(threads, Fiber());
+    for (int t = 0; t < threads; ++t) {
+      getcontext(&fibers[t].context);
+      fibers[t].context.uc_stack.ss_sp = stacks[t].data();
+      fibers[t].context.uc_stack.ss_size = stacks[t].size();
+      makecontext(&fibers[t].context, begin, 0);
+    }
+    for (int left = threads; left > 0;)
+      for (int t = 0; t < threads; ++t)
+        if (!fibers[t].ended) {
+          threadIdx.x = t;
+          swapcontext(&scheduler, &fibers[t].context);
+          left -= fibers[t].ended;
+        }
+  }
+}
+
+static float __fdiv_rn(float a, float b) { return a / b; }
+static float __frcp_rn(float a) { return 1.0f / a; }
+static int __float2int_rn(float x) {  // saturates, NaN gives 0
+  if (std::isnan(x)) return 0;
+  return x >= 2147483647.0f ? 2147483647 : x <= -2147483648.0f ? -2147483647 - 1 : (int)std::nearbyint(x);
+}
+static int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += (int)(signed char)(a >> 8 * i) * (int)(signed char)(b >> 8 * i);
+  return c;
+}
+static u32 bits_of(float x) {
+  u32 bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+static float of_bits(u32 bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+static u16 to_bf16(float x) {
+  const u32 bits = bits_of(x);
+  return std::isnan(x) ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static float from_bf16(u16 x) { return of_bits((u32)x << 16); }
+static u16 to_half(float x) {
+  _Float16 y = (_Float16)x;
+  u16 bits;
+  std::memcpy(&bits, &y, 2);
+  return bits;
+}
+static float from_half(u16 x) {
+  _Float16 y;
+  std::memcpy(&y, &x, 2);
+  return (float)y;
+}
+static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); }
+static u8 to_e4m3(float x) {
+  const u8 sign = std::signbit(x) ? 0x80 : 0;
+  if (std::isnan(x)) return 0x7f;
+  const double y = std::min(std::fabs((double)x), 448.0);
+  const int exponent = y < 0x1p-6 ? -6 : std::ilogb(y);
+  const int steps = (int)std::nearbyint(std::ldexp(y, 3 - exponent));  // 8 .. 16 for normal numbers, else 0 .. 8
+  return sign | std::min(steps + 8 * (exponent + 6), 0x7e);
+}
+static u16 to_e4m3x2(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
+static void pdl_wait() {}
+static void pdl_launch() {}

@@ -1,0 +1,154 @@
+"""What is launched, as far as it shows without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.kernels.inputs import gemm_calls
+from zq.errors import ZqError
+from zq.kernels import checks, nvrtc, ops
+from zq.kernels.table import UNITS
+
+launch = pytest.importorskip("zq.kernels.launch")
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 4095, 4096, 4097, 7000])
+def test_every_piece_has_a_thread(pieces):
+    entry, threads, shared = launch.row_shape(pieces)
+    assert entry in UNITS["plain_int8_bf16"].entries
+    assert threads % 32 == 0
+    assert 32 <= threads <= 1024
+    if entry == "quantize_long":
+        assert shared == 16 * pieces
+    else:
+        each = int(entry.removeprefix("quantize_"))
+        assert threads * each >= pieces > (threads - 32) * each
+
+
+def test_the_arguments_are_those_of_the_kernel():
+    """Names in the same order and, with natural alignment, at the same offsets."""
+    text = nvrtc.texts("quant.cu")["quant.cu"]
+    body = re.search(r"struct Args \{(.*?)\};", text, re.DOTALL)
+    assert body
+    declared = re.findall(r"([\w ]+?)\s*(\*?)(\w+);", body[1])
+    assert [name for _, _, name in declared] == [name for name, *_ in launch.QuantArguments._fields_]
+    for (_, star, name), (_, kind) in zip(declared, launch.QuantArguments._fields_, strict=True):
+        assert (kind is ctypes.c_void_p) == bool(star), name
+    assert ctypes.sizeof(launch.QuantArguments) == 8 * 8 + 2 * 4
+
+
+def test_every_operator_has_a_launch_and_every_unit_an_operator():
+    assert set(launch.LAUNCH) == set(ops.SCHEMAS)
+    assert {op for unit in UNITS.values() for op in unit.ops} >= set(ops.QUANT_OPS)
+    for op in ops.SCHEMAS:
+        assert callable(getattr(checks, op))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out", [torch.int8, torch.float8_e4m3fn])
+def test_names_lead_to_units(dtype, out, monkeypatch):
+    """Every activation operator, with a device that is none: what would be launched exists."""
+    seen = []
+    device = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+
+    def record(device, unit, entry, grid, block, arguments, **options):
+        assert entry in UNITS[unit].entries
+        assert grid == (3, 1, 1)
+        defines = dict(UNITS[unit].defines)
+        assert defines["IN"] == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        assert defines["OUT"] == ("Int8" if UNITS[unit].name.split("_")[1] == "int8" else "E4m3")
+        seen.append(UNITS[unit].ops[0])
+
+    monkeypatch.setattr(launch.cuda, "launch", record)
+    x, weight = torch.randn(3, 64, dtype=dtype), torch.ones(64, dtype=dtype)
+    calls = {
+        "quant_int8": (x,),
+        "quant_fp8": (x,),
+        "quant_fp8_block128": (x,),
+        "rms_norm_quant": (x, weight, 1e-5, out),
+        "add_rms_norm_quant": (x, x, weight, 1e-5, out),
+        "layer_norm_quant": (x, weight, weight, 1e-5, out),
+        "add_layer_norm_quant": (x, x, weight, weight, 1e-5, out),
+        "silu_mul_quant": (x, out),
+        "gelu_quant": (x, "tanh", out),
+    }
+    assert set(calls) == set(ops.QUANT_OPS)
+    for op, args in calls.items():
+        made = [x.new_empty(shape, dtype=kind) for shape, kind in getattr(checks, op)(*args)]
+        launch.LAUNCH[op](op, made, *args)
+    assert seen == list(calls)
+
+
+def test_fp8_on_a_device_without_it(monkeypatch):
+    device = launch.cuda.Device(0, "sm_80", 80, 108, 166912, None)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    x = torch.zeros(1, 16)
+    made = [x.new_empty(shape, dtype=kind) for shape, kind in checks.quant_fp8(x)]
+    with pytest.raises(ZqError, match="sm_80 has no FP8; use INT8"):
+        launch.LAUNCH["quant_fp8"]("quant_fp8", made, x)
+
+
+def test_an_unaligned_tensor_is_refused():
+    x = torch.zeros(65)
+    launch.pointer(x)
+    with pytest.raises(ZqError, match="16 bytes"):
+        launch.pointer(x[1:])
+    assert launch.pointer(None).value in (0, None)
+
+
+def test_tensor_maps_are_aligned():
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: launch.cuda.TensorMap(), range(64)))
+    assert {each.getPtr() % 64 for each in made} == {0}
+    for each in made:
+        begin = ctypes.addressof(each._memory)
+        assert begin <= each.getPtr() <= begin + 192 - 128
+
+
+@pytest.mark.parametrize(("arch", "number"), [("sm_80", 80), ("sm_89", 89), ("sm_90a", 90), ("sm_120", 120)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_lead_to_units(arch, number, dtype, monkeypatch):
+    """The kernel exists for the architecture, and gets its arguments in the order of the contract."""
+    device = launch.cuda.Device(0, arch, number, 132, 232448, None)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    monkeypatch.setattr(launch.cuda, "workspace", lambda device, size, zeroed: None)
+    monkeypatch.setattr(launch.cuda, "tensor_map", lambda *args: ("map", *args))
+    monkeypatch.setattr(launch, "pointer", lambda x: x)
+    seen = set()
+
+    def record(device, unit, entry, grid, block, arguments, **options):
+        assert entry in UNITS[unit].entries
+        assert arch in UNITS[unit].archs
+        assert options["shared"] <= device.shared
+        seen.add(UNITS[unit].ops[0])
+        if isinstance(arguments[0], tuple):
+            assert arguments[0][:6] == ("map", args[0].data_ptr(), 3, 160, 160, args[0].element_size())
+            arguments = arguments[1:]
+        tensors, numbers = arguments[:8], [each.value for each in arguments[8:]]
+        assert tensors[0] is args[0]
+        assert tensors[3].dtype == torch.uint8
+        assert tensors[6] is y
+        for place, kind in ((1, torch.float32), (2, torch.int32), (4, torch.float32), (5, dtype)):
+            assert tensors[place] is None or tensors[place].dtype == kind
+        assert (tensors[1] is None) == (args[0].element_size() == 2)
+        assert (tensors[5] is None) == (args.count(None) >= 1 + (name in WITHOUT_WS and tensors[4] is None))
+        assert numbers[:4] == [3, 40, 160, 160]
+        assert numbers[5] == int(dtype == torch.float16)
+
+    monkeypatch.setattr(launch.cuda, "launch", record)
+    for name, args in gemm_calls(3, 40, 160, dtype):
+        if number < 89 and "fp8" in name:
+            continue
+        (shape, out), *_ = getattr(checks, name)(*args)
+        y = args[0].new_empty(shape, dtype=out)
+        launch.LAUNCH[name](name, [y], *args)
+    assert seen == {name for name in ops.GEMM_OPS if number >= 89 or "fp8" not in name}
+
+
+WITHOUT_WS = ("w4a16", "w4a8_int8_group")  # ws is None where there are groups

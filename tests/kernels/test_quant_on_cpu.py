@@ -1,0 +1,147 @@
+"""quant.cu itself, compiled for the CPU (tests/kernels/host/common.cuh), against the references."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls
+from zq.kernels import checks, launch, nvrtc, reference
+from zq.kernels.table import UNITS
+
+HOST = Path(__file__).parent / "host"
+EXACT = {"quant_int8", "quant_fp8", "quant_fp8_block128"}
+RUN = """
+extern "C" void run(const Args *a, int entry, int blocks, int threads) {
+  run_blocks(blocks, threads, [=] { entry == 1 ? quantize_1(*a) : entry == 4 ? quantize_4(*a) :
+  quantize_long(*a); });
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """name of a unit -> its `run`, compiled when it is asked for."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("host")
+    made: dict[str, ctypes.CDLL] = {}
+    dynamic = "extern __shared__ uint4 long_row[];"
+    text = nvrtc.texts("quant.cu")["quant.cu"]
+    assert text.count(dynamic) == 1
+    (folder / "quant.cpp").write_text(text.replace(dynamic, "static uint4 long_row[16384];") + RUN)
+
+    def library(name: str) -> ctypes.CDLL:
+        if name not in made:
+            macros = [f"-D{key}={value}" for key, value in UNITS[name].defines]
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O0",
+                "-ffp-contract=off",
+                "-w",
+                "-DZQ_ARCH=90",
+                f"-I{HOST}",
+                *macros,
+            ]
+            command += ["-shared", "-fPIC", "-o", str(folder / f"{name}.so"), str(folder / "quant.cpp")]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made[name] = ctypes.CDLL(str(folder / f"{name}.so"))
+        return made[name]
+
+    return library
+
+
+@pytest.fixture
+def on_host(host, monkeypatch):
+    """Operators launch there; memory is that of the CPU."""
+    monkeypatch.setattr(
+        launch.cuda, "describe", lambda index: launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
+    )
+    launched = []
+
+    def run(device, unit, entry, grid, block, arguments, **options) -> None:
+        launched.append(entry)
+        number = {"quantize_1": 1, "quantize_4": 4, "quantize_long": 0}[entry]
+        host(unit).run(ctypes.byref(arguments[0]), number, grid[0], block)
+
+    monkeypatch.setattr(launch.cuda, "launch", run)
+    return launched
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same in memory that begins at a multiple of 16 bytes, as on a GPU."""
+    memory = torch.full((x.numel() * x.element_size() + 16,), 0xFF, dtype=torch.uint8)
+    begin = -memory.data_ptr() % 16
+    place = memory[begin : begin + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+    return place.copy_(x)
+
+
+def compare(name: str, args: tuple) -> None:
+    """Outputs lie in memory full of NaN before."""
+    args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    made = []
+    for shape, dtype in getattr(checks, name)(*args):
+        poisoned = aligned(torch.zeros(shape, dtype=dtype))
+        poisoned.view(torch.uint8).fill_(0xFF) if poisoned.numel() else None
+        made.append(poisoned)
+    launch.LAUNCH[name](name, made, *args)
+    for a, b in zip(made, getattr(reference, name)(*args), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        apart = (a.double() - b.double()).abs()
+        if name in EXACT:
+            assert torch.equal(a.double(), b.double()), name
+        elif a.dtype == torch.int8:
+            assert apart.max() <= 1
+            assert (apart > 0).double().mean() < 0.01
+        elif a.dtype == torch.int32:
+            assert a.numel() == 0 or torch.equal(a, made[0].sum(1, dtype=torch.int32))
+        elif a.dtype == FP8:
+            assert (apart <= 2**-3 * b.double().abs() + 2**-9).all()
+            assert (apart > 0).double().mean() < 0.01
+        else:
+            assert (apart <= 2**-7 * b.double().abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("k", "entry"), [(16, "quantize_1"), (272, "quantize_1"), (1040, "quantize_4"), (33280, "quantize_long")]
+)
+def test_every_operator(k, entry, on_host):
+    for name, args in quant_calls(3, k):
+        compare(name, args)
+    assert set(on_host) == {entry}
+
+
+@pytest.mark.parametrize("dtype", [FP16, torch.float32])
+@pytest.mark.parametrize("k", [48, 1552])
+def test_other_inputs(k, dtype, on_host):
+    x = activations(4, k, dtype)
+    for name in sorted(EXACT):
+        compare(name, (x,))
+
+
+def test_extreme_rows(on_host):
+    rows = [[0.0] * 16, [5.0] * 16, [1e-45] * 16, [3e38, 1e-3] * 8, [torch.inf, 1.0] * 8, [-torch.inf] * 16]
+    rows += [[2.0**-e * (1 + i / 16) for i in range(16)] for e in range(-120, 149, 3)]
+    for name in ("quant_int8", "quant_fp8"):
+        compare(name, (torch.tensor(rows),))
+    poisoned = aligned(torch.ones(2, 64))
+    poisoned[1, 33] = torch.nan
+    made = [aligned(torch.zeros(shape, dtype=dtype)) for shape, dtype in checks.quant_int8(poisoned)]
+    launch.LAUNCH["quant_int8"]("quant_int8", made, poisoned)
+    assert torch.isnan(made[1]).tolist() == [False, True]
+
+
+def test_every_bf16_number(on_host):
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
+    x = bits[torch.isfinite(bits)]
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    for name in ("quant_int8", "quant_fp8"):
+        compare(name, (x[: len(x) // 32 * 32].reshape(-1, 32),))

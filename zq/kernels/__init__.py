@@ -1,0 +1,1 @@
+"""CUDA kernels: sources, run-time compilation, operators. Importing this does nothing on a GPU."""

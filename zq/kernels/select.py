@@ -1,0 +1,63 @@
+"""Which operators and compile units the layers of a checkpoint need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from zq.kernels.table import UNITS
+from zq.kernels.tiles import packing, unit_name
+from zq.kernels.unit import Unit
+from zq.spec import Scheme
+
+INPUTS = {"bf16": ("bf16",), "fp16": ("fp16",), "fp32": ("bf16", "fp16")}  # fp32 models are served in 16 bits
+OUTPUTS = {"int8": "Int8", "e4m3fn": "E4m3"}
+GROUPS = (0, 32, 64, 128)  # 0: one scale per channel
+FAMILIES = (90, 0)  # Hopper, all others
+
+
+def gemm_op(scheme: Scheme) -> str | None:
+    """The operator that computes a layer of this scheme; None: no kernel does, it is dequantized."""
+    weights, activations = scheme.weights, scheme.activations
+    kind = weights.layout.kind
+    group = {"group": weights.layout.size or 0, "channel": 0}.get(kind)
+    if group not in GROUPS or weights.rank:
+        return None
+    inputs = None if activations is None else activations.format
+    if weights.two_level:
+        return "w4a8_int8" if (weights.format, inputs) == ("int4", "int8") and group >= 64 else None
+    if not weights.symmetric:
+        return "w4a16" if (weights.format, inputs) == ("int4", None) and group else None
+    if weights.format == "int4":
+        return {None: "w4a16", "int8": "w4a8_int8_group", "e4m3fn": "w4a8_fp8" if group else None}.get(inputs)
+    if group:
+        return None
+    by_formats = {("int8", None): "w8a16", ("int8", "int8"): "w8a8_int8", ("e4m3fn", "e4m3fn"): "w8a8_fp8"}
+    return by_formats.get((weights.format, inputs))
+
+
+def units_for(schemes: Iterable[Scheme], dtype: str) -> list[Unit]:
+    """The units that layers of these schemes need in a model of `dtype` (bf16, fp16, fp32), activations alone
+    or fused included, in the order of the table."""
+    names, outputs = set(), set()
+    for scheme in schemes:
+        op = gemm_op(scheme)
+        if op is None:
+            continue
+        weights = scheme.weights
+        group = (weights.layout.size or 0) if weights.layout.kind == "group" else 0
+        for kind in INPUTS[dtype]:
+            packed = packing(op, group, not weights.symmetric, kind == "fp16")
+            names |= {unit_name(op, packed, arch) for arch in FAMILIES}
+        if scheme.activations is not None:
+            outputs.add(OUTPUTS[scheme.activations.format])
+    return [unit for unit in UNITS.values() if unit.name in names or _quantizes(unit, INPUTS[dtype], outputs)]
+
+
+def _quantizes(unit: Unit, inputs: tuple[str, ...], outputs: set[str]) -> bool:
+    defines = dict(unit.defines)
+    return (
+        unit.source == "quant.cu"
+        and defines["SCALES"] == "Token"
+        and defines["IN"] in inputs
+        and defines["OUT"] in outputs
+    )

@@ -1,0 +1,402 @@
+// y[M, N] = x[M, K] W[N, K]^T on Hopper, one kernel for every scheme (scheme.cuh) and every number of tokens.
+//
+// The operands are swapped: rows of W are the 64 rows of a wgmma and tokens its columns, so a tile of 8 tokens
+// wastes nothing and weights go from shared memory through registers, where they are dequantized, into the
+// tensor core. A block is one producer warpgroup and two consumer warpgroups of 64 ROWS weights each. The
+// producer fills a ring of stages of 128 k: packed weights by bulk copies, activations by tensor copies that
+// swizzle and fill with zeros beyond M and K. Consumers hold two sets of A registers: one is dequantized while
+// the tensor core reads the other.
+//
+// Clusters: with split = 1 the blocks of a cluster take neighbouring rows of W and the same tokens, and each
+// fetches its share of x for all (multicast); blocks are persistent. With split > 1 the blocks of a cluster
+// share one tile of y, each a range of K, and rank 0 adds their sums in the order of ranks.
+//
+// -DZQ_PLAIN=1 copies x, 2 the weights, 3 both with ordinary loads: slow, to find out which copy is wrong.
+#include "ptx90.cuh"
+#include "wgmma.cuh"
+
+#ifndef ZQ_PLAIN
+#define ZQ_PLAIN 0
+#endif
+
+constexpr int WARPGROUPS = 2;  // that consume
+constexpr int THREADS = 128 * (WARPGROUPS + 1);
+constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
+constexpr int PITCH = 144;     // bytes of a token's 64 outputs while they are transposed: no bank conflicts
+template <int I> struct Index { static constexpr int value = I; };
+
+struct Args {
+  const u8* x;
+  const float* sx;
+  const int* rowsum;
+  const u8* w;
+  const float* scale;
+  const void* bias;
+  u16* y;
+  int M, N, K, ldx, split, out;
+};
+
+template <int BT, int ROWS> struct Shape {
+  static constexpr int TILES = WARPGROUPS * ROWS;  // of 64 rows
+  static constexpr u32 X = BT * 128 * ACT;         // bytes of a stage
+  static constexpr u32 W = TILES * TILE_BYTES;
+  static constexpr u32 SA = ZQ_KIND == KIND_FP8_BLOCK ? BT * 4 : 0;
+  static constexpr u32 TURN = (BT < 64 ? BT : 64) * PITCH;               // to transpose, each warpgroup
+  static constexpr u32 EXCHANGE = BT <= 64 ? 64 * TILES * BT * 4 : 0;    // sums of a split
+  static constexpr u32 EXTRA = WARPGROUPS * TURN > EXCHANGE ? WARPGROUPS * TURN : EXCHANGE;
+};
+
+__device__ __forceinline__ void store_row(u16* to, const u8* from, int count, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    return;
+  }
+#pragma unroll 1
+  for (int e = 0; e < count; ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
+}
+
+template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Args a) {
+  using S = Shape<BT, ROWS>;
+  extern __shared__ __align__(1024) u8 memory[];
+  const int stages = (dynamic_shared_bytes() - S::EXTRA) / (S::X + S::W + S::SA + 16);
+  u8* const w_ring = memory + stages * S::X;
+  u8* const extra = w_ring + stages * S::W;
+  float* const sa_ring = reinterpret_cast<float*>(extra + S::EXTRA);
+  const u32 x_ring = shared_address(memory);
+  const u32 full = shared_address(sa_ring) + stages * S::SA, empty = full + 8 * stages;
+
+  const int thread = threadIdx.x, warpgroup = thread >> 7, t = thread & 127, lane = thread & 31;
+  const u32 blocks = cluster_size(), rank = blocks > 1 ? cluster_rank() : 0;
+  const bool split = a.split > 1;
+  const u32 sharing = split ? 1 : blocks, place = split ? 0 : rank;  // blocks that read the same x, and which this is
+  if (thread == 0) {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(full + 8 * i, 1 + (S::SA ? 1 : 0));
+      barrier_init(empty + 8 * i, 4 * WARPGROUPS * sharing);
+    }
+    barrier_init_visible();
+  }
+  __syncthreads();
+  if (blocks > 1) cluster_sync();
+
+  const int steps = (a.K + 127) / 128;
+  const int first = split ? steps * rank / blocks : 0, last = split ? steps * (rank + 1) / blocks : steps;
+  const int tiles64 = (a.N + 127) / 128 * 2, tiles_m = (a.M + BT - 1) / BT;
+  const int blocks_n = (tiles64 + S::TILES - 1) / S::TILES, groups_n = (blocks_n + sharing - 1) / sharing;
+  const int works = tiles_m * groups_n, stride = gridDim.x / blocks, begin = blockIdx.x / blocks;
+  int s = 0;
+  u32 phase = 0;
+  auto advance = [&] {
+    if (++s == stages) s = 0, phase ^= 1;
+  };
+
+  if (warpgroup == 0) {
+    if constexpr (BT * ROWS >= 128) give_registers<56>();
+    const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
+    auto copy_w = [&](int n, int kt) {
+#pragma unroll 1
+      for (int i = 0; i < S::TILES; ++i) {
+        int tile = min((int)(n * sharing + place) * S::TILES + i, tiles64 - 1);
+        const u8* from = a.w + ((size_t)tile * steps + kt) * TILE_BYTES;
+#if ZQ_PLAIN & 2
+        for (int c = t; c < TILE_BYTES / 16; c += 128)
+          reinterpret_cast<uint4*>(w_ring + s * S::W + i * TILE_BYTES)[c] = reinterpret_cast<const uint4*>(from)[c];
+#else
+        bulk_copy(shared_address(w_ring) + s * S::W + i * TILE_BYTES, from, TILE_BYTES, full + 8 * s, w_policy);
+#endif
+      }
+    };
+#if ZQ_PLAIN
+    pdl_wait();
+    for (int work = begin; work < works; work += stride) {
+      Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+      for (int kt = first; kt < last; ++kt, advance()) {
+        barrier_wait(empty + 8 * s, phase ^ 1);
+#if ZQ_PLAIN & 1
+        for (int c = t; c < BT * 8 * HALVES; c += 128) {
+          int half = c / (BT * 8), row = c % (BT * 8) / 8, chunk = c % 8, m = tile.m * BT + row;
+          int byte = kt * 128 * ACT + half * 128 + chunk * 16;
+          uint4 v = {0, 0, 0, 0};
+          if (m < a.M && byte < a.K * ACT) v = *reinterpret_cast<const uint4*>(a.x + (size_t)m * a.ldx * ACT + byte);
+          *reinterpret_cast<uint4*>(memory + s * S::X + half * BT * 128 + row * 128 + (chunk ^ row % 8) * 16) = v;
+        }
+        proxy_fence();
+#endif
+#if ZQ_PLAIN & 2
+        copy_w(tile.n, kt);
+#endif
+        if (S::SA)
+          for (int i = t; i < BT; i += 128) {
+            int m = tile.m * BT + i;
+            sa_ring[s * BT + i] = m < a.M ? a.sx[(size_t)m * steps + kt] : 0.f;
+          }
+        named_barrier(8, 128);
+        if (t == 0) {
+          barrier_arrive_expect(full + 8 * s, (ZQ_PLAIN & 1 ? 0 : S::X) + (ZQ_PLAIN & 2 ? 0 : S::W));
+#if !(ZQ_PLAIN & 2)
+          copy_w(tile.n, kt);
+#endif
+#if !(ZQ_PLAIN & 1)
+          for (int h = 0; h < HALVES; ++h)
+            tensor_copy(x_ring + s * S::X + h * BT * 128 + place * (BT / sharing) * 128, map,
+                        kt * 128 + h * 64, tile.m * BT + place * (BT / sharing), full + 8 * s, keep_policy(),
+                        (1 << sharing) - 1);
+#endif
+          if (S::SA) barrier_arrive(full + 8 * s);
+        }
+      }
+    }
+#else
+    if (thread == 0) {
+      // Weights do not depend on the kernel before this one; x does.
+      const int early = min(stages, begin < works ? last - first : 0);
+      if (early) {
+        Tile tile = tile_of<BT>(begin, tiles_m, groups_n);
+        for (int i = 0; i < early; ++i, advance()) {
+          barrier_arrive_expect(full + 8 * s, S::X + S::W);
+          copy_w(tile.n, first + i);
+        }
+      }
+      pdl_wait();
+      s = 0, phase = 0;
+      const u64 x_policy = keep_policy();
+      const u32 share = place * (BT / sharing);
+      int done = 0;
+      for (int work = begin; work < works; work += stride) {
+        Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+        for (int kt = first; kt < last; ++kt, ++done, advance()) {
+          if (done >= early) {
+            barrier_wait(empty + 8 * s, phase ^ 1);
+            barrier_arrive_expect(full + 8 * s, S::X + S::W);
+            copy_w(tile.n, kt);
+          }
+#pragma unroll 1
+          for (int h = 0; h < HALVES; ++h)
+            tensor_copy(x_ring + s * S::X + h * BT * 128 + share * 128, map, kt * 128 + h * 64, tile.m * BT + share,
+                        full + 8 * s, x_policy, (1 << sharing) - 1);
+        }
+      }
+    }
+    if (S::SA && (thread >> 5) == 1) {  // scales of x change with k: a second warp fetches them
+      pdl_wait();
+      for (int work = begin; work < works; work += stride) {
+        Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+        float ahead[(BT + 31) / 32];
+        auto fetch = [&](int kt) {
+#pragma unroll
+          for (int i = 0; i < (BT + 31) / 32; ++i) {
+            int token = i * 32 + lane, m = tile.m * BT + token;
+            ahead[i] = token < BT && m < a.M && kt < last ? a.sx[(size_t)m * steps + kt] : 0.f;
+          }
+        };
+        fetch(first);
+        for (int kt = first; kt < last; ++kt, advance()) {
+          barrier_wait(empty + 8 * s, phase ^ 1);
+#pragma unroll
+          for (int i = 0; i < (BT + 31) / 32; ++i)
+            if (i * 32 + lane < BT) sa_ring[s * BT + i * 32 + lane] = ahead[i];
+          __syncwarp();
+          if (lane == 0) barrier_arrive(full + 8 * s);
+          fetch(kt + 1);
+        }
+      }
+    }
+#endif
+    pdl_launch();
+    if (split) cluster_sync();
+  } else {
+    if constexpr (BT * ROWS >= 128) take_registers<224>();
+    const int group = warpgroup - 1, warp = t >> 5;
+    Sum sum[ROWS][BT / 2];
+    Fragment f[2];
+    auto release = [&](int slot) {  // by a warp that has read it
+      __syncwarp();
+      if (sharing == 1) {
+        if (lane == 0) barrier_arrive(empty + 8 * slot);
+      } else if (lane < sharing) {
+        barrier_arrive_at(empty + 8 * slot, lane);
+      }
+    };
+    auto fetch = [&](int r, int half, Fragment& into) {
+      dequantize(w_ring + s * S::W + (group * ROWS + r) * TILE_BYTES, t, half, into);
+    };
+
+    for (int work = begin; work < works; work += stride) {
+      const Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int i = 0; i < BT / 2; ++i) sum[r][i] = 0;
+
+      if constexpr (PART_STEPS == 0) {
+        int before = -1;  // the stage that the tensor core may still be reading
+        auto step = [&](auto set) {
+          barrier_wait(full + 8 * s, phase);
+#pragma unroll
+          for (int i = 0; i < ROWS * HALVES; ++i) {
+            Fragment& now = f[(set.value + i) & 1];
+            fetch(i / HALVES, i % HALVES, now);
+            wgmma_fence(now);
+            const u64 x = descriptor(x_ring + s * S::X + i % HALVES * BT * 128);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) wgmma<BT>(sum[i / HALVES], now.a + 4 * j, x + 2 * j, 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (i == 0 && before >= 0) release(before);
+          }
+          before = s;
+          advance();
+        };
+        if constexpr (ROWS * HALVES % 2 == 0) {
+          for (int kt = first; kt < last; ++kt) step(Index<0>{});
+        } else {
+          int kt = first;
+          for (; kt + 1 < last; kt += 2) step(Index<0>{}), step(Index<1>{});
+          if (kt < last) step(Index<0>{});
+        }
+        wgmma_wait<0>();
+        if (before >= 0) release(before);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) settled(sum[r]);
+      } else {
+        static_assert(ROWS == 1 && HALVES == 1, "parts take registers");
+        Acc part[BT / 2];
+        auto step = [&](auto set, int kt) {
+          Fragment &now = f[set.value], &next = f[set.value ^ 1];
+          const int slot = s;
+          const u64 x = descriptor(x_ring + slot * S::X);
+          const bool fresh = (kt - first) % PERIOD == 0;
+          const bool due = (kt - first) % PERIOD == PERIOD - 1 || kt + 1 == last;
+          advance();
+#pragma unroll
+          for (int p = 0; p < PARTS; ++p) {
+            wgmma_fence(now);
+#pragma unroll
+            for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
+              wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS || !fresh);
+            wgmma_commit();
+            if (p == 0 && kt + 1 < last) {
+              barrier_wait(full + 8 * s, phase);
+              fetch(0, 0, next);
+            }
+            wgmma_wait<0>();
+            settled(part);
+            if (!S::SA && p == PARTS - 1) release(slot);
+            if (due) {
+#pragma unroll
+              for (int j = 0; j < BT / 8; ++j) {
+                float2 by = {1.f, 1.f};
+                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  float scale = now.scale[2 * p + (i >> 1)] * (i & 1 ? by.y : by.x);
+                  sum[0][4 * j + i] = fmaf((float)part[4 * j + i], scale, sum[0][4 * j + i]);
+                }
+              }
+            }
+          }
+          if (S::SA) release(slot);
+        };
+        if (first < last) {
+          barrier_wait(full + 8 * s, phase);
+          fetch(0, 0, f[0]);
+        }
+        int kt = first;
+        for (; kt + 1 < last; kt += 2) step(Index<0>{}, kt), step(Index<1>{}, kt + 1);
+        if (kt < last) step(Index<0>{}, kt);
+      }
+
+      if (split) {
+        uint4* mine = reinterpret_cast<uint4*>(extra);
+        const int slots = 128 * WARPGROUPS, slot = group * 128 + t;
+        if constexpr (S::EXCHANGE) {
+          if (rank > 0)
+#pragma unroll
+            for (int i = 0; i < ROWS * BT / 8; ++i) {
+              const Sum* v = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
+              mine[i * slots + slot] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
+            }
+        }
+        cluster_sync();
+        if constexpr (S::EXCHANGE) {
+          if (rank == 0)
+            for (u32 other = 1; other < blocks; ++other)
+#pragma unroll
+              for (int i = 0; i < ROWS * BT / 8; ++i) {
+                uint4 v = load_from(shared_address(mine + i * slots + slot), other);
+                Sum* to = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
+                to[0] += number<Sum>(v.x), to[1] += number<Sum>(v.y);
+                to[2] += number<Sum>(v.z), to[3] += number<Sum>(v.w);
+              }
+        }
+        if (rank > 0) break;
+      }
+
+      pdl_wait();
+      u8* const turn = extra + group * S::TURN;
+      constexpr int PIECE = BT < 64 ? BT : 64;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        const int block_n = tile.n * sharing + place;
+        const int n0 = (block_n * S::TILES + group * ROWS + r) * 64;
+        const int row = n0 + warp * 16 + lane / 4;
+        float ws[2], bias[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const bool inside = row + 8 * h < a.N;
+          ws[h] = a.scale && inside ? a.scale[row + 8 * h] : 1.f;
+          bias[h] = a.bias && inside ? load16(a.bias, row + 8 * h, a.out) : 0.f;
+        }
+#pragma unroll
+        for (int piece = 0; piece < BT / PIECE; ++piece) {
+          named_barrier(1 + group, 128);  // the last piece has been read
+#pragma unroll
+          for (int j = 0; j < PIECE / 8; ++j) {
+            const Sum* v = sum[r] + (piece * PIECE / 8 + j) * 4;
+            const int m = tile.m * BT + piece * PIECE + j * 8 + lane % 4 * 2;
+            float value[4];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const bool inside = m + c < a.M;
+              const float sx = a.sx && !S::SA && inside ? a.sx[m + c] : 1.f;
+              const int rowsum = a.rowsum && inside ? a.rowsum[m + c] : 0;
+#pragma unroll
+              for (int h = 0; h < 2; ++h) value[2 * h + c] = finish(v[2 * h + c], ws[h], sx, rowsum, bias[h]);
+            }
+            const int token = j * 8 + lane % 8, column = warp * 16 + lane / 8 % 2 * 8;
+            store_transposed(shared_address(turn) + token * PITCH + column * 2, pack2(value[0], value[1], a.out),
+                             pack2(value[2], value[3], a.out));
+          }
+          named_barrier(1 + group, 128);
+#pragma unroll
+          for (int i = 0; i < (PIECE * 8 + 127) / 128; ++i) {
+            const int c = i * 128 + t, token = c / 8, m = tile.m * BT + piece * PIECE + token, n = n0 + c % 8 * 8;
+            if (token < PIECE && m < a.M && n < a.N) {
+              const u8* from = turn + token * PITCH + c % 8 * 16;
+              u16* to = a.y + (size_t)m * a.N + n;
+              store_row(to, from, min(8, a.N - n), a.N % 8 == 0);
+            }
+          }
+        }
+      }
+    }
+  }
+  if (blocks > 1) cluster_sync();  // no block may leave while another reads or writes its shared memory
+}
+
+#define ENTRY(NAME, BT, ROWS)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                      \
+      NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
+           const float* scale, const void* bias, u16* y, void* workspace, int M, int N, int K, int ldx, int split, \
+           int out) {                                                                                           \
+    gemm<BT, ROWS>(&map, {x, sx, rowsum, w, scale, bias, y, M, N, K, ldx, split, out});                         \
+  }
+ENTRY(t8, 8, 1)
+ENTRY(t16, 16, 1)
+ENTRY(t32, 32, 1)
+ENTRY(t64, 64, 1)
+ENTRY(t128, 128, 1)
+#if ZQ_KIND == KIND_W8A8_INT8 || ZQ_KIND == KIND_W4A8_TWO || (ZQ_KIND == KIND_W4A8_GROUP && !ZQ_GROUP)
+ENTRY(t256, 256, 1)
+ENTRY(t128x2, 128, 2)
+#endif

@@ -1,0 +1,39 @@
+// Copies and products that every GPU from sm_80 on has, one PTX instruction a function: cp.async, ldmatrix, mma.sync.
+// (PTX ISA 9.0.)
+#pragma once
+#include "scheme.cuh"
+
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+__device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void mma(Acc (&d)[4], const u32* a, u32 b0, u32 b1) {
+#define MMA(TYPES, REG)                                                                                        \
+  asm volatile("mma.sync.aligned." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
+               : REG(d[0]), REG(d[1]), REG(d[2]), REG(d[3])                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#if ZQ_KIND == KIND_W4A8_TWO
+  MMA("m16n8k32.row.col.s32.u8.s8.s32", "+r");
+#elif ZQ_KIND == KIND_W8A8_INT8 || ZQ_KIND == KIND_W4A8_GROUP
+  MMA("m16n8k32.row.col.s32.s8.s8.s32", "+r");
+#elif ZQ_KIND == KIND_W8A8_FP8 || ZQ_KIND == KIND_FP8_BLOCK || ZQ_KIND == KIND_W4A8_FP8
+  MMA("m16n8k32.row.col.f32.e4m3.e4m3.f32", "+f");
+#elif ZQ_HALF
+  MMA("m16n8k16.row.col.f32.f16.f16.f32", "+f");
+#else
+  MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "+f");
+#endif
+}

@@ -1,0 +1,203 @@
+"""Which kernel computes a product, in what tiles: a pure function of the shape and the device.
+
+A block computes `rows` rows of W for `tokens` tokens; entry `t64` means 64 tokens. On sm_90a (gemm_sm90.cu)
+blocks are persistent and form clusters, elsewhere (gemm_mma.cu) there is one block for each tile and share
+of K. Few tokens leave fewer tiles than multiprocessors: then K is split. The cost of the larger tiles is
+estimated from the rates below; what is compared is time, so only their ratios matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zq.errors import ZqError
+from zq.kernels.layout import STEP, Packing
+
+KINDS = {  # operator -> kind of packing
+    "w8a8_int8": "w8a8",
+    "w8a8_fp8": "w8a8",
+    "fp8_block128": "fp8_block",
+    "w4a8_int8": "w4a8_two",
+    "w4a8_int8_group": "w4a8_group",
+    "w4a8_fp8": "w4a8_fp8",
+    "w4a16": "w4a16",
+    "w8a16": "w8a16",
+}
+SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90
+STAGES = 16  # of a ring, at most: 150 KB in flight are several times what hides the latency of memory
+PITCH = 144  # of gemm_sm90.cu
+PERSISTENT = 384  # threads of gemm_sm90.cu
+SPLITS = (1, 2, 4, 8)
+LEAST_STEPS = 4  # of a share of K
+
+# Rates of one multiprocessor of an H100, bytes and multiply-adds a clock.
+L2_RATE, MAC_RATE = 24, {1: 4096, 2: 2048}
+EPILOGUE = 24  # clocks for each token of a tile, with what it takes to refill the ring
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch: `unit` and `entry` name the kernel, `shared` is in bytes, `cluster` and `split` count blocks.
+    workspace: bytes, of which the first `zeroed` are zero before and after. pdl: may begin before the kernel
+    in front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none."""
+
+    unit: str
+    entry: str
+    grid: tuple[int, int, int]
+    block: int
+    shared: int
+    cluster: int = 1
+    split: int = 1
+    workspace: int = 0
+    zeroed: int = 0
+    pdl: bool = False
+    map_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """tokens x rows of y, computed by one block."""
+
+    tokens: int
+    rows: int = 128
+
+    @property
+    def entry(self) -> str:
+        return f"t{self.tokens}" + ("x2" if self.rows == 256 else "")
+
+
+def packing(op: str, group: int = 0, asym: bool = False, half: bool = False) -> Packing:
+    """The packing that an operator's weight has. group: 0 = one scale per channel. Raises ZqError."""
+    return Packing(KINDS[op], group, asym, half and op in ("w4a16", "w8a16"))
+
+
+def unit_name(op: str, p: Packing, arch: int) -> str:
+    """ "sm90_w4a8_int8_g128" """
+    family = "sm90" if arch == 90 else "mma"
+    return "_".join([family, op, *[f"g{p.group}"] * (p.group > 0), *["asym"] * p.asym, *["fp16"] * p.half])
+
+
+def has_parts(op: str, p: Packing) -> bool:
+    """Whether sums leave the tensor core before the end of K, and so take registers twice."""
+    return op in ("w8a8_fp8", "fp8_block128", "w4a8_fp8") or (op == "w4a8_int8_group" and p.group > 0)
+
+
+def tiles(op: str, p: Packing, arch: int) -> tuple[Tile, ...]:
+    """The tiles that a kernel is compiled for, smallest first."""
+    small = (Tile(8), Tile(16), Tile(32), Tile(64))
+    one_sum = p.act_bytes == 1 and not has_parts(op, p)
+    if arch == 90:
+        return (*small, Tile(128), *[Tile(256), Tile(128, 256)] * one_sum)
+    return (*small, *[Tile(128)] * one_sum)
+
+
+def choose(  # noqa: PLR0913 (a shape, a scheme and a device)
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    group: int,
+    arch: int,
+    sms: int,
+    asym: bool = False,
+    half: bool = False,
+) -> Config:
+    """The launch that computes y [M, N] = x [M, K] W^T on a device of `arch` (80, 86, 89, 90, 100, 120) with
+    `sms` multiprocessors. group, asym and half (fp16 activations) as in `packing`. Raises ZqError."""
+    p = packing(op, group, asym, half)
+    if "fp8" in op and arch < 89:
+        raise ZqError(
+            f"{op} needs FP8 tensor cores, which sm_{arch} has not (sm_89 and newer); use INT8 activations"
+        )
+    if p.act_bytes == 1 and "int8" in op and k > 65536:
+        raise ZqError(f"{op} sums up to 65536 products in INT32, and K is {k}; compute without kernels")
+    if arch == 90:
+        return _persistent(op, p, m, n, k, sms)
+    return _portable(op, p, m, n, k, arch, sms)
+
+
+def stages_and_shared(p: Packing, tile: Tile, scaled_x: bool = False) -> tuple[int, int]:
+    """(stages of the ring, bytes of shared memory) of gemm_sm90.cu; it finds the first from the second."""
+    tokens = tile.tokens
+    turn = 2 * min(tokens, 64) * PITCH
+    extra = max(turn, tile.rows * tokens * 4) if tokens <= 64 else turn
+    stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 4 * tokens * scaled_x + 16
+    stages = min(STAGES, (SHARED - extra) // stage)
+    return stages, extra + stages * stage
+
+
+def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config:
+    steps = -(-k // STEP)
+    choices, blocks = tiles(op, p, 90), -(-n // 128)
+    tile = next((t for t in choices[:4] if t.tokens >= m), choices[3])
+    parts = [
+        s for s in SPLITS if s == 1 or (blocks * -(-m // tile.tokens) * s <= sms and steps >= s * LEAST_STEPS)
+    ]
+    if m <= tile.tokens:
+        options = [(tile, parts[-1], parts[-1])]
+    else:
+        options = [(t, c, 1) for t in choices[3:] for c in (1, 2)] + [(tile, s, s) for s in parts[1:]]
+    tile, cluster, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
+    return persistent(op, p, tile, cluster, split, (m, n), sms)
+
+
+def persistent(
+    op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int], sms: int
+) -> Config:
+    """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster)."""
+    works = _works(tile, cluster // split, *shape)
+    grid = works * split if split > 1 else min(works, sms // cluster) * cluster
+    return Config(
+        unit=unit_name(op, p, 90),
+        entry=tile.entry,
+        grid=(grid, 1, 1),
+        block=PERSISTENT,
+        shared=stages_and_shared(p, tile, op == "fp8_block128")[1],
+        cluster=cluster,
+        split=split,
+        pdl=True,
+        map_rows=tile.tokens * split // cluster,
+    )
+
+
+def _works(tile: Tile, sharing: int, m: int, n: int) -> int:
+    """How many clusters' worth of tiles there are; `sharing` blocks take neighbouring rows of W."""
+    return -(-m // tile.tokens) * -(-n // (tile.rows * sharing))
+
+
+def _clocks(p: Packing, tile: Tile, cluster: int, split: int, m: int, n: int, steps: int, sms: int) -> float:
+    """Estimated time of a product in clocks, the slower of tensor core and L2 cache in every step."""
+    sharing = cluster // split
+    rounds = -(-_works(tile, sharing, m, n) // (sms // cluster))
+    tensor = tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes]
+    fetched = tile.rows // 64 * p.tile_bytes + tile.tokens * STEP * p.act_bytes / sharing
+    each = -(-steps // split) * max(tensor, fetched / L2_RATE)
+    return rounds * (each + tile.tokens * EPILOGUE * (1 if split == 1 else split))
+
+
+def _portable(op: str, p: Packing, m: int, n: int, k: int, arch: int, sms: int) -> Config:
+    choices = tiles(op, p, arch)
+    tile = next((t for t in choices if t.tokens >= m), choices[-1])
+    blocks, steps = -(-n // 128) * -(-m // tile.tokens), -(-k // STEP)
+    split = max(s for s in SPLITS if s == 1 or (blocks * s <= 2 * sms and steps >= s * LEAST_STEPS))
+    return portable(op, p, tile, split, (m, n), arch)
+
+
+def portable(op: str, p: Packing, tile: Tile, split: int, shape: tuple[int, int], arch: int) -> Config:
+    """The launch of gemm_mma.cu with this tile and K in `split` shares."""
+    blocks = _works(tile, 1, *shape)
+    stages = {8: 5, 16: 4, 32: 4, 64: 3, 128: 3}[tile.tokens]  # of gemm_mma.cu
+    stage = tile.tokens * 128 * p.act_bytes + 2 * p.tile_bytes + 4 * tile.tokens * (op == "fp8_block128")
+    zeroed = -(-blocks * 4 // 16) * 16 if split > 1 else 0
+    return Config(
+        unit=unit_name(op, p, arch),
+        entry=tile.entry,
+        grid=(blocks, 1, split),
+        block=256,
+        shared=stages * stage,
+        split=split,
+        workspace=zeroed + (blocks * split * 128 * tile.tokens * 4 if split > 1 else 0),
+        zeroed=zeroed,
+        pdl=arch >= 90,
+    )
