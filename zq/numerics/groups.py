@@ -16,6 +16,8 @@ scales of its row and its column, which are what is stored.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,19 @@ def _padded(rows: Tensor, size: int, spec: TensorSpec) -> Tensor:
     if spec.info.zero and not spec.center:
         return torch.nn.functional.pad(rows, (0, pad))
     return torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1)
+
+
+def counted(shape: tuple[int, int], spec: TensorSpec) -> Tensor | None:
+    """[1, G, S] with 1 for the values of an [N, K] tensor and 0 for padding; None where padding is no error or
+    code values were estimated with it."""
+    if (spec.info.zero and not spec.center) or spec.info.is_estimated:
+        return None
+    n, k = shape
+    length = k if spec.layout.kind in ("group", "channel", "token", "rank1") else n * k
+    flat = torch.ones(1, length)
+    zeros = replace(spec, format="int8", center=False)
+    grouped = group(flat, zeros)
+    return None if grouped.numel() == length else grouped
 
 
 def ungroup(x: Tensor, shape: tuple[int, int], spec: TensorSpec) -> Tensor:

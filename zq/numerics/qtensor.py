@@ -20,7 +20,7 @@ from torch import Tensor
 from zq.errors import ZqError
 from zq.numerics import scales as _scales
 from zq.numerics.codebook import codebook, nearest
-from zq.numerics.groups import group, grouped_scale, stored_scale, ungroup
+from zq.numerics.groups import counted, group, grouped_scale, stored_scale, ungroup
 from zq.numerics.scales import Scale, int_range
 from zq.spec import TensorSpec
 
@@ -112,7 +112,8 @@ def quantize(
     dtype = _scales.DTYPES[spec.scale_dtype] if spec.scale_dtype else scale_dtype or x.dtype
     choose = SCALES[scale] if isinstance(scale, str) else scale
     grouped = group(x.float() if places is None else without(x.float(), places), spec)
-    found = choose(grouped, spec, dtype)
+    weights = counted((x.shape[0], x.shape[1]), spec)
+    found = choose(grouped, spec, dtype, None if weights is None else weights.to(x.device))
     q = assemble(encode(grouped, spec, found, generator), found, spec, (x.shape[0], x.shape[1]), dtype)
     return q if places is None else keep(q, x, places, scale_dtype or x.dtype)
 
