@@ -88,9 +88,9 @@ def in_child(python: str, engine: str, path: Path, prompts: list[list[int]]) -> 
     with tempfile.TemporaryDirectory() as scratch:
         asked, said = Path(scratch, "prompts.json"), Path(scratch, "said.json")
         asked.write_text(json.dumps(prompts))
-        args = [python, str(CHILD), engine, str(path), str(asked), str(said)]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or python == sys.executable}
-        done = subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
+        # Isolated: what lies beside the script has names that libraries look for (kernels, tables).
+        args = [python, "-I", str(CHILD), engine, str(path), str(asked), str(said)]
+        done = subprocess.run(args, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(last_line(done.stderr))
         return json.loads(said.read_text())
@@ -215,6 +215,7 @@ def versions(python: str) -> dict[str, str]:
         "gptqmodel",
         "llama-cpp-python",
     )
+    found = {name.replace("_", "-"): version for name, version in found.items()}
     return {name: found[name] for name in wanted if name in found}
 
 

@@ -116,10 +116,10 @@ def test_foreign_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -
     with pytest.raises(ZqError, match=r"cannot read .*config\.json"):
         zq.load(str(tmp_path))
     config = json.loads((folders["ct"] / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((folders["ct"] / "model.safetensors").read_bytes())
-    with pytest.raises(ZqError, match="is quantized with 'gptq'; zq reads checkpoints of"):
+    with pytest.raises(ZqError, match="is quantized with 'bitsandbytes'; zq reads checkpoints of"):
         zq.load(str(tmp_path))
 
 

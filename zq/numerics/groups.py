@@ -47,8 +47,8 @@ def _padded(rows: Tensor, size: int, spec: TensorSpec) -> Tensor:
 
 
 def counted(shape: tuple[int, int], spec: TensorSpec) -> Tensor | None:
-    """[1, G, S] with 1 for the values of an [N, K] tensor and 0 for padding; None where padding is no error or
-    code values were estimated with it."""
+    """[1, G, S] with 1 for the values of an [N, K] tensor and 0 for padding; None where padding is no error,
+    or code values were estimated with it."""
     if (spec.info.zero and not spec.center) or spec.info.is_estimated:
         return None
     n, k = shape
