@@ -11,7 +11,8 @@ bfloat16` of each format says what the precision alone does. Positions whose lik
 than MARGIN nats, where that precision decides, are counted apart.
 
 `make engines` makes the environments; `--check` exits with 1 when at more than 2 % of the clear positions the
-likeliest token is another.
+likeliest token is another, and that is 2 % more than bfloat16 alone does to this format (rounded activations
+make much of a little).
 """
 
 from __future__ import annotations
@@ -248,9 +249,20 @@ def main() -> None:
         for row in measured(pythons, args.home or Path(scratch), wanted):
             print(json.dumps(row), flush=True)
             results.add({"table": "engines", "seed": 0, **row, "commit": commit})
-    differ = [r["scheme"] for r in results.rows if r["method"] != FLOOR and r.get("clear", 0) < AGREE]
+    differ = too_different(results.rows)
     if args.check and differ:
-        raise SystemExit(f"{len(differ)} formats differ: {', '.join(differ)}")
+        raise SystemExit(f"{len(differ)} differ: {', '.join(differ)}")
+
+
+def too_different(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows that fail `--check`."""
+    floors = {row["scheme"]: row["clear"] for row in rows if row["method"] == FLOOR}
+    return [
+        f"{row['scheme']} in {row['method']}"
+        for row in rows
+        if row["method"] != FLOOR
+        and row.get("clear", 0) < min(AGREE, floors.get(row["scheme"], 1.0) - (1 - AGREE))
+    ]
 
 
 def measured(

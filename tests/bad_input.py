@@ -179,6 +179,7 @@ def situation(
         "engine-part",
         "engine-refuses",
         "doctor-float",
+        "serve-engine",
     ),
     *("kernels-arch", "kernels-arch-quantize", "kernels-not-quantized", "kernels-output"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),

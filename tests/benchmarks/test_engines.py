@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engines import CASES, FLOOR, cause, compare
+from engines import CASES, FLOOR, cause, compare, too_different
 from tables import TABLES
 
 from zq.recipe import OUTPUT_FORMATS, Recipe
@@ -51,3 +51,23 @@ def test_the_table() -> None:
     text = TABLES["engines"](document)
     assert "| W4A16 | vllm | 0.32.0 | .2500 | .250 | 100.0 % | 100.0 % | 64 of 64 |" in text
     assert "no / kernel" in text
+
+
+def test_what_fails_the_check() -> None:
+    rows = [
+        {"scheme": "a", "method": FLOOR, "clear": 1.0},
+        {"scheme": "a", "method": "vllm", "clear": 0.981},
+        {"scheme": "b", "method": FLOOR, "clear": 0.95},
+        {"scheme": "b", "method": "vllm", "clear": 0.935},
+    ]
+    assert too_different(rows) == []
+    bad = [
+        *rows,
+        {"scheme": "a", "method": "x", "clear": 0.97},
+        {"scheme": "b", "method": "x", "clear": 0.92},
+    ]
+    assert too_different([*bad, {"scheme": "c", "method": "x", "error": "no kernel"}]) == [
+        "a in x",
+        "b in x",
+        "c in x",
+    ]

@@ -1,0 +1,97 @@
+"""zq serve: start the server of vLLM or of transformers on a checkpoint, with the flags that it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zq.cli.console import check_number, command, note, out
+from zq.errors import ZqError
+
+VLLM = ("-m", "vllm.entrypoints.openai.api_server")
+# `import zq` first: transformers then knows zq's own format.
+TRANSFORMERS = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
+ENGINES = ("auto", "vllm", "transformers")
+
+
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a hub id.")],
+    engine: Annotated[
+        str, typer.Option("--engine", help="vllm, transformers, or auto: vllm where it is installed.")
+    ] = "auto",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    tp: Annotated[int, typer.Option("--tp", help="GPUs to split the model between (vllm).")] = 1,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command, do not run it.")] = False,
+) -> None:
+    """Serve a checkpoint with an OpenAI-compatible API.
+
+    The server is vLLM's or transformers' own. The checkpoint is checked as `zq doctor` does, and the command
+    printed, then run.
+    """
+    with command():
+        from zq.cli.doctor import read_layers
+        from zq.engines import Target, judge, parse
+        from zq.source import resolve
+
+        if engine not in ENGINES:
+            raise ZqError(f"--engine {engine} is unknown; allowed: {', '.join(ENGINES)}")
+        check_number("--port", port, 1, 65535)
+        check_number("--tp", tp, 1, 1024)
+        chosen = installed(engine)
+        folder = resolve(checkpoint, note)
+        format, layers, missing = read_layers(folder)
+        known = parse(chosen)
+        target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp)
+        verdict = judge(target, format, layers)
+        if problems := missing + verdict.problems:
+            raise ZqError(f"{target} cannot serve {folder}: {problems[0]}")
+        for line in verdict.warnings:
+            note(f"{target}: {line}")
+        words = server_command(chosen, folder, host, port, tp, any("humming" in w for w in verdict.warnings))
+        out.print(shlex.join(words), soft_wrap=True, markup=False)
+        if not only_print:
+            os.execv(words[0], words)
+
+
+def installed(engine: str) -> str:
+    """The engine to use. Raises ZqError when it, or with auto every one, is missing."""
+    have = {
+        "vllm": importlib.util.find_spec("vllm") is not None,
+        "transformers": all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")),
+    }
+    if engine == "auto":
+        found = next((name for name, there in have.items() if there), None)
+        if found is None:
+            raise ZqError("no server is installed; pip install vllm, or pip install 'transformers[serving]'")
+        return found
+    if not have[engine]:
+        package = "vllm" if engine == "vllm" else "'transformers[serving]'"
+        raise ZqError(f"the server of {engine} is not installed; pip install {package}")
+    return engine
+
+
+def server_command(engine: str, folder: Path, host: str, port: int, tp: int, humming: bool) -> list[str]:
+    """The words of a command that needs no zq to run (transformers: only for zq's own format)."""
+    address = ["--host", host, "--port", str(port)]
+    if engine == "transformers":
+        return [sys.executable, *TRANSFORMERS, str(folder), *address]
+    words = [sys.executable, *VLLM, "--model", str(folder), *address]
+    words += ["--tensor-parallel-size", str(tp)] * (tp > 1)
+    return words + ["--linear-backend", "humming"] * humming
+
+
+def _capability() -> int:
+    """Compute capability of the first GPU times ten; 0 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
