@@ -29,7 +29,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def in_child(python: str, engine: str, path: Path, prompts: list[list[int]]) -> 
         asked.write_text(json.dumps(prompts))
         # Isolated: what lies beside the script has names that libraries look for (kernels, tables).
         args = [python, "-I", str(CHILD), engine, str(path), str(asked), str(said)]
-        done = subprocess.run(args, capture_output=True, text=True, check=False)
+        done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode:
             raise RuntimeError(last_line(done.stderr))
         return json.loads(said.read_text())
@@ -129,11 +129,12 @@ def vllm_server(python: str, folder: Path, log: Path) -> Iterator[str]:
             raise RuntimeError("vLLM was not ready after four minutes")
         yield address
     finally:
-        os.killpg(server.pid, 15)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(server.pid, 15)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, 9)
 
 
 def cause(log: str) -> str:
@@ -294,8 +295,8 @@ def measured(
                 else:
                     said = in_child(python, "transformers", out, prompts)
                 row |= compare(said, reference)
-            except RuntimeError as error:
-                row["error"] = str(error)
+            except (RuntimeError, OSError, KeyError, subprocess.TimeoutExpired) as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
             yield row | {"seconds": round(time.monotonic() - begun, 1)}
 
 

@@ -56,6 +56,7 @@ PAIRS = [
     ("compressed-tensors", "int4:g32", "awq"),
     ("compressed-tensors", "int4:g32:asym", "awq"),
     ("compressed-tensors", "int4:g32:two-level", "gptq"),
+    ("compressed-tensors", "int4:g32:two-level", "awq"),
     ("compressed-tensors", "int4:g32:two-level", "zq"),
     ("compressed-tensors", "int8:channel", "gptq"),
     ("gptq", "int4:g32", "compressed-tensors"),
@@ -80,9 +81,10 @@ def test_the_model_computes_the_same(before: str, spec: str, to: str, made: Make
     assert config["quant_method"] == to
     assert audit_folder(out)["passed"]
     assert report["converted_from"]["quant_method"] == before
-    for file in ("generation_config.json", "README.md"):
-        if (source / file).is_file():
-            assert (out / file).read_bytes() == (source / file).read_bytes()
+    if (source / "generation_config.json").is_file():
+        same = "generation_config.json"
+        assert (out / same).read_bytes() == (source / same).read_bytes()
+    assert f"tags: [zq, {to}]" in (out / "README.md").read_text()
     back = tmp_path / "back"
     convert(plan_conversion(out, before), back)
     assert torch.equal(logits(back), logits(source))
@@ -179,5 +181,92 @@ def test_a_checkpoint_without_its_tensors_is_refused(made: Make, tmp_path: Path)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["quantization_config"] = quantization_config(made("gptq", "int4:g32"))
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ZqError, match=r"has no tensor '.*qweight'"):
+    with pytest.raises(ZqError, match=r"tensors are missing, first '.*qweight'"):
         plan_conversion(tmp_path / "model", "zq")
+
+
+def edited(
+    source: Path, folder: Path, change: Callable[[dict], object], **tensors: torch.Tensor | None
+) -> Path:
+    """A copy with another quantization_config and other tensors (None: without it)."""
+    config = json.loads((source / "config.json").read_text())
+    change(config["quantization_config"])
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    held = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        held.pop(name, None)
+        if tensor is not None:
+            held[name] = tensor
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"), "another order"),
+        (lambda c: c.update(transform_config={"R1": {}}), "transform_config"),
+        (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (lambda c: c["config_groups"]["group_0"].update(output_activations={"num_bits": 8}), "outputs"),
+        (lambda c: c.update(ignore=5), "'ignore' in quantization_config is no list of names"),
+        (lambda c: c.update(ignore=["re:("]), "is no regex"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=64), "do not have the shape"),
+    ],
+)
+def test_what_a_foreign_config_says_beside_is_refused(change, words: str, made: Make, tmp_path: Path) -> None:
+    source = edited(made("compressed-tensors", "int4:g32"), tmp_path / "x", change)
+    with pytest.raises(ZqError, match=words):
+        plan_conversion(source, "zq")
+
+
+def test_a_gptq_checkpoint_of_another_kind(made: Make, tmp_path: Path) -> None:
+    for i, change in enumerate(({"lm_head": True}, {"desc_act": True})):
+        source = edited(
+            made("gptq", "int4:g32"), tmp_path / str(i), lambda c, change=change: c.update(change)
+        )
+        with pytest.raises(ZqError, match=next(iter(change))):
+            plan_conversion(source, "zq")
+    source = edited(
+        made("awq", "int4:g32:asym"), tmp_path / "awq", lambda c: c.update(modules_to_not_convert="lm_head")
+    )
+    with pytest.raises(ZqError, match="no list of names"):
+        plan_conversion(source, "zq")
+
+
+def test_tensors_that_the_model_lacks_or_does_not_know(made: Make, tmp_path: Path) -> None:
+    source = made("gptq", "int4:g32")
+    none = edited(source, tmp_path / "none", lambda c: None, **{"model.norm.weight": None})
+    with pytest.raises(ZqError, match=r"1 tensors are missing, first 'model\.norm\.weight'"):
+        plan_conversion(none, "zq")
+    more = edited(source, tmp_path / "more", lambda c: None, **{"model.extra.bias": torch.zeros(3)})
+    with pytest.raises(ZqError, match=r"belong to no part of this model, first 'model\.extra\.bias'"):
+        plan_conversion(more, "zq")
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "bert-nopooler", "gpt2", "opt"])
+def test_other_families_and_dtypes(name: str, tiny: Make, tmp_path: Path) -> None:
+    text = "rules: [{match: '*', weights: 'int8:channel'}]\nformat: zq\ncalibration: {source: none}\n"
+    source = tmp_path / "zq"
+    quantize(make_plan(tiny(name, torch.float16), Recipe.parse(text)), source)
+    if name == "gpt2":
+        with pytest.raises(ZqError, match="Conv1D"):
+            plan_conversion(source, "compressed-tensors")
+        return
+    convert(plan_conversion(source, "compressed-tensors"), tmp_path / "ct")
+    plain = tmp_path / "plain"
+    text = text.replace("format: zq", "format: compressed-tensors")
+    quantize(make_plan(tiny(name, torch.float16), Recipe.parse(text)), plain)
+    assert quantization_config(tmp_path / "ct") == quantization_config(plain)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ct", plain))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_interrupt_leaves_nothing(made: Make, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(plan_conversion(made("gptq", "int4:g32"), "zq"), tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out").exists()

@@ -102,6 +102,12 @@ def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: st
         ("vllm:sm90", CT, "int4:g64 @ e4m3fn:token", "groups of 128"),
         ("vllm:cpu", CT, "int8:channel", "INT4 weights only"),
         ("vllm:cpu", CT, "e4m3fn:channel", "on a CPU"),
+        ("vllm:cpu", CT, "int3:g64 @ int8:token", "INT4 weights only"),
+        ("vllm", CT, "int8:channel @ e4m3fn:token", "zq knows no kernel"),
+        ("vllm", CT, "e2m1fn:g32", "zq knows no kernel"),
+        ("sglang", CT, "int3:g64", "zq knows no kernel"),
+        ("sglang", CT, "int8:g64 @ int8:token", "zq knows no kernel"),
+        ("sglang:cpu", CT, "int4:g64", "on this device"),
         ("sglang", CT, "int4:g64 @ int8:token", "no dense kernel"),
         ("sglang", "zq", "int4:b64", "format zq"),
         ("llama.cpp", CT, "int4:g64", "reads GGUF files"),
@@ -130,6 +136,9 @@ def test_tensor_parallelism() -> None:
     assert (
         "groups of 128 cannot be split between 8 devices" in judge(parse("vllm:tp=8"), CT, [down]).problems[0]
     )
+    assert judge(parse("vllm:tp=4"), CT, [down], heads=9).problems == [
+        "9 attention heads cannot be split between 4 devices"
+    ]
     up = layer("int8:channel", (577, 512), "a.0.up", "up")
     assert "577 outputs" in judge(parse("vllm:tp=2"), CT, [up]).problems[0]
     assert judge(parse("vllm"), CT, [up]).problems == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import zq
@@ -94,24 +95,83 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
         refuse({}, {}, source)
 
 
+def rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def test_tokenizers(tmp_path: Path) -> None:
     source = model(tmp_path / "model", "llama")
     path = source / "tokenizer.json"
     data = json.loads(path.read_text())
     refuse({"x": Scheme.parse("int4:g32")}, {"x": (32, 32)}, source)
-    for pattern in PATTERNS:
+    for pattern, name in PATTERNS.items():
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}
-        path.write_text(json.dumps(data))
+        levels = {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False, "trim_offsets": False}
+        rewrite(
+            source,
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [split, levels]},
+            model=data["model"] | {"ignore_merges": name == "llama-bpe"},
+            normalizer={"type": "NFC"} if name == "qwen2" else None,
+        )
         refuse({}, {}, source)
-    data["pre_tokenizer"] = {"type": "Whitespace"}
+    plain = data["pre_tokenizer"]
+    for changes in (
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": plain | {"add_prefix_space": True}},
+        {"pre_tokenizer": plain | {"use_regex": False}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"model": data["model"] | {"ignore_merges": True}},
+    ):
+        path.write_text(json.dumps(data))
+        rewrite(source, **changes)
+        with pytest.raises(ZqError, match="of a kind that zq cannot describe to"):
+            refuse({}, {}, source)
     path.write_text(json.dumps(data))
-    with pytest.raises(ZqError, match="of a kind that zq cannot describe to"):
+    token = {"id": 5000, "content": "<far>", "special": True, "single_word": False}
+    rewrite(
+        source,
+        added_tokens=[
+            *data["added_tokens"],
+            token | dict.fromkeys(("lstrip", "rstrip", "normalized"), False),
+        ],
+    )
+    with pytest.raises(ZqError, match="has the token '<far>' with id 5000, and the model"):
         refuse({}, {}, source)
     path.unlink()
     with pytest.raises(ZqError, match="no readable tokenizer"):
         refuse({}, {}, source)
     assert set(ARCHS) == {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def test_a_head_of_its_own_stays_whatever_the_config_says(tmp_path: Path) -> None:
+    source = model(tmp_path / "model", "llama-tied")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    run("quantize", source, "--w4a16", "--calib", "none", "--to", "gguf", "-o", out).ok()
+    names = {tensor.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    assert "output.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--w4a16", "--group-size", "96"), "groups of 96 do not divide K=64"),
+        (("--recipe", "r.yaml"), "take symmetric weights"),
+    ],
+)
+def test_what_would_fail_after_the_work_is_refused_before_it(
+    options: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "model", "llama")
+    Path("r.yaml").write_text("rules: [{match: '*', weights: 'int4:g32:asym'}]\n")
+    done = run("quantize", "./model", *options, "--calib", "none", "--to", "gguf", "-o", "out")
+    assert done.code == 2
+    assert words in done.err
+    assert not Path("out").exists()
 
 
 def test_a_wrong_block_is_an_audit_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from zq.checkpoint.index import CheckpointIndex, main_dtype, read_index
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import reader
 from zq.checkpoint.writer import ShardWriter, Slot, disk_error, plan_shards, write_atomic
-from zq.errors import AuditError, OutputError, ZqError
+from zq.errors import AuditError, ZqError
 from zq.export import EXPORTERS, exporter_for
 from zq.models.build import shapes_only, stores_pooler
 from zq.models.families import FAMILIES
@@ -34,9 +34,10 @@ from zq.models.layout import is_transposed, linear_shapes
 from zq.numerics.qtensor import QTensor
 from zq.numerics.scales import DTYPES
 from zq.publish import companions
-from zq.runtime.load import quantization_config
+from zq.runtime.load import quantization_config, tensor_problems
 from zq.spec import Scheme, TensorSpec
 
+STALE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of the other format
 REMEDY = "choose another format, or quantize again with a scheme that it holds"
 
 
@@ -90,11 +91,15 @@ def plan_conversion(folder: Path, to: str) -> Conversion:
         after[name], reason = _stated(scheme, target, shapes[name], flip, dtype)
         if reason:
             raise ZqError(f"{to} cannot hold '{name}' of {folder}, {scheme}: {reason}; {REMEDY}")
-    skipped = [name for name in shapes if name not in before]
+    problems = tensor_problems(index, model, before, {s.name: s for s in float_slots.values()})
+    if problems:
+        raise ZqError(f"{folder}: {next(iter(problems.values()))}; quantize or download again")
+    every = linear_shapes(shapes_only(config, str(folder)))  # with a pooler that this checkpoint lacks
+    skipped = [name for name in every if name not in before]
     reason = target.refuse_all(after, skipped)
     if reason:
         raise ZqError(f"{folder} cannot become {to}: {reason}; {REMEDY}")
-    found = Conversion(
+    return Conversion(
         folder=folder,
         index=index,
         source=source,
@@ -106,12 +111,6 @@ def plan_conversion(folder: Path, to: str) -> Conversion:
         skipped=skipped,
         dtype=dtype,
     )
-    missing = [s.name for name in before for s in found.old_slots(name) if s.name not in index.tensors]
-    if missing:
-        raise ZqError(
-            f"{folder} has no tensor '{missing[0]}', which its config.json asks for; download it again"
-        )
-    return found
 
 
 def convert(
@@ -149,7 +148,7 @@ def convert(
             "tensors": hashes,
         }
         _publish(plan, writer, out, config, report)
-    except (ZqError, OutputError):
+    except BaseException:  # an interrupt too: a conversion is not resumed, it is quick
         job.discard()
         raise
     else:
@@ -231,7 +230,9 @@ def _compare(plan: Conversion, name: str, q: QTensor, tensors: dict[str, Tensor]
 def _publish(
     plan: Conversion, writer: ShardWriter, out: Path, quantization: dict[str, Any], report: dict[str, Any]
 ) -> None:
-    for file in [*companions(plan.folder), *plan.folder.glob("README.md")]:
+    for file in companions(plan.folder):
+        if file.name in STALE:
+            continue
         target = out / file.relative_to(plan.folder)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,4 +243,32 @@ def _publish(
     config["quantization_config"] = quantization
     write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_atomic(out / "README.md", _card(plan, report))
     writer.publish(out)
+
+
+def _card(plan: Conversion, report: dict[str, Any]) -> str:
+    """README.md: what it is, and where it comes from; the figures are on the card of that."""
+    extra = "import zq  # registers the format\n" if plan.to == "zq" else ""
+    config: Any = load_config(plan.folder)
+    auto = "AutoModel" if FAMILIES[config.model_type].encoder else "AutoModelForCausalLM"
+    return f"""---
+library_name: transformers
+tags: [zq, {plan.to}]
+---
+# {plan.folder.resolve().name}, as {plan.to}
+
+The weights of that checkpoint, value for value, written by zq {report["zq"]}; its figures hold for this one.
+Schemes: {", ".join(report["schemes"])}.
+
+```python
+{extra}from transformers import {auto}
+model = {auto}.from_pretrained("THIS FOLDER")
+```
+
+Made by
+
+```
+{report["command"] or "zq.convert.convert"}
+```
+"""

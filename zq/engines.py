@@ -85,8 +85,9 @@ def parse(text: str) -> Target:
     return Target(engine=engine, version=version, sm=sm, tp=tp)
 
 
-def judge(target: Target, format: str, layers: Sequence[Layer]) -> Verdict:
-    """What this engine makes of these layers in a checkpoint of this format."""
+def judge(target: Target, format: str, layers: Sequence[Layer], heads: int = 0) -> Verdict:
+    """What this engine makes of these layers in a checkpoint of this format; `heads`: attention heads of the
+    model, 0 when unknown."""
     verdict = Verdict(target)
     known = VERSIONS[target.engine]
     if known and not f"{target.version}.".startswith(f"{known}."):
@@ -107,6 +108,8 @@ def judge(target: Target, format: str, layers: Sequence[Layer]) -> Verdict:
     if target.engine in ("vllm", "sglang"):
         verdict.problems += _fused(layers)
         verdict.problems += _split(layers, target.tp)
+        if heads % target.tp:
+            verdict.problems.append(f"{heads} attention heads cannot be split between {target.tp} devices")
     return verdict
 
 
@@ -136,6 +139,8 @@ def _vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -
         return _vllm_fp8(scheme, sm)
     if a is None:
         return _vllm_weights(scheme, shape, sm, format)
+    if a.format not in ("int8", "e4m3fn") or (w.bits == 8 and a.format != "int8"):
+        return "", f"zq knows no kernel of vLLM for {scheme}", None
     if w.bits == 8:
         if w.layout.kind == "group":
             return "", "vLLM has no INT8 x INT8 kernel with group scales; use int8:channel", None
@@ -151,7 +156,8 @@ def _vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -
             )
         return "INT4 x FP8 (CUTLASS)", None, "vLLM rounds its group scales to FP8 when it loads them"
     if not sm:
-        return "INT4 weights", None, f"vLLM on a CPU {IGNORED}; the same as --w4a16"
+        kernel, problem, _ = _vllm_weights(scheme, shape, sm, format)
+        return kernel, problem, None if problem else f"vLLM on a CPU {IGNORED}; the same as --w4a16"
     kernel = _weight_kernel(scheme, shape, sm)
     if w.bits != 4 or "humming" in kernel:
         return f"INT{w.bits} x INT8 (humming)", None, None
@@ -164,6 +170,8 @@ def _vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -
 
 
 def _vllm_fp8(scheme: Scheme, sm: int) -> Found:
+    if scheme.weights.format != "e4m3fn":
+        return "", f"zq knows no kernel of vLLM for {scheme.weights.format}", None
     if scheme.activations is None:
         if not sm:
             return "", "vLLM has no kernel for FP8 weights with 16-bit activations on a CPU", None
@@ -206,9 +214,13 @@ def _sglang(target: Target, format: str, scheme: Scheme, shape: tuple[int, int])
         return "", "SGLang has no dense kernel for narrow weights with 8-bit activations; use --w4a16", None
     if format == "gptq" and not w.symmetric:
         return "", "zq knows SGLang to read symmetric GPTQ only; use --to compressed-tensors", None
-    if not w.info.is_int:
+    if w.format == "e4m3fn" and target.sm:
         return ("FP8" if a and target.sm >= 89 else "FP8 weights"), None, None
-    return ("INT8" if a else f"INT{w.bits} weights (Marlin)"), None, None
+    if w.format == "int8" and a and w.layout.kind != "group" and target.sm:
+        return "INT8", None, None
+    if w.info.is_int and w.bits in (4, 8) and a is None and target.sm:
+        return f"INT{w.bits} weights (Marlin)", None, None
+    return "", f"zq knows no kernel of SGLang for {scheme} on this device", None
 
 
 def _transformers(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:

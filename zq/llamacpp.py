@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from zq.checkpoint.index import COMPUTE
-from zq.checkpoint.reader import reader
+from zq.checkpoint.reader import reader, same_tensor
 from zq.checkpoint.writer import disk_error
 from zq.convert import Conversion, plan_conversion
 from zq.errors import AuditError, ZqError
@@ -46,8 +46,11 @@ PATTERNS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 
 
-def refuse(assigned: dict[str, Scheme], shapes: dict[str, tuple[int, int]], folder: Path) -> None:
-    """Raises ZqError when llama.cpp could not hold these layers, this architecture or its tokenizer."""
+def refuse(
+    assigned: dict[str, Scheme], shapes: dict[str, tuple[int, int]], folder: Path, *, fresh: bool = False
+) -> None:
+    """Raises ZqError when llama.cpp could not hold these layers, this architecture or its tokenizer; `fresh`:
+    layers that are still to be quantized."""
     if importlib.util.find_spec("gguf") is None:
         raise ZqError("GGUF needs the package gguf; pip install gguf")
     config = load_config(folder)
@@ -60,9 +63,11 @@ def refuse(assigned: dict[str, Scheme], shapes: dict[str, tuple[int, int]], fold
         )
     for name, scheme in assigned.items():
         reason = ggml.refuse(scheme, shapes[name])
+        if fresh and not scheme.weights.symmetric:
+            reason = reason or "zero points times scales seldom are fp16; take symmetric weights"
         if reason:
             raise ZqError(f"gguf cannot hold '{name}' as {scheme}: {reason}; quantize with another scheme")
-    _pre_tokenizer(folder)
+    _vocabulary(config, folder)
 
 
 def write(
@@ -106,8 +111,9 @@ def _write(plan: Conversion, file: Path, progress: Callable[[int, int], None]) -
     kind = gguf.MODEL_ARCH[ARCHS[config.model_type]]
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tensors = [*(f"{layer}.weight" for layer in plan.before), *plan.copied]
-    if config.tie_word_embeddings:
-        tensors = [name for name in tensors if name != "lm_head.weight"]
+    head, source = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in tensors and same_tensor(plan.index, head, source):
+        tensors.remove(head)
     items = {name: _item(plan, name, config) for name in tensors}
     types = Counter(items[f"{layer}.weight"].kind for layer in plan.before)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[kind])
@@ -213,51 +219,93 @@ def _notes(config: Any) -> list[str]:
     ]
 
 
-def _tokenizer(writer: Any, config: Any, folder: Path) -> None:
-    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(folder)
-    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
-    types = [UNUSED] * config.vocab_size
-    for text, i in data["model"]["vocab"].items():
-        tokens[i], types[i] = text, NORMAL
-    for entry in data.get("added_tokens", ()):
-        tokens[entry["id"]] = entry["content"]
-        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
-    merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name of byte-level BPE
-    writer.add_tokenizer_pre(_pre_tokenizer(folder))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    for key in ("bos", "eos", "pad", "unk"):
-        i = getattr(tokenizer, f"{key}_token_id", None)
-        if i is not None:
-            getattr(writer, f"add_{key}_token_id")(i)
-    first = tokenizer("a").input_ids[:1]
-    writer.add_add_bos_token(bool(first) and first[0] == tokenizer.bos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp is told of a tokenizer."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    special: dict[str, int]  # "bos", "eos", "pad", "unk"
+    add_bos: bool
+    template: str | list[dict[str, str]] | None
 
 
-def _pre_tokenizer(folder: Path) -> str:
-    """llama.cpp's name of how tokenizer.json splits a text into words. Raises ZqError when it has none."""
+def _vocabulary(config: Any, folder: Path) -> Vocabulary:
+    """Raises ZqError when llama.cpp has no such tokenizer."""
     try:
         data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        model, split = data["model"], data.get("pre_tokenizer") or {}
+        entries = [(text, i, NORMAL) for text, i in data["model"]["vocab"].items()]
+        pre = _pre_tokenizer(data, folder)
+        merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ZqError(
             f"{folder} has no readable tokenizer.json, which a GGUF file is made from; add it"
         ) from None
+    for entry in data.get("added_tokens", ()):
+        entries.append((entry["content"], entry["id"], CONTROL if entry["special"] else USER_DEFINED))
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+    types = [UNUSED] * config.vocab_size
+    for text, i, kind in entries:
+        if not 0 <= i < config.vocab_size:
+            raise ZqError(
+                f"the tokenizer in {folder} has the token {text!r} with id {i}, and the model "
+                f"{config.vocab_size} of them; use the tokenizer of this very model"
+            )
+        tokens[i], types[i] = text, kind
+    tokenizer = load_tokenizer(folder)
+    special = {key: getattr(tokenizer, f"{key}_token_id", None) for key in ("bos", "eos", "pad", "unk")}
+    first, template = tokenizer("a").input_ids[:1], tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    return Vocabulary(
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        merges=merges,
+        special={key: i for key, i in special.items() if i is not None},
+        add_bos=bool(first) and first[0] == special["bos"],
+        template=template,
+    )
+
+
+def _tokenizer(writer: Any, config: Any, folder: Path) -> None:
+    found = _vocabulary(config, folder)
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name of byte-level BPE
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    writer.add_token_merges(found.merges)
+    for key, i in found.special.items():
+        getattr(writer, f"add_{key}_token_id")(i)
+    writer.add_add_bos_token(found.add_bos)
+    if found.template:
+        writer.add_chat_template(found.template)
+
+
+def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name of how tokenizer.json splits a text into words. Raises ZqError when it has none: every
+    setting has to be the one that the name stands for."""
+    model, split = data["model"], data.get("pre_tokenizer") or {}
     parts = split.get("pretokenizers", [split])
     kinds = tuple(part.get("type") for part in parts)
-    pattern = next((p["pattern"].get("Regex") for p in parts if p.get("type") == "Split"), None)
+    normalizer = (data.get("normalizer") or {}).get("type")
+    name = None
     if model.get("type") == "BPE" and not model.get("byte_fallback"):
-        if kinds == ("ByteLevel",):
-            return "gpt-2"
-        if kinds == ("Digits", "ByteLevel") and parts[0].get("individual_digits"):
-            return "smollm"
-        if kinds == ("Split", "ByteLevel") and pattern in PATTERNS:
-            return PATTERNS[pattern]
+        last, first = parts[-1], parts[0]
+        spaced, words = last.get("add_prefix_space"), last.get("use_regex", True)
+        pattern = (first.get("pattern") or {}).get("Regex")
+        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+        if kinds == ("ByteLevel",) and words and not spaced:
+            name = "gpt-2"
+        elif kinds == ("Digits", "ByteLevel") and first.get("individual_digits") and words and not spaced:
+            name = "smollm"
+        elif kinds == ("Split", "ByteLevel") and isolated and not words and not spaced:
+            name = PATTERNS.get(str(pattern))
+    fits = normalizer is None or (normalizer, name) == ("NFC", "qwen2")
+    if name and fits and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
+        return name
     raise ZqError(
         f"the tokenizer in {folder} is of a kind that zq cannot describe to llama.cpp ({model.get('type')}, "
         f"{', '.join(map(str, kinds))}); use another format"

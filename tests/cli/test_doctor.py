@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.command import run
-from tests.letters import save_tokenizer
+from tests.letters import save_bpe, save_tokenizer
 from tests.tiny import save_tiny
 
 
@@ -53,7 +53,7 @@ def test_tensors_that_are_not_there(w4a8: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     done = run("doctor", tmp_path, "--for", "vllm")
     assert done.code == 2
-    assert "must be pack-quantized" in done.out
+    assert "tensors are missing, first" in done.out
 
 
 def test_a_float_checkpoint_is_refused(model: Path) -> None:
@@ -90,3 +90,19 @@ def test_fused_layers_and_devices(model: Path, tmp_path: Path) -> None:
     assert "in groups of 64 cannot be split between 4 devices" in done.err
     whole = json.loads(run("quantize", model, "--w8a8", *options, "--for", "vllm:tp=2", "--json").ok().out)
     assert whole["format"] == "compressed-tensors"
+
+
+def test_an_encoder_and_a_file_for_llama_cpp(model: Path, tmp_path: Path) -> None:
+    encoder, recipe = tmp_path / "bert", tmp_path / "r.yaml"
+    save_tiny("bert-model", encoder, torch.bfloat16)
+    recipe.write_text(
+        "rules: [{match: '*.query', weights: 'int8:channel'}, {match: '*', weights: 'int4:g32'}]\n"
+    )
+    run("quantize", encoder, "--recipe", recipe, "--calib", "none", "-o", tmp_path / "out").ok()
+    done = run("doctor", tmp_path / "out", "--for", "vllm")
+    assert "are fused into one layer" in done.out
+    llama = tmp_path / "llama"
+    save_tiny("llama", llama, torch.bfloat16)
+    save_bpe(llama)
+    run("quantize", llama, "--w4a16", "--calib", "none", "--to", "gguf", "-o", tmp_path / "g").ok()
+    assert run("doctor", tmp_path / "g", "--for", "llama.cpp").code == 0

@@ -11,7 +11,8 @@ from zq.cli.console import command, note, out, print_json
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
-    from zq.engines import Layer, Verdict
+    from zq.engines import Layer, Target, Verdict
+    from zq.models.arch import Arch
     from zq.plan import Plan
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
@@ -40,7 +41,8 @@ def doctor(
         targets = [parse(text) for text in engine or ENGINES]
         folder = resolve(checkpoint, note)
         format, layers, missing = read_layers(folder)
-        verdicts = [judge(target, format, layers) for target in targets]
+        heads = head_count(folder)
+        verdicts = [judge(target, _for(target, format, folder), layers, heads) for target in targets]
         for verdict in verdicts:
             verdict.problems += missing
         if json:
@@ -53,7 +55,7 @@ def doctor(
 
 
 def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
-    """(format, linear layers, what is wrong with the files themselves). Raises ZqError for what zq cannot
+    """(format, linear layers, what is wrong with the files). Raises ZqError for what zq cannot
     read."""
     import torch
 
@@ -62,8 +64,8 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
     from zq.export import exporter_for
     from zq.models.build import shapes_only, stores_pooler
     from zq.models.find import find_family, load_config
-    from zq.models.layout import linear_shapes
-    from zq.runtime.load import quantization_config
+    from zq.models.layout import base_prefix, linear_shapes
+    from zq.runtime.load import quantization_config, tensor_problems
 
     stored = quantization_config(folder)
     if stored is None:
@@ -73,24 +75,34 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
     model = shapes_only(load_config(folder), str(folder), pooler=stores_pooler(arch, index.tensors))
     shapes = linear_shapes(model)
     assigned = exporter.schemes(stored, shapes)
-    missing = [
-        slot.name
+    slots = {
+        slot.name: slot
         for name, scheme in assigned.items()
         for slot in exporter.slots(name, scheme, shapes[name], torch.float32)
-        if slot.name not in index.tensors
-    ]
-    wrong = []
-    if missing:
-        wrong.append(
-            f"{len(missing)} tensors that config.json asks for are not there, first '{missing[0]}' (INT4 "
-            "weights with activations must be pack-quantized, and experts one by one)"
-        )
-    prefix = f"{model.base_model_prefix}.{arch.blocks}."
+    }
+    wrong = list(tensor_problems(index, model, assigned, slots).values())
+    if not assigned:
+        wrong.append("config.json quantizes no layer")
+    prefix = f"{base_prefix(model)}{arch.blocks}."
     layers = [
         Layer(name=name, shape=shape, scheme=assigned.get(name), site=_site(name, prefix, arch))
         for name, shape in shapes.items()
     ]
     return stored["quant_method"], layers, wrong
+
+
+def head_count(folder: Path) -> int:
+    """Attention heads of the model; 0 when its config does not say."""
+    from zq.models.find import load_config
+
+    return getattr(load_config(folder), "num_attention_heads", 0)
+
+
+def _for(target: Target, format: str, folder: Path) -> str:
+    """What the engine would be given: `zq quantize --to gguf` leaves its file beside the checkpoint."""
+    from zq.llamacpp import FILE
+
+    return "gguf" if target.engine == "llama.cpp" and (folder / FILE).is_file() else format
 
 
 def of_plan(plan: Plan) -> list[Layer]:
@@ -109,7 +121,8 @@ def check(plan: Plan, text: str, format: str) -> list[str]:
     """What to tell about a plan for this engine. Raises ZqError when the engine could not load the result."""
     from zq.engines import judge, parse
 
-    verdict = judge(parse(text), format, of_plan(plan))
+    heads = getattr(plan.skeleton.config, "num_attention_heads", 0)
+    verdict = judge(parse(text), format, of_plan(plan), heads)
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more)" if len(verdict.problems) > 1 else ""
         raise ZqError(f"--for {text}: {verdict.problems[0]}{more}")
@@ -136,11 +149,8 @@ def _as_json(verdict: Verdict) -> dict[str, object]:
     }
 
 
-def _site(name: str, prefix: str, arch: object) -> tuple[int, str] | None:
+def _site(name: str, prefix: str, arch: Arch) -> tuple[int, str] | None:
     """(block, site) of a linear layer; None outside the blocks."""
-    from zq.models.arch import Arch
-
-    assert isinstance(arch, Arch)
     number, _, path = name.removeprefix(prefix).partition(".")
     if not name.startswith(prefix) or not number.isdigit():
         return None

@@ -162,9 +162,16 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         archs = parse_archs(kernels) if kernels else ()
         if output is not None and not dry_run:
             _check_output(output, resume)
+        from zq.engines import parse
         from zq.source import resolve as resolve_model
 
+        for text in engine or ():
+            parse(text)
         folder = resolve_model(model, note)
+        if to == "gguf":
+            from zq import llamacpp
+
+            llamacpp.refuse({}, {}, folder)
         place = torch_device(device)
         from zq.plan import make_plan
 
@@ -176,7 +183,9 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if to == "gguf":
             from zq import llamacpp
 
-            llamacpp.refuse(plan.assigned, {layer.name: layer.shape for layer in plan.layers}, folder)
+            llamacpp.refuse(
+                plan.assigned, {layer.name: layer.shape for layer in plan.layers}, folder, fresh=True
+            )
         for text in engine or ():
             plan.notes.extend(check(plan, text, "gguf" if to == "gguf" else plan.format))
         if dry_run:

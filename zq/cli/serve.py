@@ -36,7 +36,7 @@ def serve(
     printed, then run.
     """
     with command():
-        from zq.cli.doctor import read_layers
+        from zq.cli.doctor import head_count, read_layers
         from zq.engines import Target, judge, parse
         from zq.source import resolve
 
@@ -49,7 +49,7 @@ def serve(
         format, layers, missing = read_layers(folder)
         known = parse(chosen)
         target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp)
-        verdict = judge(target, format, layers)
+        verdict = judge(target, format, layers, head_count(folder))
         if problems := missing + verdict.problems:
             raise ZqError(f"{target} cannot serve {folder}: {problems[0]}")
         for line in verdict.warnings:

@@ -15,6 +15,7 @@ has zero points, so zq writes asymmetric weights. Spec: AutoAWQ's packer and vLL
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ Read = Callable[[str], Tensor]
 
 
 def adapt(scheme: Scheme) -> Scheme:
-    """Zero points, and scales that both half precisions hold."""
-    return uniform.adapted(scheme, symmetric=False)
+    """Zero points, and scales that both half precisions hold; as it is where there are none to have."""
+    weights = replace(scheme.weights, narrow=False)
+    if not (weights.info.is_int and weights.plain):
+        return scheme
+    return uniform.adapted(replace(scheme, weights=weights), symmetric=False)
 
 
 def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> str | None:
@@ -97,9 +101,9 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Every linear layer inside the blocks but `modules_to_not_convert`, parts of names. Raises ZqError."""
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm" or not config.get("zero_point", True):
-        raise ZqError(f"zq reads AWQ checkpoints of version gemm with zero points, not {config}")
+        raise ZqError(f"zq reads AWQ checkpoints of version gemm with zero points, not of version {version}")
     spec = uniform.spec(config, FORMATS, symmetric=False)
-    left = config.get("modules_to_not_convert") or []
+    left = uniform.strings(config, "modules_to_not_convert")
     taken = [name for name in uniform.in_blocks(names) if not any(part in name for part in left)]
     return dict.fromkeys(taken, Scheme(spec))
 

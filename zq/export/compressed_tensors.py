@@ -30,6 +30,7 @@ from torch import Tensor
 from zq.checkpoint.writer import CODES, Slot
 from zq.errors import ZqError
 from zq.export.native import from_unsigned, to_unsigned
+from zq.export.uniform import strings
 from zq.numerics.levels import levels
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import packed_words
@@ -191,12 +192,15 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
 def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Which scheme the config gives to each linear layer, by compressed-tensors' own rules: `ignore`
     first, then exact names and regexes, then the class name. Raises ZqError for what zq cannot read."""
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        if config.get(key):
+            raise ZqError(f"quantization_config has a '{key}', which zq does not read; quantize again")
     groups = config.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise ZqError("quantization_config has no mapping 'config_groups'; download config.json again")
     two_level = _two_level(config)
-    parsed = [(g.get("targets") or [], _scheme(g, name in two_level)) for name, g in groups.items()]
-    ignore = config.get("ignore") or []
+    parsed = [(patterns(g, "targets"), _scheme(g, name in two_level)) for name, g in groups.items()]
+    ignore = patterns(config, "ignore")
     result: dict[str, Scheme] = {}
     for name in names:
         if any(_hits(target, name) for target in ignore):
@@ -214,6 +218,18 @@ def _two_level(config: dict[str, Any]) -> list[str]:
     own = config.get("zq")
     listed = own.get("two_level") if isinstance(own, dict) else None
     return listed if isinstance(listed, list) else []
+
+
+def patterns(config: dict[str, Any], key: str) -> list[str]:
+    """A list of names and "re:" patterns. Raises ZqError for anything else."""
+    listed = strings(config, key)
+    for entry in listed:
+        try:
+            re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            if entry.startswith("re:"):
+                raise ZqError(f"'{entry}' in quantization_config is no regex ({error})") from None
+    return listed
 
 
 def _hits(target: str, name: str) -> bool:
@@ -262,12 +278,16 @@ def _activation_args(spec: TensorSpec | None) -> dict[str, Any] | None:
 def _scheme(group: dict[str, Any], two_level: bool) -> Scheme:
     weights, acts = group.get("weights"), group.get("input_activations")
     try:
+        if group.get("output_activations"):
+            raise ZqError("it quantizes outputs")
         return Scheme(replace(_spec(weights), two_level=two_level), _spec(acts) if acts else None)
     except (KeyError, TypeError, ZqError) as error:
         raise ZqError(f"zq cannot read this compressed-tensors scheme ({error}): {group}") from None
 
 
 def _spec(args: Any) -> TensorSpec:
+    if args.get("actorder") in ("group", "dynamic"):
+        raise ZqError("its inputs are in another order (actorder)")
     bits, is_int, strategy = args["num_bits"], args["type"] == "int", args["strategy"]
     layout = Layout.parse(f"g{args['group_size']}" if strategy == "group" else strategy)
     name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")

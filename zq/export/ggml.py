@@ -46,6 +46,10 @@ def refuse(scheme: Scheme, shape: tuple[int, int]) -> str | None:
             w.layout.kind == "group" and bool((w.layout.size or 0) % unit),
             f"groups of {w.layout.size} are no multiple of its {unit}",
         ),
+        (
+            w.layout.kind == "group" and bool(k % (w.layout.size or 1)),
+            f"groups of {w.layout.size} do not divide K={k}",
+        ),
         (w.two_level and w.bits == 8, "it has no two-level int8"),
         (bool(k % 32), f"K={k} is no multiple of 32"),
         (w.bits == 6 and bool(k % SUPER), f"K={k} is no multiple of {SUPER}, as Q6_K needs"),

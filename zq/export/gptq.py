@@ -66,21 +66,18 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
 def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
     bits, k = q.spec.bits, q.shape[1]
     zero = uniform.zeros(q.zero, q.scale, 1 << (bits - 1)) - _less(q.spec)
-    groups = q.scale.shape[1]
     return {
         f"{name}.qweight": pack_bits(to_unsigned(q.codes, q.spec), bits).T.contiguous(),
         f"{name}.qzeros": pack_bits(zero.T.contiguous(), bits),
         f"{name}.scales": q.scale.T.contiguous(),
-        f"{name}.g_idx": torch.arange(k, dtype=torch.int32, device=q.codes.device) // -(-k // groups),
+        f"{name}.g_idx": _groups(q.spec, k).to(torch.int32).to(q.codes.device),
     }
 
 
 def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
     """Raises ZqError when the groups are not those of the scheme, as after act-order."""
     spec, (n, k) = scheme.weights, shape
-    groups = scale_shape(spec, shape)[1]
-    wanted = torch.arange(k) // -(-k // groups)
-    if not torch.equal(read(f"{name}.g_idx").cpu().long(), wanted):
+    if not torch.equal(read(f"{name}.g_idx").cpu().long(), _groups(spec, k)):
         raise ZqError(
             f"'{name}.g_idx' gives inputs to groups in another order than theirs (act-order, desc_act); zq "
             "reads static groups only, quantize again"
@@ -122,6 +119,10 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
             f"checkpoint_format '{kept}' with sym {symmetric} is not supported; zq reads symmetric 'gptq' "
             "and asymmetric 'gptq_v2', quantize again"
         )
+    if config.get("lm_head"):
+        raise ZqError("zq reads GPTQ checkpoints whose lm_head is not quantized; quantize again")
+    if config.get("desc_act") and config.get("group_size") != -1:
+        raise ZqError("desc_act puts inputs into another order; zq reads static groups only, quantize again")
     if config.get("dynamic") or config.get("modules_in_block_to_quantize"):
         raise ZqError("zq reads GPTQ checkpoints with one scheme for all layers of a block; quantize again")
     return dict.fromkeys(uniform.in_blocks(names), Scheme(spec))
@@ -130,3 +131,9 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
 def _less(spec: TensorSpec) -> int:
     """How much smaller than the zero point the stored one is."""
     return 1 if spec.symmetric else 0
+
+
+def _groups(spec: TensorSpec, k: int) -> Tensor:
+    """The group of every input, int64 [K]."""
+    size = spec.layout.size if spec.layout.kind == "group" else k
+    return torch.arange(k) // (size or k)

@@ -68,6 +68,14 @@ def spec(config: dict[str, Any], formats: tuple[str, ...], symmetric: bool) -> T
     return TensorSpec(format=f"int{bits}", layout=layout, symmetric=symmetric, scale_dtype="fp16")
 
 
+def strings(config: dict[str, Any], key: str) -> list[str]:
+    """A list of names. Raises ZqError for anything else."""
+    listed = config.get(key) or []
+    if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+        raise ZqError(f"'{key}' in quantization_config is no list of names: {listed!r}; download it again")
+    return listed
+
+
 def group_size(scheme: Scheme) -> int:
     layout = scheme.weights.layout
     return layout.size or 0 if layout.kind == "group" else -1

@@ -7,6 +7,7 @@ are comparable, and compressed-tensors checkpoints load without that library.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,24 +84,48 @@ def load_decoder(folder: str | Path, *, device: str = "cpu") -> Any:
     return model
 
 
-def _check_shapes(
+def tensor_problems(
     index: CheckpointIndex, bare: torch.nn.Module, assigned: dict[str, Scheme], slots: dict[str, Slot]
-) -> None:
-    """Compare headers with what the model has: some releases of transformers (5.16) load a tensor of any
-    shape into a quantized model."""
+) -> dict[str, str]:
+    """What does not fit between the headers of a checkpoint and its model: {"missing", "shapes", "extra": one
+    line each}, only those that there are. `bare` is the model on meta, `slots` the tensors of its quantized
+    layers by name."""
     wanted = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
     for name in assigned:
         del wanted[f"{name}.weight"]
     wanted |= {name: tuple(slot.shape) for name, slot in slots.items()}
-    found = names.match(wanted, index.tensors, str(bare.base_model_prefix)).found
-    wrong = sorted(key for name, key in found.items() if index.tensors[key].shape != wanted[name])
+    model: Any = bare
+    matched = names.match(wanted, index.tensors, str(model.base_model_prefix))
+    tied = model.all_tied_weights_keys
+    missing = [name for name in matched.missing if tied.get(name, name) not in matched.found]
+    wrong = sorted(key for name, key in matched.found.items() if index.tensors[key].shape != wanted[name])
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    extra = [
+        key
+        for key in names.extra(matched.found, index.tensors)
+        if not any(re.search(pattern, key) for pattern in ignored)
+    ]
+    problems = {}
+    if missing:
+        problems["missing"] = f"{len(missing)} tensors are missing, first '{missing[0]}'"
     if wrong:
-        shape = next(wanted[name] for name, key in found.items() if key == wrong[0])
-        raise ZqError(
-            f"{index.root}: {len(wrong)} tensors do not have the shape that config.json asks for, first "
-            f"'{wrong[0]}' with {list(index.tensors[wrong[0]].shape)} instead of {list(shape)}; quantize or "
-            "download again"
+        shape = next(wanted[name] for name, key in matched.found.items() if key == wrong[0])
+        problems["shapes"] = (
+            f"{len(wrong)} tensors do not have the shape that config.json asks for, first "
+            f"'{wrong[0]}' with {list(index.tensors[wrong[0]].shape)} instead of {list(shape)}"
         )
+    if extra:
+        problems["extra"] = f"{len(extra)} tensors belong to no part of this model, first '{extra[0]}'"
+    return problems
+
+
+def _check_shapes(
+    index: CheckpointIndex, bare: torch.nn.Module, assigned: dict[str, Scheme], slots: dict[str, Slot]
+) -> None:
+    """Some releases of transformers (5.16) load a tensor of any shape into a quantized model."""
+    wrong = tensor_problems(index, bare, assigned, slots).get("shapes")
+    if wrong:
+        raise ZqError(f"{index.root}: {wrong}; quantize or download again")
 
 
 def _check(info: dict[str, Any], where: str) -> None:
