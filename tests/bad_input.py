@@ -173,7 +173,6 @@ def situation(
     *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
     *("to-unknown", "gptq-activations", "export-unknown", "export-float"),
     *(
-        "gguf-activations",
         "gguf-tokenizer",
         "engine-unknown",
         "engine-part",
