@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import zq
@@ -84,7 +86,8 @@ def test_the_model_computes_the_same(before: str, spec: str, to: str, made: Make
     if (source / "generation_config.json").is_file():
         same = "generation_config.json"
         assert (out / same).read_bytes() == (source / same).read_bytes()
-    assert f"tags: [zq, {to}]" in (out / "README.md").read_text()
+    card = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert card["tags"] == ["zq", to]
     back = tmp_path / "back"
     convert(plan_conversion(out, before), back)
     assert torch.equal(logits(back), logits(source))
@@ -270,3 +273,11 @@ def test_an_interrupt_leaves_nothing(made: Make, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(plan_conversion(made("gptq", "int4:g32"), "zq"), tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_licence_stays_on_the_card(made: Make, tmp_path: Path) -> None:
+    source = shutil.copytree(made("gptq", "int4:g32"), tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/name\n---\n# x\n")
+    convert(plan_conversion(source, "zq"), tmp_path / "out")
+    card = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert (card["license"], card["base_model"]) == ("apache-2.0", "org/name")

@@ -8,8 +8,6 @@ tensors, the tokenizer and the rest travel unchanged.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import zq
-from zq.audit import REPORT
 from zq.checkpoint.index import CheckpointIndex, main_dtype, read_index
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import reader
-from zq.checkpoint.writer import ShardWriter, Slot, disk_error, plan_shards, write_atomic
+from zq.checkpoint.writer import ShardWriter, Slot, plan_shards
 from zq.errors import AuditError, ZqError
 from zq.export import EXPORTERS, exporter_for
 from zq.models.build import shapes_only, stores_pooler
@@ -33,7 +31,7 @@ from zq.models.find import load_config
 from zq.models.layout import is_transposed, linear_shapes
 from zq.numerics.qtensor import QTensor
 from zq.numerics.scales import DTYPES
-from zq.publish import companions
+from zq.publish import companions, front_matter, how_to_use, write_beside
 from zq.runtime.load import quantization_config, tensor_problems
 from zq.spec import Scheme, TensorSpec
 
@@ -147,7 +145,10 @@ def convert(
             "notes": notes,
             "tensors": hashes,
         }
-        _publish(plan, writer, out, config, report)
+        files = [file for file in companions(plan.folder) if file.name not in STALE]
+        settings = {"quantization_config": config}
+        write_beside(files, plan.folder, out, settings, report, _card(plan, report))
+        writer.publish(out)
     except BaseException:  # an interrupt too: a conversion is not resumed, it is quick
         job.discard()
         raise
@@ -227,48 +228,18 @@ def _compare(plan: Conversion, name: str, q: QTensor, tensors: dict[str, Tensor]
         )
 
 
-def _publish(
-    plan: Conversion, writer: ShardWriter, out: Path, quantization: dict[str, Any], report: dict[str, Any]
-) -> None:
-    for file in companions(plan.folder):
-        if file.name in STALE:
-            continue
-        target = out / file.relative_to(plan.folder)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-        except OSError as error:
-            raise disk_error(error, target, 0) from None
-    config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization
-    write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_atomic(out / "README.md", _card(plan, report))
-    writer.publish(out)
-
-
 def _card(plan: Conversion, report: dict[str, Any]) -> str:
     """README.md: what it is, and where it comes from; the figures are on the card of that."""
-    extra = "import zq  # registers the format\n" if plan.to == "zq" else ""
+    front = {**front_matter(plan.folder), "library_name": "transformers", "tags": ["zq", plan.to]}
     config: Any = load_config(plan.folder)
     auto = "AutoModel" if FAMILIES[config.model_type].encoder else "AutoModelForCausalLM"
     return f"""---
-library_name: transformers
-tags: [zq, {plan.to}]
+{yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip()}
 ---
 # {plan.folder.resolve().name}, as {plan.to}
 
 The weights of that checkpoint, value for value, written by zq {report["zq"]}; its figures hold for this one.
 Schemes: {", ".join(report["schemes"])}.
 
-```python
-{extra}from transformers import {auto}
-model = {auto}.from_pretrained("THIS FOLDER")
-```
-
-Made by
-
-```
-{report["command"] or "zq.convert.convert"}
-```
+{how_to_use(auto, plan.to, report["command"] or "zq.convert.convert")}
 """

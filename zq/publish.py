@@ -24,21 +24,28 @@ NOT_COMPANIONS = ("config.json", REPORT)
 
 
 def publish(plan: Plan, writer: ShardWriter, out: Path, report: dict[str, Any]) -> None:
-    """Write the companions, then move the shards into `out`."""
-    for file in companions(plan.folder):
-        target = out / file.relative_to(plan.folder)
+    """Write what lies beside the weights of a run, then move its shards into `out`."""
+    settings = {**plan.view.settings, "quantization_config": plan.quantization_config}
+    write_beside(companions(plan.folder), plan.folder, out, settings, report, model_card(plan, report))
+    writer.publish(out)
+
+
+def write_beside(
+    files: list[Path], folder: Path, out: Path, settings: dict[str, Any], report: dict[str, Any], card: str
+) -> None:
+    """Copy `files` of `folder` to `out`, and write config.json with `settings` changed, the report and the
+    card there. Raises ZqError (disk)."""
+    for file in files:
+        target = out / file.relative_to(folder)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         except OSError as error:
             raise disk_error(error, target, 0) from None
-    config = json.loads((plan.folder / "config.json").read_text(encoding="utf-8"))
-    config |= plan.view.settings
-    config["quantization_config"] = plan.quantization_config
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | settings
     write_atomic(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_atomic(out / "README.md", model_card(plan, report))
-    writer.publish(out)
+    write_atomic(out / "README.md", card)
 
 
 def companions(folder: Path) -> list[Path]:
@@ -82,7 +89,7 @@ def hub_id(folder: Path) -> str | None:
 def model_card(plan: Plan, report: dict[str, Any]) -> str:
     """README.md of the output: what it is, what it cost, how to load it, how to make it again."""
     hub, name = hub_id(plan.folder), Path(os.path.abspath(plan.folder)).name
-    front = {"base_model": name, **_front_matter(plan.folder)}
+    front = {"base_model": name, **front_matter(plan.folder)}
     front |= {"library_name": "transformers", "tags": ["zq", plan.format]}
     if hub:  # its card says what that model was made of, which is one step too far back
         front["base_model"], name = hub, hub.rpartition("/")[2]
@@ -107,7 +114,6 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
         last = "not measurable: activations overflow" if errors[-1] is None else f"{errors[-1]:.4f}"
         rows.append(("relative squared error after the last block", last))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    extra = "import zq  # registers the format\n" if plan.format == "zq" else ""
     headless = plan.skeleton.model.get_output_embeddings() is None
     auto = "AutoModel" if plan.skeleton.arch.encoder or headless else "AutoModelForCausalLM"
     return f"""---
@@ -121,16 +127,7 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
 
 The figures are of the run that made this folder; `{REPORT}` has those of every layer, and hashes.
 
-```python
-{extra}from transformers import {auto}
-model = {auto}.from_pretrained("THIS FOLDER")
-```
-
-Made by
-
-```
-{report["command"] or "zq.pipeline.quantize"}
-```
+{how_to_use(auto, plan.format, report["command"] or "zq.pipeline.quantize")}
 
 with the recipe
 
@@ -140,7 +137,22 @@ with the recipe
 """
 
 
-def _front_matter(folder: Path) -> dict[str, Any]:
+def how_to_use(auto: str, format: str, command: str) -> str:
+    """The end of a card: how to load a checkpoint of this format with the class `auto`, and what made it."""
+    extra = "import zq  # registers the format\n" if format == "zq" else ""
+    return f"""```python
+{extra}from transformers import {auto}
+model = {auto}.from_pretrained("THIS FOLDER")
+```
+
+Made by
+
+```
+{command}
+```"""
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
     """The licence that the source's card states; a quantized model keeps it. And what it was made of."""
     card = folder / "README.md"
     if not card.is_file():

@@ -114,9 +114,9 @@ class TensorSpec:
             )
 
     @property
-    def plain(self) -> bool:
-        """Whether codes, scales and zero points are all there is to a weight."""
-        return not (self.two_level or self.rank or self.kept or self.center or self.inner)
+    def extras(self) -> bool:
+        """Whether a weight has more to it than codes, scales of one or two levels, and zero points."""
+        return bool(self.rank or self.kept or self.center or self.inner)
 
     @property
     def info(self) -> FormatInfo:

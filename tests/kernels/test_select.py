@@ -36,6 +36,9 @@ OPS = {
     "int8:channel @ e4m3fn:token": None,
     "int8:channel @ e5m2:token": None,
     "e2m1fn:b64": None,
+    "int4:g64:keep=4": None,
+    "int4:g64:center": None,
+    "int4:channel:pow2=4": None,
 }
 
 

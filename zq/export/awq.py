@@ -38,7 +38,7 @@ Read = Callable[[str], Tensor]
 def adapt(scheme: Scheme) -> Scheme:
     """Zero points, and scales that both half precisions hold; as it is where there are none to have."""
     weights = replace(scheme.weights, narrow=False)
-    if not (weights.info.is_int and weights.plain):
+    if not weights.info.is_int or weights.two_level or weights.extras:
         return scheme
     return uniform.adapted(replace(scheme, weights=weights), symmetric=False)
 

@@ -39,7 +39,7 @@ def refuse(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     problems = [
         (scheme.activations is not None, "its files say nothing of activations"),
         (w.format not in ("int4", "int6", "int8"), f"it has no {w.format} blocks, only int4, int6 and int8"),
-        (not replace(w, two_level=False).plain, "it has codes and scales only"),
+        (w.extras, "it has codes and scales only"),
         (not w.symmetric and w.bits != 4, f"its blocks of {w.format} are symmetric"),
         (w.layout.kind in ("block", "rank1"), "its scales run along the inputs of a row"),
         (

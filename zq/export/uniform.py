@@ -37,7 +37,7 @@ def unfit(scheme: Scheme, shape: tuple[int, int], transposed: bool, formats: tup
         (scheme.activations is not None, "it has no quantized activations"),
         (w.format not in formats, f"it has no {w.format} weights, only {', '.join(formats)}"),
         (w.layout.kind not in ("group", "channel"), "it needs a scale per group or per channel"),
-        (not w.plain, "it has codes, one level of scales and zero points only"),
+        (w.two_level or w.extras, "it has codes, one level of scales and zero points only"),
         (w.scale_dtype not in ("half", "fp16"), "its scales are fp16"),
         (w.layout.kind == "group" and bool(k % (w.layout.size or 1)), f"its groups do not divide K={k}"),
         (bool(n % 32 or k % 32), f"both sides of [{n}, {k}] must be multiples of 32"),

@@ -20,7 +20,7 @@ def gemm_op(scheme: Scheme) -> str | None:
     weights, activations = scheme.weights, scheme.activations
     kind = weights.layout.kind
     group = {"group": weights.layout.size or 0, "channel": 0}.get(kind)
-    if group not in GROUPS or weights.rank:
+    if group not in GROUPS or weights.extras:
         return None
     inputs = None if activations is None else activations.format
     if weights.two_level:

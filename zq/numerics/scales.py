@@ -275,7 +275,7 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
         scale = (high - low) / steps
         if bool(torch.isinf(scale).any()):  # the range, not its values, exceeds float32
             scale = high / steps - low / steps
-        scale = _store(scale, spec, dtype)
+        scale = store(scale, spec, dtype)
         zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
         return Scale(scale, zero=zero)
     scale = high / high.new_tensor(reach(spec))
@@ -288,10 +288,10 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
         shift = torch.log2(ratio).floor().nan_to_num().clamp(0, (1 << SHIFT_BITS) - 1).int().flatten(1)
         scale = scale.squeeze(-1)
     exact = spec.info.zero and spec.layout.kind != "rank1"
-    return Scale(_store(scale, spec, dtype, exact), shift=shift)
+    return Scale(store(scale, spec, dtype, exact), shift=shift)
 
 
-def _store(scale: Tensor, spec: TensorSpec, dtype: torch.dtype, exact: bool = True) -> Tensor:
+def store(scale: Tensor, spec: TensorSpec, dtype: torch.dtype, exact: bool = True) -> Tensor:
     """Round to the stored dtype; never 0, infinite or subnormal in float32. An all-zero group gets 1 when its
     values come back `exact` whatever the scale, else the least.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from zq.optim.storage import Factored, Full, Quantized, State, fill, new, packed
 Given = Mapping[str, Any] | str | Path | None
 
 
-class StoredOptimizer(torch.optim.Optimizer):
+class StoredOptimizer(torch.optim.Optimizer, ABC):
     """`bits` and `states` can differ between parameter groups, and `bits` between parameters (`override`, or
     the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored."""
 
@@ -60,9 +61,9 @@ class StoredOptimizer(torch.optim.Optimizer):
                 self.update(param, state, group)
         return loss
 
+    @abstractmethod
     def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of one parameter, whose states are there."""
-        raise NotImplementedError
 
     def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that a group needs."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from zq.numerics.codebook import codebook
 from zq.numerics.groups import group
 from zq.numerics.packing import pack, packed_words, unpack
-from zq.numerics.scales import DTYPES, carries_sign, reach
+from zq.numerics.scales import DTYPES, carries_sign, reach, store
 from zq.optim.config import FACTORED, FLOAT, States
 from zq.spec import Layout, TensorSpec
 
@@ -158,13 +158,8 @@ class Quantized:
 
     def _stored(self, scale: Tensor) -> Tensor:
         """Rounded to its dtype; what is all zero gets 1 where the format has a zero, else the least scale."""
-        dtype = self.scale[0].dtype
-        info = torch.finfo(dtype)
-        least = max(info.smallest_normal * info.eps, TINY)
-        stored = scale.abs().clamp(least, info.max).to(dtype).float()
-        stored = torch.where(scale < 0, -stored, stored)
         exact = self.parsed.info.zero and self.parsed.layout.kind != "rank1"
-        return torch.where(scale == 0, 1.0, stored) if exact else stored
+        return store(scale, self.parsed, self.scale[0].dtype, exact)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, **{f"scale{i}": s for i, s in enumerate(self.scale)}}
