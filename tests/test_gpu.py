@@ -68,7 +68,8 @@ def test_optimizers_step_as_on_the_cpu(bits: int, states: dict | None) -> None:
             p.grad = grad.to(p.device)
             optimizer.step()
     difference = (params[0] - params[1].cpu()).abs()
-    assert float(difference.mean()) < (2e-3 if states == {"rounding": "stochastic"} else 1e-5)
+    noise = 1e-2 if bits == 4 else 2e-3  # the devices draw other random numbers
+    assert float(difference.mean()) < (noise if states == {"rounding": "stochastic"} else 1e-5)
 
 
 def test_token_quantization_equals_that_of_the_cpu() -> None:

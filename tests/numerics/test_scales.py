@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compressed_tensors.quantization.utils import calculate_qparams
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.numerics.strategies import INTS, ct_args, matrices, specs
@@ -98,6 +98,7 @@ def errors(x: torch.Tensor, spec: TensorSpec, scale: str) -> torch.Tensor:
 
 @given(matrices(), specs().filter(lambda spec: not spec.two_level))  # those are chosen by row: test_levels.py
 def test_mse_is_never_worse_than_absmax_in_any_group(x: torch.Tensor, spec: TensorSpec) -> None:
+    assume(not spec.info.is_estimated or group(x, spec).numel() == x.numel())  # there padding counts too
     best, plain = errors(x, spec, "mse"), errors(x, spec, "absmax")
     if spec.layout.kind == "rank1":
         best, plain = best.sum(), plain.sum()

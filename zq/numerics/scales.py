@@ -271,14 +271,13 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
     low, high = (b * factor for b in bounds)
     if not spec.symmetric:
         qmin, qmax = int_range(spec)
-        steps = high.new_tensor(qmax - qmin)  # a tensor: CUDA multiplies by the reciprocal of a number
-        scale = (high - low) / steps
-        if bool(torch.isinf(scale).any()):  # the range, not its values, exceeds float32
-            scale = high / steps - low / steps
+        steps = _number(high, qmax - qmin)
+        scale = (high - low) / steps  # infinite where the range, not its values, exceeds float32
+        scale = torch.where(torch.isinf(scale), high / steps - low / steps, scale)
         scale = store(scale, spec, dtype)
         zero = torch.round(qmin - low / scale).clamp(qmin, qmax).to(torch.int32)
         return Scale(scale, zero=zero)
-    scale = high / high.new_tensor(reach(spec))
+    scale = high / _number(high, reach(spec))
     shift = None
     if spec.inner:
         inside = spec.layout.size // spec.inner if spec.layout.size else scale.shape[1]
@@ -289,6 +288,12 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
         scale = scale.squeeze(-1)
     exact = spec.info.zero and spec.layout.kind != "rank1"
     return Scale(store(scale, spec, dtype, exact), shift=shift)
+
+
+def _number(like: Tensor, value: float) -> Tensor:
+    """To divide by: with a plain number CUDA multiplies by its reciprocal, and a copy of one cannot be recorded
+    in a CUDA graph."""
+    return like.new_full((), value)
 
 
 def store(scale: Tensor, spec: TensorSpec, dtype: torch.dtype, exact: bool = True) -> Tensor:
