@@ -64,6 +64,7 @@ def measure(row: Row, seed: int, where: Setting, text: str) -> dict[str, Any]:
     return {
         "bits_per_weight": report["bits_per_weight"],
         **cost.to_dict(),
+        "seconds_of": report["seconds_of"],
         **measured,
         "calibration": report["calibration"],
         "held_out_loss": report["held_out_loss"],

@@ -111,7 +111,9 @@ def quantize(
 @torch.no_grad()
 def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
     read = Prefetch(plan.view.read)
+    started = time.monotonic()
     windows, facts = all_windows(plan.windows, plan.recipe, plan.skeleton, read, job, progress)
+    spent = {"windows": time.monotonic() - started}
     captured = _capture(plan, read, windows)
     float_stream, quant_stream = _streams(job, captured)
     saved = time.monotonic()
@@ -128,7 +130,9 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
             _feed(plan, block, unit, captured, float_stream, quant_stream, read)
             float_stream = block.targets
         for method, options in plan.steps:
+            started = time.monotonic()
             method.run(block, options)
+            spent[method.name] = spent.get(method.name, 0) + time.monotonic() - started
         tensors, report = _collect(plan, unit, block, read)
         if running:
             with quantized_inputs(block.layers):
@@ -148,7 +152,7 @@ def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) ->
         saved = saved if lazily else time.monotonic()
         _unload(plan, unit, block)
         progress({"unit": block.name, "done": len(job.done), **report})
-    return {"calibration": facts}
+    return {"calibration": facts, "seconds_of": {what: round(seconds, 2) for what, seconds in spent.items()}}
 
 
 def _capture(plan: Plan, read: Read, windows: Tensor | None) -> Captured | None:

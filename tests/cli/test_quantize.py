@@ -26,6 +26,7 @@ KEYS |= {
     "changed",
     "smoothing",
     "seconds",
+    "seconds_of",
     "notes",
     "calibration",
     "audit",

@@ -55,7 +55,7 @@ class Options:
     norm_rate: float = field(default=0.0, metadata={"range": (0.0, 2.0)})
     inputs: str = field(default="quantized", metadata={"allowed": ("quantized", "float")})
     loss: str = field(default="normalised", metadata={"allowed": ("normalised", "mse")})
-    lookahead: int = field(default=0, metadata={"range": (0, 1 << 20)})
+    lookahead: int = field(default=1, metadata={"range": (0, 1 << 20)})
     holdout: float = field(default=0.0625, metadata={"range": (0.0, 1.0)})
     checks: int = field(default=4, metadata={"range": (1, 1 << 20)})
 
