@@ -20,7 +20,7 @@ from zq.recipe import Recipe, Step, load
 
 Steps = list[dict[str, Any]]
 
-LKD: Steps = [{"gptq": {"scale": "mse-signed", "damp": 0.1}}, {"lkd": {"iterations": 400}}]
+LKD: Steps = [{"gptq": {"scale": "mse-signed", "damp": 0.1}}, {"lkd": {"iterations": 400, "lookahead": 1}}]
 TEXT = "calibration.txt"  # the name of the calibration text in recipes
 SCHEMES: dict[str, tuple[str, str | None]] = {
     "w8a8": ("int8:channel", "int8:token"),
@@ -36,6 +36,7 @@ SWITCHES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("lkd", "iterations", (100, 200, 400, 800)),
     ("lkd", "rounding_rate", (0.0, 1.0, 2.0)),
     ("lkd", "scale_rate", (0.0, 0.2, 1.0)),
+    ("lkd", "batch", (4, 8, 16)),
     ("lkd", "lookahead", (0, 1, 2)),
     ("lkd", "loss", ("normalised", "mse")),
     ("lkd", "inputs", ("quantized", "float")),
@@ -108,6 +109,7 @@ def method_rows(tokens: Tokens) -> Iterator[Row]:
             table += [
                 ("smoothquant", [{"smoothquant": {"alpha": 0.5}}, {"rtn": {"scale": "mse"}}], text),
                 ("smoothquant .8, gptq", [{"smoothquant": {"alpha": 0.8}}, start], text),
+                ("awq, gptq", [{"awq": {"scale": "absmax"}}, start], text),
             ]
         table += [
             ("lkd as published", [{"lkd": "classic"}], text),
