@@ -291,8 +291,8 @@ def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, boun
 
 
 def _number(like: Tensor, value: float) -> Tensor:
-    """To divide by: with a plain number CUDA multiplies by its reciprocal, and a copy of one cannot be recorded
-    in a CUDA graph."""
+    """To divide by. With a plain number CUDA multiplies by its reciprocal, and a number that is copied to the
+    device cannot be recorded in a CUDA graph."""
     return like.new_full((), value)
 
 
