@@ -86,7 +86,8 @@ def quantize(
             writer.recall(out)
         else:  # also when a resumed job was killed before its files were all there
             writer.create()
-        facts = _run_units(plan, job, writer, progress)
+        with Prefetch(plan.view.read) as read:
+            facts = _run_units(plan, job, writer, progress, read)
         facts["audit"] = audit(plan, job.shards, job.done)
         report = _report(plan, job, facts, time.monotonic() - started, command)
         publish(plan, writer, out, report)
@@ -109,8 +110,9 @@ def quantize(
 
 
 @torch.no_grad()
-def _run_units(plan: Plan, job: Job, writer: ShardWriter, progress: Progress) -> dict[str, Any]:
-    read = Prefetch(plan.view.read)
+def _run_units(
+    plan: Plan, job: Job, writer: ShardWriter, progress: Progress, read: Prefetch
+) -> dict[str, Any]:
     started = time.monotonic()
     windows, facts = all_windows(plan.windows, plan.recipe, plan.skeleton, read, job, progress)
     spent = {"windows": time.monotonic() - started}

@@ -118,6 +118,12 @@ def test_what_people_see(llama, tmp_path):
     )
 
 
+def test_names_are_no_markup(llama, tmp_path):
+    done = run("quantize", llama, "--w8a16", "-o", tmp_path / "a[b]").ok()
+    assert "a[b]" in "".join(done.out.split())
+    assert "a[b]" in "".join(run("inspect", tmp_path / "a[b]").ok().out.split())
+
+
 def test_what_is_written(llama, w4a8):
     assert {path.name for path in w4a8.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "zq_report.json"),

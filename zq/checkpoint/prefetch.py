@@ -14,7 +14,8 @@ class Prefetch:
     """A `Read` that can be told what it will be asked for.
 
     Tensors that were expected are read in a thread, into main memory, and handed out once; every other name
-    is read when it is asked for. An error of the thread is raised where its tensors are asked for.
+    is read when it is asked for. An error of the thread is raised where its tensors are asked for. At the end
+    of the `with` nothing more is read.
     """
 
     def __init__(self, read: Read) -> None:
@@ -22,6 +23,12 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="zq-prefetch")
         self._coming: set[str] = set()
         self._result: Future[dict[str, Tensor]] | None = None
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def expect(self, names: Iterable[str]) -> None:
         """Begin to read these; what was expected before and never asked for is dropped."""

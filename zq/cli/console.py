@@ -32,7 +32,7 @@ EXIT_CODES = {
     130: "interrupted with nothing to resume",
 }
 MAX_SEED = (1 << 63) - 1  # what torch takes
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False)
 
 
@@ -102,7 +102,7 @@ def listing(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row, style in ((header, "bold"), *((row, None) for row in rows)):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        out.print(line.rstrip(), style=style, soft_wrap=True, markup=False)
+        out.print(line.rstrip(), style=style, soft_wrap=True)
 
 
 def size(count: float) -> str:

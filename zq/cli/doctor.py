@@ -131,13 +131,13 @@ def check(plan: Plan, text: str, format: str) -> list[str]:
 
 
 def show(verdict: Verdict) -> None:
-    out.print(str(verdict.target), style="bold", markup=False)
+    out.print(str(verdict.target), style="bold")
     for scheme, kernel in verdict.kernels.items():
-        out.print(f"  {scheme}: {kernel}", soft_wrap=True, markup=False)
+        out.print(f"  {scheme}: {kernel}", soft_wrap=True)
     for line in verdict.warnings:
-        out.print(f"  warning: {line}", soft_wrap=True, markup=False, style="yellow")
+        out.print(f"  warning: {line}", soft_wrap=True, style="yellow")
     for line in verdict.problems:
-        out.print(f"  does not load: {line}", soft_wrap=True, markup=False, style="red")
+        out.print(f"  does not load: {line}", soft_wrap=True, style="red")
 
 
 def _as_json(verdict: Verdict) -> dict[str, object]:

@@ -21,7 +21,9 @@ def export(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to create; for gguf the file, NAME.gguf.")
     ],
-    shard_size: Annotated[float, typer.Option("--shard-size", help="Largest output file in GB.")] = 5.0,
+    shard_size: Annotated[
+        float, typer.Option("--shard-size", help="Largest output file in GB; a GGUF is always one file.")
+    ] = 5.0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without quantizing again.

@@ -57,7 +57,7 @@ def list_kernels(
             ],
         )
         state = f"NVRTC {nvrtc.version()}" if can else f"NVRTC is not installed; {nvrtc.INSTALL}"
-        out.print(f"{len(rows)} kernels; {state}; compiled: {where}", soft_wrap=True, markup=False)
+        out.print(f"{len(rows)} kernels; {state}; compiled: {where}", soft_wrap=True)
 
 
 @app.command("build")
@@ -96,7 +96,6 @@ def build(
         out.print(
             f"{found['cubins']} cubins, {size(found['bytes'])}, {found['seconds']} s, in {where}",
             soft_wrap=True,
-            markup=False,
         )
 
 
@@ -122,7 +121,7 @@ def bundle_command(
         written = write_bundle(folder, needed(folder), archs, quiet=json)
         if json:
             return print_json({"output": str(folder / bundle.FOLDER), **written})
-        out.print(bundle_line(folder, written), soft_wrap=True, markup=False)
+        out.print(bundle_line(folder, written), soft_wrap=True)
 
 
 def planned(plan: Plan, archs: tuple[str, ...], quiet: bool) -> list[Unit]:

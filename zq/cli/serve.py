@@ -55,7 +55,7 @@ def serve(
         for line in verdict.warnings:
             note(f"{target}: {line}")
         words = server_command(chosen, folder, host, port, tp, any("humming" in w for w in verdict.warnings))
-        out.print(shlex.join(words), soft_wrap=True, markup=False)
+        out.print(shlex.join(words), soft_wrap=True)
         if not only_print:
             os.execv(words[0], words)
 

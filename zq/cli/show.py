@@ -114,7 +114,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         ],
     )
     for line in plan.notes:
-        out.print(f"note: {line}", soft_wrap=True, markup=False)
+        out.print(f"note: {line}", soft_wrap=True)
     out.print(
         f"format {plan.format}; {size(guess['bytes_before'])} -> {size(guess['bytes_after'])}, "
         f"{guess['bits_per_weight']:.3f} bits per quantized weight; about {size(guess['memory'])} of memory, "
@@ -154,5 +154,4 @@ def summary(plan: Plan, report: dict[str, Any]) -> None:
         "next: " + shlex.join(["zq", "eval", report["output"], "--against", str(plan.folder)]),
         style="dim",
         soft_wrap=True,
-        markup=False,
     )
