@@ -136,10 +136,13 @@ class Bench:
     blocks: int
     device: str
 
-    def run(self, row: Row, seed: int) -> dict[str, Any]:
-        """Train one model."""
+    def run(
+        self, row: Row, seed: int, change: Callable[[Model], object] = lambda model: None
+    ) -> dict[str, Any]:
+        """Train one model, `change`d before."""
         torch.manual_seed(seed)
         model = Model(self.width, self.blocks, row.stable).to(self.device)
+        change(model)
         states = row.states or None
         optimizer = AdamW(model.parameters(), lr=self.rate, bits=row.bits, states=states)
         warm = max(1, self.steps // 10)
@@ -174,30 +177,39 @@ class Bench:
         }
 
 
-def main(report: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+def arguments(about: str | None, rows: list[str], seeds: int) -> argparse.Namespace:
+    """What integer.py takes too."""
+    parser = argparse.ArgumentParser(description=(about or "").split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--only", nargs="+", choices=rows, default=rows)
     parser.add_argument("--out", type=Path, help="JSON, continued when it is there")
     parser.add_argument("--write", type=Path, help="a page whose tables are made again from the results")
     parser.add_argument("--commit")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    return parser.parse_args()
+
+
+def prepared(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
+    """The bench, and the settings that belong to its results."""
     data, other = text("bundled"), text("bundled-eval")
-    starts = torch.linspace(0, len(other) - LENGTH - 1, 64).long()
-    held = windows(other, starts)
+    held = windows(other, torch.linspace(0, len(other) - LENGTH - 1, 64).long())
     settings = {k: vars(args)[k] for k in ("steps", "rate", "width", "blocks")}
     settings |= {"batch": BATCH, "length": LENGTH, "loss of byte frequencies": frequencies(data, held[1])}
+    moved = held[0].to(args.device), held[1].to(args.device)
+    return Bench(data, moved, args.steps, args.rate, args.width, args.blocks, args.device), settings
+
+
+def main(report: Callable[[str], None] = print) -> None:
+    args = arguments(__doc__, list(ROWS), 5)
+    torch.set_num_threads(args.threads)
+    bench, settings = prepared(args)
     commit = protocol.commit_of(args.commit)
     results = protocol.Results(args.out, protocol.environment(args.device), settings)
-    moved = tuple(x.to(args.device) for x in held)
-    bench = Bench(data, moved, args.steps, args.rate, args.width, args.blocks, args.device)  # type: ignore[arg-type]
     for seed in range(args.seeds):
         for name in args.only:
             key = {"table": "optim", "scheme": name, "method": "adamw", "seed": seed}

@@ -177,43 +177,74 @@ def encoder(document: dict[str, Any]) -> str:
     return markdown(header, rows) + f"\n{count} sentences. {where(document)}\n"
 
 
+TRAINED = ["loss", "minus the first row", "diverged", "highest loss on the way"]
+
+
 def optim(document: dict[str, Any]) -> str:
     """Training with quantized optimizer states (benchmarks/optim.py): losses of the seeds that did not
     diverge, gaps paired by seed, both with their standard deviation."""
-    limit = document["protocol"]["loss of byte frequencies"]
-    by_name: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in document["rows"]:
-        by_name.setdefault(row["scheme"], {})[row["seed"]] = row
-    lines = []
+    by_name, lines = _by_seed(document, "optim"), []
     for name, seeds in by_name.items():
         base = by_name.get("32 bit + SE" if name.endswith("SE") else "32 bit", {})
-        fine = {s: r["loss"] for s, r in seeds.items() if r["loss"] is not None and r["loss"] < limit}
-        gaps = [loss - base[s]["loss"] for s, loss in fine.items() if s in base]
-        worst = [r["highest training loss"] for r in seeds.values()]
         one = next(iter(seeds.values()))
-        lines.append(
-            [
-                name,
-                _spread(list(fine.values()), ".3f"),
-                "" if base is seeds else _spread(gaps, "+.3f"),
-                f"{len(seeds) - len(fine)} of {len(seeds)}",
-                "Inf" if None in worst else f"{max(worst):.2f}",
-                f"{one['state bytes per parameter']:.3f}",
-                f"{one['saved bytes per parameter']:.3f}",
-            ]
-        )
-    header = [
-        "states",
-        "loss",
-        "minus 32 bit",
-        "diverged",
-        "highest loss on the way",
-        "B/param",
-        "B/param saved",
+        bytes_each = [f"{one[key]:.3f}" for key in ("state bytes per parameter", "saved bytes per parameter")]
+        lines.append([name, *_trained(document, seeds, base), *bytes_each])
+    header = ["states", *TRAINED, "B/param", "B/param saved"]
+    header[2] = "minus 32 bit"
+    return f"{markdown(header, lines)}\n{_settings(document)}"
+
+
+def integer(document: dict[str, Any]) -> str:
+    """Training with integer products (benchmarks/integer.py), as `optim`."""
+    by_name = _by_seed(document, "integer")
+    base = by_name.get("float", {})
+    lines = [
+        [name, *_trained(document, seeds, base), f"{mean(r['seconds'] for r in seeds.values()):.0f}"]
+        for name, seeds in by_name.items()
     ]
+    header = ["layers", *TRAINED, "s"]
+    header[2] = "minus float"
+    return f"{markdown(header, lines)}\n{_settings(document)}"
+
+
+def variance(document: dict[str, Any]) -> str:
+    """Error of rounded gradients relative to a scale for every inner index (benchmarks/integer.py)."""
+    rows = [row for row in document["rows"] if row["table"] == "variance"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["scheme"], row["method"]): row["ratio"] for row in rows}
+    schemes = dict.fromkeys(row["scheme"] for row in rows)
+    lines = [[scheme, *(f"{found[scheme, method]:.2f}" for method in methods)] for scheme in schemes]
+    return f"{markdown(['bits, groups', *methods], lines)}\n{_settings(document)}"
+
+
+def _by_seed(document: dict[str, Any], table: str) -> dict[str, dict[int, dict[str, Any]]]:
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        if row["table"] == table:
+            by_name.setdefault(row["scheme"], {})[row["seed"]] = row
+    return by_name
+
+
+def _trained(
+    document: dict[str, Any], seeds: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]
+) -> Cells:
+    """The columns TRAINED."""
+    limit = document["protocol"]["loss of byte frequencies"]
+    fine = {s: r["loss"] for s, r in seeds.items() if r["loss"] is not None and r["loss"] < limit}
+    gaps = [loss - base[s]["loss"] for s, loss in fine.items() if s in base]
+    worst = [r["highest training loss"] for r in seeds.values()]
+    return [
+        _spread(list(fine.values()), ".3f"),
+        "" if base is seeds else _spread(gaps, "+.3f"),
+        f"{len(seeds) - len(fine)} of {len(seeds)}",
+        "Inf" if None in worst else f"{max(worst):.2f}",
+    ]
+
+
+def _settings(document: dict[str, Any]) -> str:
     settings = document["protocol"]
     text = f"{settings['steps']} steps, rate {settings['rate']:g}, width {settings['width']}, "
-    return f"{markdown(header, lines)}\n{text}depth {settings['blocks']}. {where(document)}\n"
+    return f"{text}depth {settings['blocks']}. {where(document)}\n"
 
 
 def _spread(values: list[float], style: str) -> str:
@@ -233,6 +264,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "encoder": encoder,
     "engines": engines,
     "optim": optim,
+    "integer": integer,
+    "variance": variance,
 }
 
 

@@ -12,6 +12,7 @@ store in fewer bits; those of distill/classic.py can be.
     lookahead   blocks of the float model that the error passes through before it is measured; what passes
                 the last block becomes logits, and their divergence is measured
     norm_rate   of the gains of the norms, which are written as they are learned; 0 leaves them alone
+    gradients   float, or the width of the integer products that give them (distill/integer.py)
     batch       windows per iteration
 
 Some windows are held out. The hard-rounded block is measured on them before the first iteration and at every
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from zq.distill.gains import LearnedGain
+from zq.distill.integer import Precision, integer_gradients
 from zq.distill.rounding import LearnedRounding, learnable
 from zq.distill.student import Course, recorded
 from zq.errors import ZqError
@@ -55,6 +57,7 @@ class Options:
     norm_rate: float = field(default=0.0, metadata={"range": (0.0, 2.0)})
     inputs: str = field(default="quantized", metadata={"allowed": ("quantized", "float")})
     loss: str = field(default="normalised", metadata={"allowed": ("normalised", "mse")})
+    gradients: str = field(default="float", metadata={"allowed": ("float", "int8", "int6", "int4")})
     lookahead: int = field(default=1, metadata={"range": (0, 1 << 20)})
     holdout: float = field(default=0.0625, metadata={"range": (0.0, 1.0)})
     checks: int = field(default=4, metadata={"range": (1, 1 << 20)})
@@ -122,8 +125,10 @@ def _descend(course: Course, learned: list[Learned], training: int, options: Opt
     chosen = torch.zeros(course.size, dtype=torch.long, device=device)
     fall = torch.zeros((), device=device)
 
+    precision = None if options.gradients == "float" else Precision(int(options.gradients[3:]))
+
     def step() -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), integer_gradients(course.block.layers, precision):
             loss = course.training_loss(chosen)
             gradients = torch.autograd.grad(loss * 1000, parameters)
         for part, gradient in zip(learned, gradients, strict=True):
