@@ -23,6 +23,8 @@ def markdown(document: Document) -> str:
     for n, k in shapes:
         chosen = [row for row in rows if row["table"] == "products" and (row["n"], row["k"]) == (n, k)]
         parts.append(f"Microseconds, N={n} K={k}\n\n" + _by_tokens(chosen, lambda row: f"{row['us']:.1f}"))
+        sustained = _by_tokens(chosen, lambda row: f"{row['sustained_us']:.1f}")
+        parts.append(f"Microseconds, sustained, N={n} K={k}\n\n{sustained}")
     activations = [row for row in rows if row["table"] == "activations"]
     for k in dict.fromkeys(row["k"] for row in activations):
         chosen = [row for row in activations if row["k"] == k]

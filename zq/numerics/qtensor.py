@@ -190,7 +190,7 @@ def fake_groups(x: Tensor, spec: TensorSpec, scale: Scale) -> Tensor:
     step = scale.step.unsqueeze(-1)
     if spec.info.is_int:
         q = _round_int(x / step, spec, scale)
-        return (q if scale.zero is None else q - scale.zero.unsqueeze(-1)) * step
+        return (q if scale.zero is None else q.sub_(scale.zero.unsqueeze(-1))).mul_(step)
     assert native is not None
     top = codebook(spec.format).max  # the cast rounds to nearest even; it must not overflow to NaN or Inf
     return (x / step).clamp(-top, top).to(native).float() * step
@@ -200,14 +200,15 @@ _TORCH_FLOATS = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def _round_int(x: Tensor, spec: TensorSpec, scale: Scale, generator: torch.Generator | None = None) -> Tensor:
+    """In place: x [R, G, S] float32 in steps of the scale -> codes in float32."""
     qmin, qmax = int_range(spec)
     if scale.zero is not None:  # before rounding, as compressed-tensors does: ties go to the even code
-        x = x + scale.zero.unsqueeze(-1)
+        x.add_(scale.zero.unsqueeze(-1))
     if generator is None:
-        q = torch.round(x)
+        x.round_()
     else:  # floor(x + u), u uniform in [0, 1): E[q] = x
-        q = torch.floor(x + torch.rand(x.shape, generator=generator, device=x.device))
-    return q.clamp_(qmin, qmax)
+        x.add_(torch.rand(x.shape, generator=generator, device=x.device)).floor_()
+    return x.clamp_(qmin, qmax)
 
 
 def fake_quantize_tokens(x: Tensor, spec: TensorSpec) -> Tensor:
@@ -215,6 +216,8 @@ def fake_quantize_tokens(x: Tensor, spec: TensorSpec) -> Tensor:
 
     One absmax scale per row, in float32 as the fused kernels keep it (ZeroQuant, section 3.2).
     """
-    rows = group(x.reshape(-1, x.shape[-1]).float(), spec)
+    # 16-bit values are not widened first: their extremes are exact, and quotients by float32 are float32.
+    rows = group(x.reshape(-1, x.shape[-1]), spec)
+    rows = rows if rows.element_size() == 2 else rows.float()
     scale = _scales.absmax(rows, spec, torch.float32)
     return fake_groups(rows, spec, scale).reshape(x.shape).to(x.dtype)

@@ -268,7 +268,7 @@ def _bounds(x: Tensor, spec: TensorSpec, signed: bool = False) -> tuple[Tensor, 
 
 
 def _derive(x: Tensor, spec: TensorSpec, dtype: torch.dtype, factor: float, bounds) -> Scale:
-    low, high = (b * factor for b in bounds)
+    low, high = (b.float() * factor for b in bounds)
     if not spec.symmetric:
         qmin, qmax = int_range(spec)
         steps = _number(high, qmax - qmin)

@@ -188,18 +188,28 @@ class Block:
         return hessian, cross
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`fake_quantize_tokens` whose gradient passes as if nothing were rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: TensorSpec) -> Tensor:
+        return fake_quantize_tokens(x, spec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return *grads, None
+
+
 @contextmanager
 def quantized_inputs(layers: list[Layer], straight_through: bool = False) -> Iterator[None]:
     """Inside, the layers quantize their input as their scheme says; with `straight_through` gradients pass
     the rounding as if it were not there."""
 
-    def quantized(x: Tensor, spec: TensorSpec) -> Tensor:
-        rounded = fake_quantize_tokens(x, spec)
-        return x + (rounded - x).detach() if straight_through else rounded
+    rounded = _StraightThrough.apply if straight_through else fake_quantize_tokens
 
     def hook_for(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
         spec = layer.scheme.activations
-        return spec and (lambda module, args: (quantized(args[0], spec), *args[1:]))
+        return spec and (lambda module, args: (rounded(args[0], spec), *args[1:]))
 
     hooks = [
         layer.module.register_forward_pre_hook(hook)
