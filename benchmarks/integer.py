@@ -9,7 +9,7 @@ scale for the inner index, as plain integer training has; "L1" has L1 norms in t
 
 The table of variances is about one step after the training of the first row: the gradients that reach the
 linear layers, rounded stochastically, their squared error relative to that with a scale of its own for every
-inner index, which no integer product can have. Geometric mean over layers and the products that give dX and dW.
+inner index, which no integer product can have. Geometric mean over layers and the products that give dX, dW.
 """
 
 from __future__ import annotations

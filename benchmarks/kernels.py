@@ -5,9 +5,10 @@
     python benchmarks/kernels.py --plot roofline.png benchmarks/results/kernels-h100.json
 
 Each row is a CUDA graph of as many calls as make their operands 512 MB, so that weights come from memory as
-they do in a model. It is replayed for 10 ms after a pause of 50 ms, five times, and the median counts; then for
-0.3 s without a pause, which shows what the power limit takes ("sustained"). Data are random: the clock of a GPU
-depends on them. Products take activations that are quantized already; quantizing them is in the other table.
+they do in a model. It is replayed for 10 ms after a pause of 50 ms, five times, and the median counts; then
+for 0.3 s without a pause, which shows what the power limit takes ("sustained"). Data are random: the clock of
+a GPU depends on them. Products take activations that are quantized already; quantizing them is in the other
+table.
 """
 
 from __future__ import annotations
