@@ -94,15 +94,16 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     if constexpr (BT * ROWS >= 128) give_registers<56>();
     const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
-#pragma unroll 1
-      for (int i = 0; i < S::TILES; ++i) {
-        int tile = min((int)(n * sharing + place) * S::TILES + i, tiles64 - 1);
-        const u8* from = a.w + ((size_t)tile * steps + kt) * TILE_BYTES;
+#pragma unroll
+      for (int i = 0; i < S::TILES / 2; ++i) {
+        const int pair = min((int)(n * sharing + place) * S::TILES / 2 + i, tiles64 / 2 - 1);
+        const u8* from = a.w + ((size_t)pair * steps + kt) * 2 * TILE_BYTES;
+        const u32 to = s * S::W + i * 2 * TILE_BYTES;
 #if ZQ_PLAIN & 2
-        for (int c = t; c < TILE_BYTES / 16; c += 128)
-          reinterpret_cast<uint4*>(w_ring + s * S::W + i * TILE_BYTES)[c] = reinterpret_cast<const uint4*>(from)[c];
+        for (int c = t; c < 2 * TILE_BYTES / 16; c += 128)
+          reinterpret_cast<uint4*>(w_ring + to)[c] = reinterpret_cast<const uint4*>(from)[c];
 #else
-        bulk_copy(shared_address(w_ring) + s * S::W + i * TILE_BYTES, from, TILE_BYTES, full + 8 * s, w_policy);
+        bulk_copy(shared_address(w_ring) + to, from, 2 * TILE_BYTES, full + 8 * s, w_policy);
 #endif
       }
     };
