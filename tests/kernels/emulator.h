@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+using std::max;
 using std::min;
 using u8 = uint8_t;
 using u16 = uint16_t;
@@ -27,6 +28,7 @@ using u64 = uint64_t;
 #define __grid_constant__
 struct uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
+struct int2 { int x, y; };
 struct Dim { int x = 0, y = 0, z = 0; };
 
 struct Meeting { int arrived = 0, turn = 0; };
@@ -47,6 +49,7 @@ struct Fiber {
   std::vector<u8> stack;
   Block* block;
   Dim index;
+  std::vector<std::function<void()>> asked;
   bool done = false;
 };
 static Fiber* current;
@@ -198,12 +201,17 @@ static void copy16(u32 to, const void* from, bool inside) {
   if (inside) memcpy(at(current->block, to, 16), from, 16);
   else memset(at(current->block, to, 16), 0, 16);
 }
-static void copy4(u32 to, const void* from, bool inside) {
-  if (inside) memcpy(at(current->block, to, 4), from, 4);
-  else memset(at(current->block, to, 4), 0, 4);
+static void copy4(u32 to, const void* from, int bytes) {
+  if (to % 4 || (uintptr_t)from % 4) fprintf(stderr, "copy is not aligned\n"), abort();
+  Block* b = current->block;
+  current->asked.push_back([=] { memset(at(b, to, 4), 0, 4), memcpy(at(b, to, 4), from, bytes); });
+}
+static void copies_wait_all() {  // no copy is there before the wait
+  for (auto& copy : current->asked) copy();
+  current->asked.clear();
 }
 static void copies_commit() {}
-template <int N> void copies_wait() {}
+template <int N> void copies_wait() { copies_wait_all(); }
 
 #include "scheme.cuh"
 

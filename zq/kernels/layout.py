@@ -4,8 +4,8 @@ A weight [N, K] is cut into *tiles* of 64 rows x 128 inputs; N and K are padded 
 rows and the same inputs lie side by side, so that one bulk copy fetches both; pairs follow along K, then
 along N: tile r of step k is at ((r / 2 * steps + k) * 2 + r % 2) * tile_bytes. A tile holds its codes and,
 behind them, the scales that the inner loop needs. Inside a tile codes lie in *fragment order*: thread
-t = 32 w + l of 128 (warp w, lane l) finds its registers of the A operand at 16-byte chunks (i * 128 + t) * 16,
-i = 0, 1, ...
+t = 32 w + l of 128 (warp w, lane l) finds its registers of the A operand at 16-byte chunks
+(i * 128 + t) * 16, i = 0, 1, ...
 
     The A fragment of wgmma m64 in warp w is that of mma.sync m16 for rows 16 w .. 16 w + 15 (PTX ISA,
     fragments of wgmma.m64nNk32 and mma.m16n8k32): register p = 0 .. 3 of lane l holds row l / 4 + 8 (p & 1)

@@ -122,6 +122,7 @@ def stages_and_shared(p: Packing, tile: Tile, scaled_x: bool = False) -> tuple[i
     tokens = tile.tokens
     turn = 2 * min(tokens, 64) * PITCH
     extra = max(turn, tile.rows * tokens * 4) if tokens <= 64 else turn
+    extra += 16 * tokens + 6 * tile.rows  # terms: two of each token, for both warpgroups; scale and bias
     stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 4 * tokens * scaled_x + 16
     stages = min(STAGES, (SHARED - extra) // stage)
     return stages, extra + stages * stage

@@ -55,7 +55,7 @@ template <int BT, int ROWS, int STAGES> __device__ __forceinline__ void gemm(con
       for (int c = thread; c < W / 16; c += THREADS) copy16(to + X + c * 16, from + c * 16, true);
       if (SCALED_X && thread < BT) {
         const bool inside = m0 + thread < a.M;
-        copy4(to + X + W + thread * 4, inside ? a.sx + (size_t)(m0 + thread) * steps + kt : a.sx, inside);
+        copy4(to + X + W + thread * 4, inside ? a.sx + (size_t)(m0 + thread) * steps + kt : a.sx, inside ? 4 : 0);
       }
     }
     copies_commit();

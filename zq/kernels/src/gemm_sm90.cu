@@ -12,7 +12,7 @@
 // share one tile of y, each a range of K, and rank 0 adds their sums in the order of ranks.
 //
 // -DZQ_PLAIN=1 copies x, 2 the weights, 3 both with ordinary loads: slow, to find out which copy is wrong.
-#include "ptx90.cuh"
+#include "output90.cuh"
 #include "wgmma.cuh"
 
 #ifndef ZQ_PLAIN
@@ -22,38 +22,19 @@
 constexpr int WARPGROUPS = 2;  // that consume
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
-constexpr int PITCH = 144;     // bytes of a token's 64 outputs while they are transposed: no bank conflicts
 template <int I> struct Index { static constexpr int value = I; };
-
-struct Args {
-  const u8* x;
-  const float* sx;
-  const int* rowsum;
-  const u8* w;
-  const float* scale;
-  const void* bias;
-  u16* y;
-  int M, N, K, ldx, split, out;
-};
 
 template <int BT, int ROWS> struct Shape {
   static constexpr int TILES = WARPGROUPS * ROWS;  // of 64 rows
   static constexpr u32 X = BT * 128 * ACT;         // bytes of a stage
   static constexpr u32 W = TILES * TILE_BYTES;
-  static constexpr u32 SA = ZQ_KIND == KIND_FP8_BLOCK ? BT * 4 : 0;
-  static constexpr u32 TURN = (BT < 64 ? BT : 64) * PITCH;               // to transpose, each warpgroup
-  static constexpr u32 EXCHANGE = BT <= 64 ? 64 * TILES * BT * 4 : 0;    // sums of a split
-  static constexpr u32 EXTRA = WARPGROUPS * TURN > EXCHANGE ? WARPGROUPS * TURN : EXCHANGE;
+  static constexpr u32 SA = SCALED_STEPS ? BT * 4 : 0;
+  // Of each warpgroup: what its epilogue needs. In the first, sums are transposed, and exchanged in a split.
+  static constexpr u32 TURN = (BT < 64 ? BT : 64) * PITCH;
+  static constexpr u32 EXCHANGE = BT <= 64 ? 64 * ROWS * BT * 4 : 0;
+  static constexpr u32 AREA = TURN > EXCHANGE ? TURN : EXCHANGE;
+  static constexpr u32 EXTRA = WARPGROUPS * (AREA + sizeof(Terms<BT, ROWS>));
 };
-
-__device__ __forceinline__ void store_row(u16* to, const u8* from, int count, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    return;
-  }
-#pragma unroll 1
-  for (int e = 0; e < count; ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
-}
 
 template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Args a) {
   using S = Shape<BT, ROWS>;
@@ -207,7 +188,9 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     if (split) cluster_sync();
   } else {
     if constexpr (BT * ROWS >= 128) take_registers<224>();
-    const int group = warpgroup - 1, warp = t >> 5;
+    const int group = warpgroup - 1;
+    u8* const area = extra + group * S::AREA;
+    auto& terms = reinterpret_cast<Terms<BT, ROWS>*>(extra + WARPGROUPS * S::AREA)[group];
     Sum sum[ROWS][BT / 2];
     Fragment f[2];
     auto release = [&](int slot) {  // by a warp that has read it
@@ -222,8 +205,11 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       dequantize(w_ring + s * S::W + (group * ROWS + r) * TILE_BYTES, t, half, into);
     };
 
+    pdl_wait();
     for (int work = begin; work < works; work += stride) {
       const Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+      const int m0 = tile.m * BT, n0 = ((int)(tile.n * sharing + place) * S::TILES + group * ROWS) * 64;
+      ask_terms(a, terms, m0, n0, t);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -308,14 +294,13 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       }
 
       if (split) {
-        uint4* mine = reinterpret_cast<uint4*>(extra);
-        const int slots = 128 * WARPGROUPS, slot = group * 128 + t;
+        uint4* const mine = reinterpret_cast<uint4*>(area);
         if constexpr (S::EXCHANGE) {
           if (rank > 0)
 #pragma unroll
             for (int i = 0; i < ROWS * BT / 8; ++i) {
               const Sum* v = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
-              mine[i * slots + slot] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
+              mine[i * 128 + t] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
             }
         }
         cluster_sync();
@@ -324,7 +309,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
             for (u32 other = 1; other < blocks; ++other)
 #pragma unroll
               for (int i = 0; i < ROWS * BT / 8; ++i) {
-                uint4 v = load_from(shared_address(mine + i * slots + slot), other);
+                uint4 v = load_from(shared_address(mine + i * 128 + t), other);
                 Sum* to = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
                 to[0] += number<Sum>(v.x), to[1] += number<Sum>(v.y);
                 to[2] += number<Sum>(v.z), to[3] += number<Sum>(v.w);
@@ -333,53 +318,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         if (rank > 0) break;
       }
 
-      pdl_wait();
-      u8* const turn = extra + group * S::TURN;
-      constexpr int PIECE = BT < 64 ? BT : 64;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const int block_n = tile.n * sharing + place;
-        const int n0 = (block_n * S::TILES + group * ROWS + r) * 64;
-        const int row = n0 + warp * 16 + lane / 4;
-        float ws[2], bias[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const bool inside = row + 8 * h < a.N;
-          ws[h] = a.scale && inside ? a.scale[row + 8 * h] : 1.f;
-          bias[h] = a.bias && inside ? load16(a.bias, row + 8 * h, a.out) : 0.f;
-        }
-#pragma unroll
-        for (int piece = 0; piece < BT / PIECE; ++piece) {
-          named_barrier(1 + group, 128);  // the last piece has been read
-#pragma unroll
-          for (int j = 0; j < PIECE / 8; ++j) {
-            const Sum* v = sum[r] + (piece * PIECE / 8 + j) * 4;
-            const int m = tile.m * BT + piece * PIECE + j * 8 + lane % 4 * 2;
-            float value[4];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const bool inside = m + c < a.M;
-              const float sx = a.sx && !S::SA && inside ? a.sx[m + c] : 1.f;
-              const int rowsum = a.rowsum && inside ? a.rowsum[m + c] : 0;
-#pragma unroll
-              for (int h = 0; h < 2; ++h) value[2 * h + c] = finish(v[2 * h + c], ws[h], sx, rowsum, bias[h]);
-            }
-            const int token = j * 8 + lane % 8, column = warp * 16 + lane / 8 % 2 * 8;
-            store_transposed(shared_address(turn) + token * PITCH + column * 2, pack2(value[0], value[1], a.out),
-                             pack2(value[2], value[3], a.out));
-          }
-          named_barrier(1 + group, 128);
-#pragma unroll
-          for (int i = 0; i < (PIECE * 8 + 127) / 128; ++i) {
-            const int c = i * 128 + t, token = c / 8, m = tile.m * BT + piece * PIECE + token, n = n0 + c % 8 * 8;
-            if (token < PIECE && m < a.M && n < a.N) {
-              const u8* from = turn + token * PITCH + c % 8 * 16;
-              u16* to = a.y + (size_t)m * a.N + n;
-              store_row(to, from, min(8, a.N - n), a.N % 8 == 0);
-            }
-          }
-        }
-      }
+      write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
   }
   if (blocks > 1) cluster_sync();  // no block may leave while another reads or writes its shared memory
