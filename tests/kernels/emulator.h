@@ -27,6 +27,7 @@ using u64 = uint64_t;
 #define __launch_bounds__(...)
 #define __grid_constant__
 struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
 struct float2 { float x, y; };
 struct int2 { int x, y; };
 struct Dim { int x = 0, y = 0, z = 0; };

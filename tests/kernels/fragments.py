@@ -29,8 +29,10 @@ extern "C" int scales() { return 2 * PARTS; }
 extern "C" void registers(const u8* tile, u32* a, float* scale) {
   for (int t = 0; t < 128; ++t)
     for (int half = 0; half < HALVES; ++half) {
+      Words words;
       Fragment f;
-      dequantize(tile, t, half, f);
+      load(tile, t, half, words);
+      convert(words, f);
       memcpy(a + (half * 128 + t) * 16, f.a, sizeof f.a);
       memcpy(scale + t * 2 * PARTS, f.scale, sizeof f.scale);
     }

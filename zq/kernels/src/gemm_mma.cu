@@ -85,8 +85,11 @@ template <int BT, int ROWS, int STAGES> __device__ __forceinline__ void gemm(con
     for (int half = 0; half < HALVES; ++half) {
       Fragment f[ROWS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        dequantize(stage + X + (wn * ROWS + r) * TILE_BYTES, quarter * 32 + lane, half, f[r]);
+      for (int r = 0; r < ROWS; ++r) {
+        Words words;
+        load(stage + X + (wn * ROWS + r) * TILE_BYTES, quarter * 32 + lane, half, words);
+        convert(words, f[r]);
+      }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // one instruction along k
         const bool starts = j % (4 / PARTS) == 0, ends = (j + 1) % (4 / PARTS) == 0;

@@ -201,8 +201,22 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         barrier_arrive_at(empty + 8 * slot, lane);
       }
     };
-    auto fetch = [&](int r, int half, Fragment& into) {
-      dequantize(w_ring + s * S::W + (group * ROWS + r) * TILE_BYTES, t, half, into);
+    // Codes are read ahead of their conversion. Those of eight bits are operands as they are: in registers of
+    // their own they would make the compiler serialize the products.
+    constexpr bool AHEAD = FOUR || WIDE;
+    Words words;
+    const u8* tile64;
+    auto load_ahead = [&](int i) {  // the i-th fragment of a stage
+      tile64 = w_ring + s * S::W + (group * ROWS + i / HALVES) * TILE_BYTES;
+      if (AHEAD) load(tile64, t, i % HALVES, words);
+    };
+    auto make = [&](Fragment& fragment) {
+      if (!AHEAD) load(tile64, t, 0, words);
+      convert(words, fragment);
+    };
+    auto load_stage = [&] {
+      barrier_wait(full + 8 * s, phase);
+      load_ahead(0);
     };
 
     pdl_wait();
@@ -215,46 +229,51 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 #pragma unroll
         for (int i = 0; i < BT / 2; ++i) sum[r][i] = 0;
 
+      load_stage();
       if constexpr (PART_STEPS == 0) {
+        constexpr int FRAGMENTS = ROWS * HALVES;
         int before = -1;  // the stage that the tensor core may still be reading
-        auto step = [&](auto set) {
-          barrier_wait(full + 8 * s, phase);
+        auto step = [&](auto set, bool more) {
+          const int slot = s;
 #pragma unroll
-          for (int i = 0; i < ROWS * HALVES; ++i) {
+          for (int i = 0; i < FRAGMENTS; ++i) {
             Fragment& now = f[(set.value + i) & 1];
-            fetch(i / HALVES, i % HALVES, now);
+            make(now);
             wgmma_fence(now);
-            const u64 x = descriptor(x_ring + s * S::X + i % HALVES * BT * 128);
+            const u64 x = descriptor(x_ring + slot * S::X + i % HALVES * BT * 128);
 #pragma unroll
             for (int j = 0; j < 4; ++j) wgmma<BT>(sum[i / HALVES], now.a + 4 * j, x + 2 * j, 1);
             wgmma_commit();
+            if (i + 1 < FRAGMENTS) load_ahead(i + 1);
+            if (i + 1 == FRAGMENTS) {
+              advance();
+              if (more) load_stage();
+            }
             wgmma_wait<1>();
             if (i == 0 && before >= 0) release(before);
           }
-          before = s;
-          advance();
+          before = slot;
         };
-        if constexpr (ROWS * HALVES % 2 == 0) {
-          for (int kt = first; kt < last; ++kt) step(Index<0>{});
-        } else {
-          int kt = first;
-          for (; kt + 1 < last; kt += 2) step(Index<0>{}), step(Index<1>{});
-          if (kt < last) step(Index<0>{});
-        }
+        int kt = first;
+        for (; kt + 1 < last; kt += 2) step(Index<0>{}, true), step(Index<FRAGMENTS & 1>{}, kt + 2 < last);
+        if (kt < last) step(Index<0>{}, false);
         wgmma_wait<0>();
-        if (before >= 0) release(before);
+        release(before);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) settled(sum[r]);
       } else {
         static_assert(ROWS == 1 && HALVES == 1, "parts take registers");
         Acc part[BT / 2];
+        int slot = s;  // the stage that is multiplied; s is that of the words
+        make(f[0]);
+        advance();
+        if (first + 1 < last) load_stage();
         auto step = [&](auto set, int kt) {
           Fragment &now = f[set.value], &next = f[set.value ^ 1];
-          const int slot = s;
-          const u64 x = descriptor(x_ring + slot * S::X);
+          const int mine = slot;
+          const u64 x = descriptor(x_ring + mine * S::X);
           const bool fresh = (kt - first) % PERIOD == 0;
           const bool due = (kt - first) % PERIOD == PERIOD - 1 || kt + 1 == last;
-          advance();
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
             wgmma_fence(now);
@@ -262,18 +281,20 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
             for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
               wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS || !fresh);
             wgmma_commit();
-            if (p == 0 && kt + 1 < last) {
-              barrier_wait(full + 8 * s, phase);
-              fetch(0, 0, next);
-            }
+            if (p == 0 && kt + 1 < last) make(next);
             wgmma_wait<0>();
             settled(part);
-            if (!S::SA && p == PARTS - 1) release(slot);
+            if (p == PARTS - 1) {
+              if (!S::SA) release(mine);
+              slot = s;
+              if (kt + 1 < last) advance();
+              if (kt + 2 < last) load_stage();
+            }
             if (due) {
 #pragma unroll
               for (int j = 0; j < BT / 8; ++j) {
                 float2 by = {1.f, 1.f};
-                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
+                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + mine * BT)[4 * j + lane % 4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                   float scale = now.scale[2 * p + (i >> 1)] * (i & 1 ? by.y : by.x);
@@ -282,12 +303,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
               }
             }
           }
-          if (S::SA) release(slot);
+          if (S::SA) release(mine);
         };
-        if (first < last) {
-          barrier_wait(full + 8 * s, phase);
-          fetch(0, 0, f[0]);
-        }
         int kt = first;
         for (; kt + 1 < last; kt += 2) step(Index<0>{}, kt), step(Index<1>{}, kt + 1);
         if (kt < last) step(Index<0>{}, kt);
