@@ -154,6 +154,18 @@ def test_sm90_with_few_tokens(tokens: int, tmp_path: Path) -> None:
             check(op, given, compute(library, c, given, random, torch.float16))
 
 
+@pytest.mark.parametrize(("op", "p"), SCHEMES, ids=NAMES)
+def test_pairs_of_warpgroups_take_turns(op: str, p: layout.Packing, tmp_path: Path) -> None:
+    """Several tiles for a block, of an odd number of steps and of one, so that the pairs change places."""
+    library = compiled(tmp_path, op, p, "gemm_sm90.cu")
+    tile = tiles.Tile(16)
+    assert tiles.turns(op, p, tile) == 2
+    for k, out in ((592, torch.bfloat16), (96, torch.float16)):
+        given = operands(op, p, 13, 330, k)
+        c = tiles.persistent(op, p, tile, 1, 1, (13, 330), 2)
+        check(op, given, compute(library, c, given, k, p.float16 if p.act_bytes == 2 else out))
+
+
 @pytest.mark.parametrize("plain", [1, 3])
 def test_ordinary_loads(plain: int, tmp_path: Path) -> None:
     op, p = SCHEMES[0]

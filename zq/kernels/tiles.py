@@ -26,7 +26,6 @@ KINDS = {  # operator -> kind of packing
 SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90
 STAGES = 16  # of a ring, at most: 150 KB in flight are several times what hides the latency of memory
 PITCH = 144  # of gemm_sm90.cu
-PERSISTENT = 384  # threads of gemm_sm90.cu
 SPLITS = (1, 2, 4, 8)
 LEAST_STEPS = 4  # of a share of K
 
@@ -117,14 +116,22 @@ def choose(  # noqa: PLR0913 (a shape, a scheme and a device)
     return _portable(op, p, m, n, k, arch, sms)
 
 
-def stages_and_shared(p: Packing, tile: Tile, scaled_x: bool = False) -> tuple[int, int]:
+def turns(op: str, p: Packing, tile: Tile) -> int:
+    """How many pairs of consumer warpgroups a block of gemm_sm90.cu has: two where registers allow it and
+    waiting takes longer than computing."""
+    return 2 if tile.tokens <= (32 if has_parts(op, p) else 64) else 1
+
+
+def stages_and_shared(op: str, p: Packing, tile: Tile) -> tuple[int, int]:
     """(stages of the ring, bytes of shared memory) of gemm_sm90.cu; it finds the first from the second."""
     tokens = tile.tokens
     turn = 2 * min(tokens, 64) * PITCH
     extra = max(turn, tile.rows * tokens * 4) if tokens <= 64 else turn
     extra += 16 * tokens + 6 * tile.rows  # terms: two of each token, for both warpgroups; scale and bias
-    stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 4 * tokens * scaled_x + 16
-    stages = min(STAGES, (SHARED - extra) // stage)
+    stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 16  # two barriers
+    stage += 4 * tokens * (op == "fp8_block128")
+    pairs = turns(op, p, tile)
+    stages = min(STAGES, (SHARED - extra) // stage) // pairs * pairs
     return stages, extra + stages * stage
 
 
@@ -153,8 +160,8 @@ def persistent(
         unit=unit_name(op, p, 90),
         entry=tile.entry,
         grid=(grid, 1, 1),
-        block=PERSISTENT,
-        shared=stages_and_shared(p, tile, op == "fp8_block128")[1],
+        block=128 + 256 * turns(op, p, tile),
+        shared=stages_and_shared(op, p, tile)[1],
         cluster=cluster,
         split=split,
         pdl=True,

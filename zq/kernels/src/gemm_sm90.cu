@@ -2,7 +2,8 @@
 //
 // The operands are swapped: rows of W are the 64 rows of a wgmma and tokens its columns, so a tile of 8 tokens
 // wastes nothing and weights go from shared memory through registers, where they are dequantized, into the
-// tensor core. A block is one producer warpgroup and two consumer warpgroups of 64 ROWS weights each. The
+// tensor core. A block is one producer warpgroup and two consumer warpgroups of 64 ROWS weights each; for few
+// tokens, where waiting is most of the work, there are two more, and the two pairs take turns at the stages. The
 // producer fills a ring of stages of 128 k: packed weights by bulk copies, activations by tensor copies that
 // swizzle and fill with zeros beyond M and K. Consumers hold two sets of A registers: one is dequantized while
 // the tensor core reads the other.
@@ -19,12 +20,14 @@
 #define ZQ_PLAIN 0
 #endif
 
-constexpr int WARPGROUPS = 2;  // that consume
-constexpr int THREADS = 128 * (WARPGROUPS + 1);
+constexpr int WARPGROUPS = 2;  // that consume a stage
+constexpr int FEW = PART_STEPS ? 32 : 64;  // tokens, up to which two pairs of them take turns
 constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
 template <int I> struct Index { static constexpr int value = I; };
 
 template <int BT, int ROWS> struct Shape {
+  static constexpr int TURNS = BT <= FEW ? 2 : 1;
+  static constexpr int THREADS = 128 * (WARPGROUPS * TURNS + 1);
   static constexpr int TILES = WARPGROUPS * ROWS;  // of 64 rows
   static constexpr u32 X = BT * 128 * ACT;         // bytes of a stage
   static constexpr u32 W = TILES * TILE_BYTES;
@@ -36,10 +39,29 @@ template <int BT, int ROWS> struct Shape {
   static constexpr u32 EXTRA = WARPGROUPS * (AREA + sizeof(Terms<BT, ROWS>));
 };
 
+// The sums of a thread, 16 bytes at a time.
+template <int ROWS, int COUNT> __device__ __forceinline__ void put(const Sum (&sum)[ROWS][COUNT], uint4* to) {
+#pragma unroll
+  for (int i = 0; i < ROWS * COUNT / 4; ++i) {
+    const Sum* v = sum[i * 4 / COUNT] + i * 4 % COUNT;
+    to[i * 128] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
+  }
+}
+template <int ROWS, int COUNT, class Read> __device__ __forceinline__ void add(Sum (&sum)[ROWS][COUNT], Read read) {
+#pragma unroll
+  for (int i = 0; i < ROWS * COUNT / 4; ++i) {
+    const uint4 v = read(i * 128);
+    Sum* to = sum[i * 4 / COUNT] + i * 4 % COUNT;
+    to[0] += number<Sum>(v.x), to[1] += number<Sum>(v.y);
+    to[2] += number<Sum>(v.z), to[3] += number<Sum>(v.w);
+  }
+}
+
 template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Args a) {
   using S = Shape<BT, ROWS>;
   extern __shared__ __align__(1024) u8 memory[];
-  const int stages = (dynamic_shared_bytes() - S::EXTRA) / (S::X + S::W + S::SA + 16);
+  // Each pair always takes the same stages: a barrier cannot tell a phase from the last but one.
+  const int stages = (dynamic_shared_bytes() - S::EXTRA) / (S::X + S::W + S::SA + 16) / S::TURNS * S::TURNS;
   u8* const w_ring = memory + stages * S::X;
   u8* const extra = w_ring + stages * S::W;
   float* const sa_ring = reinterpret_cast<float*>(extra + S::EXTRA);
@@ -67,12 +89,13 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
   const int works = tiles_m * groups_n, stride = gridDim.x / blocks, begin = blockIdx.x / blocks;
   int s = 0;
   u32 phase = 0;
-  auto advance = [&] {
-    if (++s == stages) s = 0, phase ^= 1;
+  auto advance = [&](int by = 1) {
+    if ((s += by) >= stages) s -= stages, phase ^= 1;
   };
 
   if (warpgroup == 0) {
-    if constexpr (BT * ROWS >= 128) give_registers<56>();
+    if constexpr (S::TURNS == 1) give_registers<56>();
+    if constexpr (S::TURNS == 2) give_registers<32>();
     const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
 #pragma unroll
@@ -187,8 +210,9 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     pdl_launch();
     if (split) cluster_sync();
   } else {
-    if constexpr (BT * ROWS >= 128) take_registers<224>();
-    const int group = warpgroup - 1;
+    if constexpr (S::TURNS == 1) take_registers<224>();
+    if constexpr (S::TURNS == 2) take_registers<112>();
+    const int group = (warpgroup - 1) % WARPGROUPS, turn = (warpgroup - 1) / WARPGROUPS;
     u8* const area = extra + group * S::AREA;
     auto& terms = reinterpret_cast<Terms<BT, ROWS>*>(extra + WARPGROUPS * S::AREA)[group];
     Sum sum[ROWS][BT / 2];
@@ -201,9 +225,10 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         barrier_arrive_at(empty + 8 * slot, lane);
       }
     };
-    // Codes are read ahead of their conversion. Those of eight bits are operands as they are: in registers of
-    // their own they would make the compiler serialize the products.
-    constexpr bool AHEAD = FOUR || WIDE;
+    // Codes are read ahead of their conversion, while the tensor core is busy. Not those of eight bits, which are
+    // operands as they are (in registers of their own they would make the compiler serialize the products), nor
+    // with partial sums, which wait for the tensor core anyway and take the registers.
+    constexpr bool AHEAD = (FOUR || WIDE) && PART_STEPS == 0;
     Words words;
     const u8* tile64;
     auto load_ahead = [&](int i) {  // the i-th fragment of a stage
@@ -220,16 +245,21 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     };
 
     pdl_wait();
+    s = turn;
+    int taken = 0;  // stages by all
     for (int work = begin; work < works; work += stride) {
+      const int skipped = (taken ^ turn) & (S::TURNS - 1);
+      const int count = (last - first - skipped + S::TURNS - 1) / S::TURNS;  // steps of this warpgroup
+      taken += last - first;
       const Tile tile = tile_of<BT>(work, tiles_m, groups_n);
       const int m0 = tile.m * BT, n0 = ((int)(tile.n * sharing + place) * S::TILES + group * ROWS) * 64;
-      ask_terms(a, terms, m0, n0, t);
+      if (turn == 0) ask_terms(a, terms, m0, n0, t);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int i = 0; i < BT / 2; ++i) sum[r][i] = 0;
 
-      load_stage();
+      if (count) load_stage();
       if constexpr (PART_STEPS == 0) {
         constexpr int FRAGMENTS = ROWS * HALVES;
         int before = -1;  // the stage that the tensor core may still be reading
@@ -246,7 +276,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
             wgmma_commit();
             if (i + 1 < FRAGMENTS) load_ahead(i + 1);
             if (i + 1 == FRAGMENTS) {
-              advance();
+              advance(S::TURNS);
               if (more) load_stage();
             }
             wgmma_wait<1>();
@@ -254,26 +284,22 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           }
           before = slot;
         };
-        int kt = first;
-        for (; kt + 1 < last; kt += 2) step(Index<0>{}, true), step(Index<FRAGMENTS & 1>{}, kt + 2 < last);
-        if (kt < last) step(Index<0>{}, false);
+        int i = 0;
+        for (; i + 1 < count; i += 2) step(Index<0>{}, true), step(Index<FRAGMENTS & 1>{}, i + 2 < count);
+        if (i < count) step(Index<0>{}, false);
         wgmma_wait<0>();
-        release(before);
+        if (before >= 0) release(before);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) settled(sum[r]);
       } else {
         static_assert(ROWS == 1 && HALVES == 1, "parts take registers");
         Acc part[BT / 2];
-        int slot = s;  // the stage that is multiplied; s is that of the words
-        make(f[0]);
-        advance();
-        if (first + 1 < last) load_stage();
-        auto step = [&](auto set, int kt) {
+        if (count) make(f[0]);
+        auto step = [&](auto set, int i) {
           Fragment &now = f[set.value], &next = f[set.value ^ 1];
-          const int mine = slot;
-          const u64 x = descriptor(x_ring + mine * S::X);
-          const bool fresh = (kt - first) % PERIOD == 0;
-          const bool due = (kt - first) % PERIOD == PERIOD - 1 || kt + 1 == last;
+          const int slot = s;
+          const u64 x = descriptor(x_ring + slot * S::X);
+          const bool fresh = i % PERIOD == 0, due = i % PERIOD == PERIOD - 1 || i + 1 == count;
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
             wgmma_fence(now);
@@ -281,59 +307,49 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
             for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
               wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS || !fresh);
             wgmma_commit();
-            if (p == 0 && kt + 1 < last) make(next);
+            if (p == 0) advance(S::TURNS);
+            if (p == 0 && i + 1 < count) load_stage(), make(next);
             wgmma_wait<0>();
             settled(part);
-            if (p == PARTS - 1) {
-              if (!S::SA) release(mine);
-              slot = s;
-              if (kt + 1 < last) advance();
-              if (kt + 2 < last) load_stage();
-            }
+            if (!S::SA && p == PARTS - 1) release(slot);
             if (due) {
 #pragma unroll
               for (int j = 0; j < BT / 8; ++j) {
                 float2 by = {1.f, 1.f};
-                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + mine * BT)[4 * j + lane % 4];
+                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  float scale = now.scale[2 * p + (i >> 1)] * (i & 1 ? by.y : by.x);
-                  sum[0][4 * j + i] = fmaf((float)part[4 * j + i], scale, sum[0][4 * j + i]);
+                for (int e = 0; e < 4; ++e) {
+                  float scale = now.scale[2 * p + (e >> 1)] * (e & 1 ? by.y : by.x);
+                  sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
                 }
               }
             }
           }
-          if (S::SA) release(mine);
+          if (S::SA) release(slot);
         };
-        int kt = first;
-        for (; kt + 1 < last; kt += 2) step(Index<0>{}, kt), step(Index<1>{}, kt + 1);
-        if (kt < last) step(Index<0>{}, kt);
+        int i = 0;
+        for (; i + 1 < count; i += 2) step(Index<0>{}, i), step(Index<1>{}, i + 1);
+        if (i < count) step(Index<0>{}, i);
       }
 
+      uint4* const handed = reinterpret_cast<uint4*>(area) + t;
+      if constexpr (S::TURNS == 2) {
+        named_barrier(3 + group, 256);  // the last tile has been written
+        if (turn == 1) put(sum, handed);
+        named_barrier(3 + group, 256);
+        if (turn == 0) add(sum, [&](int i) { return handed[i]; });
+      }
       if (split) {
-        uint4* const mine = reinterpret_cast<uint4*>(area);
-        if constexpr (S::EXCHANGE) {
-          if (rank > 0)
-#pragma unroll
-            for (int i = 0; i < ROWS * BT / 8; ++i) {
-              const Sum* v = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
-              mine[i * 128 + t] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
-            }
-        }
+        if (S::EXCHANGE && rank > 0 && turn == 0) put(sum, handed);
         cluster_sync();
         if constexpr (S::EXCHANGE) {
-          if (rank == 0)
+          if (rank == 0 && turn == 0)
             for (u32 other = 1; other < blocks; ++other)
-#pragma unroll
-              for (int i = 0; i < ROWS * BT / 8; ++i) {
-                uint4 v = load_from(shared_address(mine + i * 128 + t), other);
-                Sum* to = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
-                to[0] += number<Sum>(v.x), to[1] += number<Sum>(v.y);
-                to[2] += number<Sum>(v.z), to[3] += number<Sum>(v.w);
-              }
+              add(sum, [&](int i) { return load_from(shared_address(handed + i), other); });
         }
         if (rank > 0) break;
       }
+      if (turn > 0) continue;
 
       write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
@@ -342,7 +358,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 }
 
 #define ENTRY(NAME, BT, ROWS)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                      \
+  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, 1)                                                      \
       NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
            const float* scale, const void* bias, u16* y, void* workspace, int M, int N, int K, int ldx, int split, \
            int out) {                                                                                           \
