@@ -2,8 +2,8 @@
 
 A block computes `rows` rows of W for `tokens` tokens; entry `t64` means 64 tokens. On sm_90a (gemm_sm90.cu)
 blocks are persistent and form clusters, elsewhere (gemm_mma.cu) there is one block for each tile and share
-of K. Few tokens leave fewer tiles than multiprocessors: then K is split. The cost of the larger tiles is
-estimated from the rates below; what is compared is time, so only their ratios matter.
+of K. Few tokens leave fewer tiles than multiprocessors: then K is split. Larger tiles are compared by what
+the clocks below add up to.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ PITCH = 144  # of gemm_sm90.cu
 SPLITS = (1, 2, 4, 8)
 LEAST_STEPS = 4  # of a share of K
 
-# Rates of one multiprocessor of an H100, bytes and multiply-adds a clock.
-L2_RATE, MAC_RATE = 24, {1: 4096, 2: 2048}
-EPILOGUE = 24  # clocks for each token of a tile, with what it takes to refill the ring
+# Clocks of one multiprocessor, fitted to times of W4A8-INT8 on an H200: for choosing, not for predicting.
+MAC_RATE = {1: 4096, 2: 2048}  # multiply-adds in a clock, by bytes of an activation
+WEIGHTS = 640  # clocks to bring and convert the weights of 128 rows and a step, whatever the tokens
+FILL, EPILOGUE = 4000, 50  # clocks to refill the ring for a tile, to write a token of 128 rows
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
         s for s in SPLITS if s == 1 or (blocks * -(-m // tile.tokens) * s <= sms and steps >= s * LEAST_STEPS)
     ]
     if m <= tile.tokens:
-        options = [(tile, parts[-1], parts[-1])]
+        options = [(tile, parts[-1])]
     else:
-        options = [(t, c, 1) for t in choices[3:] for c in (1, 2)] + [(tile, s, s) for s in parts[1:]]
-    tile, cluster, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
-    return persistent(op, p, tile, cluster, split, (m, n), sms)
+        options = [(t, 1) for t in choices[3:]] + [(tile, s) for s in parts[1:]]
+    tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
+    return persistent(op, p, tile, split, split, (m, n), sms)
 
 
 def persistent(
@@ -174,14 +175,13 @@ def _works(tile: Tile, sharing: int, m: int, n: int) -> int:
     return -(-m // tile.tokens) * -(-n // (tile.rows * sharing))
 
 
-def _clocks(p: Packing, tile: Tile, cluster: int, split: int, m: int, n: int, steps: int, sms: int) -> float:
-    """Estimated time of a product in clocks, the slower of tensor core and L2 cache in every step."""
-    sharing = cluster // split
-    rounds = -(-_works(tile, sharing, m, n) // (sms // cluster))
-    tensor = tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes]
-    fetched = tile.rows // 64 * p.tile_bytes + tile.tokens * STEP * p.act_bytes / sharing
-    each = -(-steps // split) * max(tensor, fetched / L2_RATE)
-    return rounds * (each + tile.tokens * EPILOGUE * (1 if split == 1 else split))
+def _clocks(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int, sms: int) -> float:
+    """Estimated time of a product in clocks: rounds of tiles, the slower of tensor core and weights in every
+    step. Blocks of a cluster that share x have never been faster, so none are considered."""
+    heights = tile.rows // 128
+    rounds = -(-_works(tile, 1, m, n) * split // sms)
+    step = max(tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes], WEIGHTS * heights)
+    return rounds * (-(-steps // split) * step + FILL + tile.tokens * heights * EPILOGUE * split)
 
 
 def _portable(op: str, p: Packing, m: int, n: int, k: int, arch: int, sms: int) -> Config:
