@@ -90,7 +90,7 @@ def cut(x: Tensor, row: int, step: int, steps: int) -> Tensor:
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("p", PACKINGS, ids=name)
 def test_the_kernels_registers_hold_the_weight(p: Packing, tmp_path: Path) -> None:
-    """`dequantize` of zq/kernels/src/scheme.cuh, compiled for the host, on each of four tiles."""
+    """`load` and `convert` of zq/kernels/src/scheme.cuh, compiled for the host, on each of four tiles."""
     library = build(tmp_path, (*macros(OPS.get(p.kind, p.kind), p), ("HALF_WIDTH", 1), ("TOKENS", 8)))
     assert library.tile_bytes() == p.tile_bytes
     n, k = 128, 256

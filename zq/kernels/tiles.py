@@ -33,11 +33,13 @@ LEAST_STEPS = 4  # of a share of K
 MAC_RATE = {1: 4096, 2: 2048}  # multiply-adds in a clock, by bytes of an activation
 WEIGHTS = 640  # clocks to bring and convert the weights of 128 rows and a step, whatever the tokens
 FILL, EPILOGUE = 4000, 50  # clocks to refill the ring for a tile, to write a token of 128 rows
+TAKE, HAND = 1000, 32  # clocks to take another block's sums, and for a token of 128 rows: guesses
 
 
 @dataclass(frozen=True)
 class Config:
     """A launch: `unit` and `entry` name the kernel, `shared` is in bytes, `cluster` and `split` count blocks.
+    split: blocks that share K of each tile; 0: all blocks share all tiles evenly (share90.cuh).
     workspace: bytes, of which the first `zeroed` are zero before and after. pdl: may begin before the kernel
     in front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none."""
 
@@ -143,20 +145,26 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     parts = [
         s for s in SPLITS if s == 1 or (blocks * -(-m // tile.tokens) * s <= sms and steps >= s * LEAST_STEPS)
     ]
-    if m <= tile.tokens:
-        options = [(tile, parts[-1])]
-    else:
-        options = [(t, 1) for t in choices[3:]] + [(tile, s) for s in parts[1:]]
+    fitting = [tile] if m <= tile.tokens else choices[3:]
+    options = [(t, 1) for t in fitting] + [(tile, s) for s in parts[1:]]
+    options += [(t, 0) for t in fitting if _works(t, 1, m, n) * steps >= LEAST_STEPS * sms]
     tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
-    return persistent(op, p, tile, split, split, (m, n), sms)
+    return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
 
 
 def persistent(
-    op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int], sms: int
+    op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int, int], sms: int
 ) -> Config:
-    """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster)."""
-    works = _works(tile, cluster // split, *shape)
+    """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster), or
+    all blocks share all tiles (split = 0)."""
+    m, n, k = shape
+    works = _works(tile, cluster // max(split, 1), m, n)
     grid = works * split if split > 1 else min(works, sms // cluster) * cluster
+    zeroed = scratch = 0
+    if split == 0:
+        grid = min(sms, works * -(-k // STEP))
+        zeroed = -(-8 * grid // 16) * 16
+        scratch = 4 * tile.rows * tile.tokens * grid
     return Config(
         unit=unit_name(op, p, 90),
         entry=tile.entry,
@@ -165,8 +173,10 @@ def persistent(
         shared=stages_and_shared(op, p, tile)[1],
         cluster=cluster,
         split=split,
+        workspace=zeroed + scratch,
+        zeroed=zeroed,
         pdl=True,
-        map_rows=tile.tokens * split // cluster,
+        map_rows=tile.tokens * max(split, 1) // cluster,
     )
 
 
@@ -178,10 +188,15 @@ def _works(tile: Tile, sharing: int, m: int, n: int) -> int:
 def _clocks(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int, sms: int) -> float:
     """Estimated time of a product in clocks: rounds of tiles, the slower of tensor core and weights in every
     step. Blocks of a cluster that share x have never been faster, so none are considered."""
-    heights = tile.rows // 128
-    rounds = -(-_works(tile, 1, m, n) * split // sms)
+    heights, works = tile.rows // 128, _works(tile, 1, m, n)
     step = max(tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes], WEIGHTS * heights)
-    return rounds * (-(-steps // split) * step + FILL + tile.tokens * heights * EPILOGUE * split)
+    tokens = tile.tokens * heights
+    if split == 0:
+        ended, taken = -(-works // sms), -(-sms // works)
+        added = FILL + taken * (TAKE + tokens * HAND)
+        return -(-works * steps // sms) * step + ended * (FILL + tokens * EPILOGUE) + added
+    rounds = -(-works * split // sms)
+    return rounds * (-(-steps // split) * step + FILL + tokens * EPILOGUE * split)
 
 
 def _portable(op: str, p: Packing, m: int, n: int, k: int, arch: int, sms: int) -> Config:

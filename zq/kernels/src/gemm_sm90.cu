@@ -10,10 +10,12 @@
 //
 // Clusters: with split = 1 the blocks of a cluster take neighbouring rows of W and the same tokens, and each
 // fetches its share of x for all (multicast); blocks are persistent. With split > 1 the blocks of a cluster
-// share one tile of y, each a range of K, and rank 0 adds their sums in the order of ranks.
+// share one tile of y, each a range of K, and rank 0 adds their sums in the order of ranks. With split = 0 all
+// blocks share the tiles evenly (share90.cuh).
 //
 // -DZQ_PLAIN=1 copies x, 2 the weights, 3 both with ordinary loads: slow, to find out which copy is wrong.
 #include "output90.cuh"
+#include "share90.cuh"
 #include "wgmma.cuh"
 
 #ifndef ZQ_PLAIN
@@ -39,24 +41,6 @@ template <int BT, int ROWS> struct Shape {
   static constexpr u32 EXTRA = WARPGROUPS * (AREA + sizeof(Terms<BT, ROWS>));
 };
 
-// The sums of a thread, 16 bytes at a time.
-template <int ROWS, int COUNT> __device__ __forceinline__ void put(const Sum (&sum)[ROWS][COUNT], uint4* to) {
-#pragma unroll
-  for (int i = 0; i < ROWS * COUNT / 4; ++i) {
-    const Sum* v = sum[i * 4 / COUNT] + i * 4 % COUNT;
-    to[i * 128] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
-  }
-}
-template <int ROWS, int COUNT, class Read> __device__ __forceinline__ void add(Sum (&sum)[ROWS][COUNT], Read read) {
-#pragma unroll
-  for (int i = 0; i < ROWS * COUNT / 4; ++i) {
-    const uint4 v = read(i * 128);
-    Sum* to = sum[i * 4 / COUNT] + i * 4 % COUNT;
-    to[0] += number<Sum>(v.x), to[1] += number<Sum>(v.y);
-    to[2] += number<Sum>(v.z), to[3] += number<Sum>(v.w);
-  }
-}
-
 template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Args a) {
   using S = Shape<BT, ROWS>;
   extern __shared__ __align__(1024) u8 memory[];
@@ -70,7 +54,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 
   const int thread = threadIdx.x, warpgroup = thread >> 7, t = thread & 127, lane = thread & 31;
   const u32 blocks = cluster_size(), rank = blocks > 1 ? cluster_rank() : 0;
-  const bool split = a.split > 1;
+  const bool split = a.split > 1, evenly = a.split == 0;
   const u32 sharing = split ? 1 : blocks, place = split ? 0 : rank;  // blocks that read the same x, and which this is
   if (thread == 0) {
     for (int i = 0; i < stages; ++i) {
@@ -86,7 +70,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
   const int first = split ? steps * rank / blocks : 0, last = split ? steps * (rank + 1) / blocks : steps;
   const int tiles64 = (a.N + 127) / 128 * 2, tiles_m = (a.M + BT - 1) / BT;
   const int blocks_n = (tiles64 + S::TILES - 1) / S::TILES, groups_n = (blocks_n + sharing - 1) / sharing;
-  const int works = tiles_m * groups_n, stride = gridDim.x / blocks, begin = blockIdx.x / blocks;
+  const Share share(tiles_m * groups_n, steps, gridDim.x / blocks, blockIdx.x / blocks, first, last, evenly);
   int s = 0;
   u32 phase = 0;
   auto advance = [&](int by = 1) {
@@ -113,9 +97,10 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     };
 #if ZQ_PLAIN
     pdl_wait();
-    for (int work = begin; work < works; work += stride) {
-      Tile tile = tile_of<BT>(work, tiles_m, groups_n);
-      for (int kt = first; kt < last; ++kt, advance()) {
+    for (int i = 0; i < share.count; ++i) {
+      const Segment segment = share[i];
+      Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+      for (int kt = segment.first; kt < segment.last; ++kt, advance()) {
         barrier_wait(empty + 8 * s, phase ^ 1);
 #if ZQ_PLAIN & 1
         for (int c = t; c < BT * 8 * HALVES; c += 128) {
@@ -154,22 +139,24 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 #else
     if (thread == 0) {
       // Weights do not depend on the kernel before this one; x does.
-      const int early = min(stages, begin < works ? last - first : 0);
-      if (early) {
-        Tile tile = tile_of<BT>(begin, tiles_m, groups_n);
-        for (int i = 0; i < early; ++i, advance()) {
+      int early = 0;
+      if (share.count) {
+        const Segment segment = share[0];
+        const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+        for (; early < min(stages, segment.last - segment.first); ++early, advance()) {
           barrier_arrive_expect(full + 8 * s, S::X + S::W);
-          copy_w(tile.n, first + i);
+          copy_w(tile.n, segment.first + early);
         }
       }
       pdl_wait();
       s = 0, phase = 0;
       const u64 x_policy = keep_policy();
-      const u32 share = place * (BT / sharing);
+      const u32 slice = place * (BT / sharing);
       int done = 0;
-      for (int work = begin; work < works; work += stride) {
-        Tile tile = tile_of<BT>(work, tiles_m, groups_n);
-        for (int kt = first; kt < last; ++kt, ++done, advance()) {
+      for (int i = 0; i < share.count; ++i) {
+        const Segment segment = share[i];
+        const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+        for (int kt = segment.first; kt < segment.last; ++kt, ++done, advance()) {
           if (done >= early) {
             barrier_wait(empty + 8 * s, phase ^ 1);
             barrier_arrive_expect(full + 8 * s, S::X + S::W);
@@ -177,25 +164,26 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           }
 #pragma unroll 1
           for (int h = 0; h < HALVES; ++h)
-            tensor_copy(x_ring + s * S::X + h * BT * 128 + share * 128, map, kt * 128 + h * 64, tile.m * BT + share,
+            tensor_copy(x_ring + s * S::X + h * BT * 128 + slice * 128, map, kt * 128 + h * 64, tile.m * BT + slice,
                         full + 8 * s, x_policy, (1 << sharing) - 1);
         }
       }
     }
     if (S::SA && (thread >> 5) == 1) {  // scales of x change with k: a second warp fetches them
       pdl_wait();
-      for (int work = begin; work < works; work += stride) {
-        Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+      for (int i = 0; i < share.count; ++i) {
+        const Segment segment = share[i];
+        const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
         float ahead[(BT + 31) / 32];
         auto fetch = [&](int kt) {
 #pragma unroll
           for (int i = 0; i < (BT + 31) / 32; ++i) {
             int token = i * 32 + lane, m = tile.m * BT + token;
-            ahead[i] = token < BT && m < a.M && kt < last ? a.sx[(size_t)m * steps + kt] : 0.f;
+            ahead[i] = token < BT && m < a.M && kt < segment.last ? a.sx[(size_t)m * steps + kt] : 0.f;
           }
         };
-        fetch(first);
-        for (int kt = first; kt < last; ++kt, advance()) {
+        fetch(segment.first);
+        for (int kt = segment.first; kt < segment.last; ++kt, advance()) {
           barrier_wait(empty + 8 * s, phase ^ 1);
 #pragma unroll
           for (int i = 0; i < (BT + 31) / 32; ++i)
@@ -247,13 +235,15 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     pdl_wait();
     s = turn;
     int taken = 0;  // stages by all
-    for (int work = begin; work < works; work += stride) {
+    for (int i = 0; i < share.count; ++i) {
+      const Segment segment = share[i];
+      const bool ends = segment.last == last;  // else another block ends the tile
       const int skipped = (taken ^ turn) & (S::TURNS - 1);
-      const int count = (last - first - skipped + S::TURNS - 1) / S::TURNS;  // steps of this warpgroup
-      taken += last - first;
-      const Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+      const int count = (segment.last - segment.first - skipped + S::TURNS - 1) / S::TURNS;  // steps of this warpgroup
+      taken += segment.last - segment.first;
+      const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
       const int m0 = tile.m * BT, n0 = ((int)(tile.n * sharing + place) * S::TILES + group * ROWS) * 64;
-      if (turn == 0) ask_terms(a, terms, m0, n0, t);
+      if (turn == 0 && ends) ask_terms(a, terms, m0, n0, t);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -350,7 +340,14 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         if (rank > 0) break;
       }
       if (turn > 0) continue;
-
+      if (evenly) {
+        const Workspace<ROWS, BT / 2> workspace(a.workspace, gridDim.x, group, t);
+        if (!ends) {
+          workspace.leave(sum, share.place, 1 + group);
+          continue;
+        }
+        if (segment.first > 0) workspace.take(sum, share.beginner(segment.work), share.place, 1 + group);
+      }
       write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
   }
@@ -358,11 +355,11 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 }
 
 #define ENTRY(NAME, BT, ROWS)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, 1)                                                      \
+  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, 1)                                                \
       NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
-           const float* scale, const void* bias, u16* y, void* workspace, int M, int N, int K, int ldx, int split, \
+           const float* scale, const void* bias, u16* y, u8* workspace, int M, int N, int K, int ldx, int split, \
            int out) {                                                                                           \
-    gemm<BT, ROWS>(&map, {x, sx, rowsum, w, scale, bias, y, M, N, K, ldx, split, out});                         \
+    gemm<BT, ROWS>(&map, {x, sx, rowsum, w, scale, bias, y, workspace, M, N, K, ldx, split, out});              \
   }
 ENTRY(t8, 8, 1)
 ENTRY(t16, 16, 1)

@@ -15,6 +15,7 @@ struct Args {
   const float* scale;
   const void* bias;
   u16* y;
+  u8* workspace;
   int M, N, K, ldx, split, out;
 };
 
