@@ -33,7 +33,8 @@ LEAST_STEPS = 4  # of a share of K
 MAC_RATE = {1: 4096, 2: 2048}  # multiply-adds in a clock, by bytes of an activation
 WEIGHTS = 640  # clocks to bring and convert the weights of 128 rows and a step, whatever the tokens
 FILL, EPILOGUE = 4000, 50  # clocks to refill the ring for a tile, to write a token of 128 rows
-TAKE, HAND = 1000, 32  # clocks to take another block's sums, and for a token of 128 rows: guesses
+TAKE, HAND = 1000, 32  # clocks to take another block's sums, and for a token of 128 rows
+IDLE = 0.1  # share of the multiprocessors' time that whole tiles must leave unused before sharing is tried
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,10 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     ]
     fitting = [tile] if m <= tile.tokens else choices[3:]
     options = [(t, 1) for t in fitting] + [(tile, s) for s in parts[1:]]
-    options += [(t, 0) for t in fitting if _works(t, 1, m, n) * steps >= LEAST_STEPS * sms]
+    for t in fitting:
+        works = _works(t, 1, m, n)
+        if works < (1 - IDLE) * -(-works // sms) * sms and works * steps >= LEAST_STEPS * sms:
+            options.append((t, 0))
     tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
     return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
 
