@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+using std::max;
 using std::min;
 using u8 = uint8_t;
 using u16 = uint16_t;
@@ -26,7 +27,9 @@ using u64 = uint64_t;
 #define __launch_bounds__(...)
 #define __grid_constant__
 struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
 struct float2 { float x, y; };
+struct int2 { int x, y; };
 struct Dim { int x = 0, y = 0, z = 0; };
 
 struct Meeting { int arrived = 0, turn = 0; };
@@ -37,8 +40,9 @@ struct Block {
   u8* shared;
   Dim index;
   u32 rank;
+  Block* first;  // of its cluster
   int order = 0;
-  Meeting all, warps[32], groups[8], named[16];
+  Meeting cluster, all, warps[32], groups[8], named[16];
   std::map<u32, Barrier> barriers;
   std::vector<Lane> lanes;
 };
@@ -47,13 +51,14 @@ struct Fiber {
   std::vector<u8> stack;
   Block* block;
   Dim index;
+  std::vector<std::function<void()>> asked;
   bool done = false;
 };
 static Fiber* current;
 static ucontext_t scheduler;
-static std::vector<std::unique_ptr<Block>> cluster;
+static std::vector<std::unique_ptr<Block>> running;  // blocks of one cluster or of several, side by side
+static int cluster_blocks;
 static std::vector<std::function<void()>> flying;
-static Meeting everyone;
 static long progress;
 static int threads_of_block, dynamic_bytes;
 static Dim gridDim;
@@ -73,12 +78,22 @@ static void __syncthreads() { meet(current->block->all, threads_of_block); }
 static void __syncwarp() { meet(current->block->warps[threadIdx.x / 32], 32); }
 static void warpgroup_sync() { meet(current->block->groups[threadIdx.x / 128], 128); }
 static void named_barrier(int id, int count) { meet(current->block->named[id], count); }
-static void cluster_sync() { meet(everyone, threads_of_block * (int)cluster.size()); }
+static void cluster_sync() { meet(current->block->first->cluster, threads_of_block * cluster_blocks); }
 static void __threadfence() {}
 static int atomicAdd(int* p, int v) { int was = *p; *p += v; return was; }
 template <class T> T __ldcg(const T* p) { return *p; }
 static u32 cluster_rank() { return current->block->rank; }
-static u32 cluster_size() { return cluster.size(); }
+static u32 cluster_size() { return cluster_blocks; }
+static Block* peer(u32 rank) {
+  for (auto& block : running)
+    if (block->first == current->block->first && block->rank == rank) return block.get();
+  abort();
+}
+static void raise_flag(int* flag) { *flag = 1, ++progress; }
+static void lower_flag(int* flag) {
+  while (!*flag) pause_fiber();
+  *flag = 0;
+}
 static u32 dynamic_shared_bytes() { return dynamic_bytes; }
 static void pdl_wait() {}
 static void pdl_launch() {}
@@ -154,7 +169,7 @@ static void arrive(Block* at, u32 bar, long bytes) {
 }
 static void barrier_arrive(u32 bar) { arrive(current->block, bar, 0); }
 static void barrier_arrive_expect(u32 bar, u32 bytes) { arrive(current->block, bar, bytes); }
-static void barrier_arrive_at(u32 bar, u32 rank) { arrive(cluster[rank].get(), bar, 0); }
+static void barrier_arrive_at(u32 bar, u32 rank) { arrive(peer(rank), bar, 0); }
 static void barrier_wait(u32 bar, u32 parity) {
   while (current->block->barriers.at(bar).phase == (int)parity) pause_fiber();
 }
@@ -175,7 +190,7 @@ static void tensor_copy(u32 dst, const Map* map, int x, int y, u32 bar, u64, u16
   const int width = HALF_WIDTH;
   for (u32 rank = 0; rank < 16; ++rank) {
     if (!(mask >> rank & 1)) continue;
-    Block* b = mask == 1 ? current->block : cluster[rank].get();
+    Block* b = mask == 1 ? current->block : peer(rank);
     flying.push_back([=] {
       for (long i = 0; i < m.box; ++i)
         for (long byte = 0; byte < 128; ++byte) {
@@ -190,7 +205,7 @@ static void tensor_copy(u32 dst, const Map* map, int x, int y, u32 bar, u64, u16
 }
 static uint4 load_from(u32 address, u32 rank) {
   uint4 v;
-  memcpy(&v, at(cluster[rank].get(), address, 16), 16);
+  memcpy(&v, at(peer(rank), address, 16), 16);
   return v;
 }
 static void copy16(u32 to, const void* from, bool inside) {
@@ -198,12 +213,17 @@ static void copy16(u32 to, const void* from, bool inside) {
   if (inside) memcpy(at(current->block, to, 16), from, 16);
   else memset(at(current->block, to, 16), 0, 16);
 }
-static void copy4(u32 to, const void* from, bool inside) {
-  if (inside) memcpy(at(current->block, to, 4), from, 4);
-  else memset(at(current->block, to, 4), 0, 4);
+static void copy4(u32 to, const void* from, int bytes) {
+  if (to % 4 || (uintptr_t)from % 4) fprintf(stderr, "copy is not aligned\n"), abort();
+  Block* b = current->block;
+  current->asked.push_back([=] { memset(at(b, to, 4), 0, 4), memcpy(at(b, to, 4), from, bytes); });
+}
+static void copies_wait_all() {  // no copy is there before the wait
+  for (auto& copy : current->asked) copy();
+  current->asked.clear();
 }
 static void copies_commit() {}
-template <int N> void copies_wait() {}
+template <int N> void copies_wait() { copies_wait_all(); }
 
 #include "scheme.cuh"
 
@@ -292,18 +312,20 @@ static void trampoline() {
   current->done = true, ++progress;
   pause_fiber();
 }
-static int run(Dim grid, int size, int threads, int shared, u32 random) {
-  seed = random, gridDim = grid, threads_of_block = threads, dynamic_bytes = shared;
+// Clusters of `size` blocks, one after the other, or all together, the last ones first.
+static int run(Dim grid, int size, int together, int threads, int shared, u32 random) {
+  seed = random, gridDim = grid, threads_of_block = threads, dynamic_bytes = shared, cluster_blocks = size;
+  const int wave = together ? grid.x : size;
   for (int z = 0; z < grid.z; ++z)
-    for (int first = 0; first < grid.x; first += size) {
-      cluster.clear(), flying.clear(), everyone = {};
+    for (int first = 0; first < grid.x; first += wave) {
+      running.clear(), flying.clear();
       std::vector<std::unique_ptr<Fiber>> fibers;
-      for (int rank = 0; rank < size; ++rank) {
-        cluster.push_back(std::make_unique<Block>());
-        Block* b = cluster.back().get();
+      for (int i = wave - 1; i >= 0; --i) {
+        running.push_back(std::make_unique<Block>());
+        Block* b = running.back().get();
         b->storage.assign(shared + 1024, 0xFF);
         b->shared = (u8*)(((uintptr_t)b->storage.data() + 1023) / 1024 * 1024);
-        b->index = {first + rank, 0, z}, b->rank = rank;
+        b->index = {first + i, 0, z}, b->rank = i % size;
         b->lanes.resize(threads);
         for (int t = 0; t < threads; ++t) {
           fibers.push_back(std::make_unique<Fiber>());
@@ -314,6 +336,9 @@ static int run(Dim grid, int size, int threads, int shared, u32 random) {
           makecontext(&f->context, trampoline, 0);
         }
       }
+      for (auto& b : running)
+        for (auto& other : running)
+          if (other->index.x == b->index.x / size * size) b->first = other.get();
       size_t alive = fibers.size();
       for (int idle = 0; alive;) {
         long before = progress;

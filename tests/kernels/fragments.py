@@ -8,6 +8,7 @@ fragments for wgmma.m64nNk32 and k16, shared memory layout with 128-byte swizzli
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,14 +22,17 @@ REPLACED = {
     "extern __shared__ __align__(1024) u8 memory[];": "u8* const memory = current->block->shared;",
     "__shared__ int order;": "int& order = current->block->order;",
 }
+EMULATED = ("common.cuh", "ptx90.cuh", "wgmma.cuh", "mma.cuh", "scheme.cuh")
 PIECES = r"""
 extern "C" int tile_bytes() { return TILE_BYTES; }
 extern "C" int scales() { return 2 * PARTS; }
 extern "C" void registers(const u8* tile, u32* a, float* scale) {
   for (int t = 0; t < 128; ++t)
     for (int half = 0; half < HALVES; ++half) {
+      Words words;
       Fragment f;
-      dequantize(tile, t, half, f);
+      load(tile, t, half, words);
+      convert(words, f);
       memcpy(a + (half * 128 + t) * 16, f.a, sizeof f.a);
       memcpy(scale + t * 2 * PARTS, f.scale, sizeof f.scale);
     }
@@ -44,8 +48,7 @@ extern "C" void tiles(int tiles_m, int groups_n, int* out) {
 
 def build(folder: Path, macros: tuple, source: str = "", more: str = PIECES) -> ctypes.CDLL:
     """`source` of zq/kernels/src ("": only scheme.cuh), then `more`, behind emulator.h, as a library."""
-    text = (SOURCES / source).read_text() if source else ""
-    text = "\n".join(line for line in text.splitlines() if not line.startswith("#include"))
+    text = _inlined(source) if source else ""
     for here, there in REPLACED.items():
         text = text.replace(here, there)
     scheme = (SOURCES / "scheme.cuh").read_text().replace('#include "common.cuh"', "")
@@ -67,6 +70,12 @@ def build(folder: Path, macros: tuple, source: str = "", more: str = PIECES) -> 
     ]
     subprocess.run([*command, folder / "kernel.cpp", "-o", library], check=True)
     return ctypes.CDLL(str(library))
+
+
+def _inlined(source: str) -> str:
+    """The text of a source and of what it includes, without what emulator.h stands for."""
+    text = (SOURCES / source).read_text().replace("#pragma once", "")
+    return re.sub(r'#include "(.*)"', lambda found: "" if found[1] in EMULATED else _inlined(found[1]), text)
 
 
 def place_of_a(width: int) -> tuple[np.ndarray, np.ndarray]:

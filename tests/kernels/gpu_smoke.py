@@ -66,15 +66,15 @@ def forced(op: str, p: layout.Packing, m: int, n: int, k: int, sms: int, family:
         yield from (tiles.portable(op, p, tile, split, (m, n), family) for split in (2, 3, 8))
         return
     for tile, (cluster, split) in itertools.product(
-        tiles.tiles(op, p, 90), ((1, 1), (2, 1), (2, 2), (4, 4), (8, 8))
+        tiles.tiles(op, p, 90), ((1, 0), (1, 1), (2, 1), (2, 2), (4, 4), (8, 8))
     ):
-        sharing = cluster // split
+        sharing = cluster // max(split, 1)
         if (sharing > 1 and tile.tokens < 16) or (split > 1 and (tile.tokens > 64 or steps < split)):
             continue
         if m > 16 * tile.tokens:
             continue
-        config = tiles.persistent(op, p, tile, cluster, split, (m, n), sms)
-        yield config if split > 1 else replace(config, grid=(min(config.grid[0], 16 * cluster), 1, 1))
+        config = tiles.persistent(op, p, tile, cluster, split, (m, n, k), sms)
+        yield config if split != 1 else replace(config, grid=(min(config.grid[0], 16 * cluster), 1, 1))
 
 
 def run_case(driver: Driver, folder: Path, c: Config, arch: str, case: dict, more: list[str]) -> Tensor:
@@ -244,14 +244,14 @@ def sweep(units: list[Unit], folder: Path, arch: str) -> None:
         chosen = tiles.choose(op, m, n, k, group=p.group, arch=90, sms=sms)
         cells = []
         for tile, (cluster, split) in itertools.product(
-            tiles.tiles(op, p, 90), ((1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
+            tiles.tiles(op, p, 90), ((1, 0), (1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
         ):
             blocks = -(-n // 128) * -(-m // tile.tokens)
-            fits = split == 1 or (tile.tokens <= 64 and blocks * split <= 2 * sms)
-            shares = cluster == split or tile.tokens >= 64
+            fits = split <= 1 or (tile.tokens <= 64 and blocks * split <= 2 * sms)
+            shares = cluster == max(split, 1) or tile.tokens >= 64
             if tile.tokens > 4 * m + 8 or m > 64 * tile.tokens or not (fits and shares):
                 continue
-            c = tiles.persistent(op, p, tile, cluster, split, (m, n), sms)
+            c = tiles.persistent(op, p, tile, cluster, split, (m, n, k), sms)
             us = our_time(driver, folder, c, arch, cases)
             mark = "*" * ((c.entry, c.cluster, c.split) == (chosen.entry, chosen.cluster, chosen.split))
             cells.append((us, f"{tile.entry}/{cluster}/{split}{mark} {us:.1f}"))

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 LAUNCH = """
 struct Call { void* entry; const u8* x; const float* sx; const int* rowsum; const u8* w; const float* scale;
               const void* bias; u16* y; u8* workspace; int M, N, K, ldx, split, out; };
-extern "C" int launch(Call c, int gx, int gz, int blocks, int threads, int shared, int box, int random) {
+extern "C" int launch(Call c, int gx, int gz, int blocks, int together, int threads, int shared, int box,
+                      int random) {
 #ifdef MAPPED
   Map map = {c.x, c.M, (long)c.K * ACT, (long)c.ldx * ACT, box};
 #define FIRST_TYPE Map,
@@ -37,7 +38,7 @@ extern "C" int launch(Call c, int gx, int gz, int blocks, int threads, int share
     f(FIRST c.x, c.sx, c.rowsum, c.w, c.scale, c.bias, c.y, c.workspace,
       c.M, c.N, c.K, c.ldx, c.split, c.out);
   };
-  return run({gx, 1, gz}, blocks, threads, shared, random);
+  return run({gx, 1, gz}, blocks, together, threads, shared, random);
 }
 """
 
@@ -78,7 +79,9 @@ def compute(
         setattr(call, key, given[key].data_ptr() if key in given else None)
     call.bias, call.y, call.workspace = bias.data_ptr(), y.data_ptr(), workspace.data_ptr()
     grid_x, _, grid_z = c.grid
-    status = library.launch(call, grid_x, grid_z, c.cluster, c.block, c.shared, c.map_rows, random)
+    status = library.launch(
+        call, grid_x, grid_z, c.cluster, int(c.split == 0), c.block, c.shared, c.map_rows, random
+    )
     assert status == 0, "everyone waits" if status == 1 else "a copy landed after the end"
     assert bool(y[m:].isnan().all())
     assert not bool(workspace[: c.zeroed].any())
@@ -135,7 +138,7 @@ def test_sm90(op: str, p: layout.Packing, tmp_path: Path) -> None:
         if tile.tokens < 64 or (split > 1 and tile.tokens > 64):
             continue
         c = tiles.persistent(
-            op, p, tile, cluster, split, (m, n), 2
+            op, p, tile, cluster, split, (m, n, k), 2
         )  # two multiprocessors: several tiles for each
         check(
             op, given, compute(library, c, given, number, p.float16 if p.act_bytes == 2 else torch.bfloat16)
@@ -149,9 +152,40 @@ def test_sm90_with_few_tokens(tokens: int, tmp_path: Path) -> None:
     given = operands(op, p, tokens - 3, 200, 1168)
     tile = tiles.Tile(tokens)
     for split in (1, 4, 8):
-        c = tiles.persistent(op, p, tile, split, split, (tokens - 3, 200), 16)
+        c = tiles.persistent(op, p, tile, split, split, (tokens - 3, 200, 1168), 16)
         for random in range(3):
             check(op, given, compute(library, c, given, random, torch.float16))
+
+
+@pytest.mark.parametrize(("op", "p"), SCHEMES, ids=NAMES)
+def test_pairs_of_warpgroups_take_turns(op: str, p: layout.Packing, tmp_path: Path) -> None:
+    """Several tiles for a block, of an odd number of steps and of one, so that the pairs change places."""
+    library = compiled(tmp_path, op, p, "gemm_sm90.cu")
+    tile = tiles.Tile(16)
+    assert tiles.turns(op, p, tile) == 2
+    for k, out in ((592, torch.bfloat16), (96, torch.float16)):
+        given = operands(op, p, 13, 330, k)
+        c = tiles.persistent(op, p, tile, 1, 1, (13, 330, k), 2)
+        check(op, given, compute(library, c, given, k, p.float16 if p.act_bytes == 2 else out))
+
+
+@pytest.mark.parametrize(("op", "p"), SCHEMES, ids=NAMES)
+def test_blocks_share_the_tiles_evenly(op: str, p: layout.Packing, tmp_path: Path) -> None:
+    """A tile for less than a block, for one and a half, for several; floats add up the same at any timing."""
+    library = compiled(tmp_path, op, p, "gemm_sm90.cu")
+    out = p.float16 if p.act_bytes == 2 else torch.bfloat16
+    for (m, n, k), tokens, sms in [
+        ((13, 330, 592), 16, 4),  # 3 tiles of 5 steps, 4 blocks
+        ((7, 130, 1168), 8, 5),  # 2 tiles of 10 steps, 5 blocks
+        ((70, 1000, 400), 64, 3),  # 16 tiles of 4 steps, 3 blocks
+        ((120, 300, 300), 128, 2),  # 3 tiles of 3 steps, 2 blocks
+    ]:
+        given = operands(op, p, m, n, k)
+        c = tiles.persistent(op, p, tiles.Tile(tokens), 1, 0, (m, n, k), sms)
+        assert c.grid[0] == sms
+        first = compute(library, c, given, 1, out)
+        check(op, given, first)
+        assert torch.equal(first, compute(library, c, given, 2, out))
 
 
 @pytest.mark.parametrize("plain", [1, 3])
@@ -160,5 +194,5 @@ def test_ordinary_loads(plain: int, tmp_path: Path) -> None:
     library = compiled(tmp_path, op, p, "gemm_sm90.cu", plain)
     given = operands(op, p, 40, 200, 400)
     for cluster in (1, 2):
-        c = tiles.persistent(op, p, tiles.Tile(64), cluster, 1, (40, 200), 4)
+        c = tiles.persistent(op, p, tiles.Tile(64), cluster, 1, (40, 200, 400), 4)
         check(op, given, compute(library, c, given, 0, torch.bfloat16))

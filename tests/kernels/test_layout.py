@@ -66,21 +66,42 @@ def test_unpack_undoes_pack(p: Packing, n: int, k: int) -> None:
         assert was is None or (was.dtype == now.dtype and torch.equal(was, now))
 
 
+@pytest.mark.parametrize("p", PACKINGS, ids=name)
+def test_the_two_tiles_of_128_rows_and_a_step_lie_side_by_side(p: Packing) -> None:
+    n, k = 384, 512
+    given = example(p, n, k)
+    packed, steps = pack(p, *given), k // 128
+    for row, step in [(0, 0), (1, 3), (4, 0), (5, 2)]:
+        here = (row // 2 * steps + step) * 2 + row % 2
+        found = packed[here * p.tile_bytes :][: p.tile_bytes]
+        one = [None if x is None else cut(x, row, step, steps) for x in given]
+        assert torch.equal(found, pack(p, *one)[: p.tile_bytes])  # type: ignore[arg-type]
+
+
+def cut(x: Tensor, row: int, step: int, steps: int) -> Tensor:
+    """The part of codes, scales or offsets that belongs to a tile, the tile's rows first."""
+    width = x.shape[1] // steps
+    here = x[:, step * width : (step + 1) * width]
+    if x.shape[0] == 3:  # blocks of 128 rows
+        return here[row // 2 :][:1]
+    return here[64 * row :][:64]
+
+
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("p", PACKINGS, ids=name)
 def test_the_kernels_registers_hold_the_weight(p: Packing, tmp_path: Path) -> None:
-    """`dequantize` of zq/kernels/src/scheme.cuh, compiled for the host, on each of four tiles."""
+    """`load` and `convert` of zq/kernels/src/scheme.cuh, compiled for the host, on each of four tiles."""
     library = build(tmp_path, (*macros(OPS.get(p.kind, p.kind), p), ("HALF_WIDTH", 1), ("TOKENS", 8)))
     assert library.tile_bytes() == p.tile_bytes
     n, k = 128, 256
     codes, scale, offset = example(p, n, k)
-    packed = pack(p, codes, scale, offset).reshape(2, 2, -1).numpy()
+    packed = pack(p, codes, scale, offset).reshape(2, 2, -1).numpy()  # steps, the two tiles of a pair
     wanted = expected(p, codes, scale, offset)
     for row in range(2):
         for step in range(2):
             registers = np.zeros((p.act_bytes, 128, 16), np.uint32)
             scales = np.zeros((128, library.scales()), np.float32)
-            tile = np.ascontiguousarray(packed[row, step])
+            tile = np.ascontiguousarray(packed[step, row])
             library.registers(*(a.ctypes.data_as(ctypes.c_void_p) for a in (tile, registers, scales)))
             here = wanted[64 * row :, 128 * step :][:64, :128]
             assert np.array_equal(gather_a(registers, p.act_bytes), here)

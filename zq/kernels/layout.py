@@ -1,9 +1,11 @@
 """The packed weight: one layout for every tensor-core path, read with 16-byte loads and no index arithmetic.
 
-A weight [N, K] is cut into *tiles* of 64 rows x 128 inputs, stored tile after tile along K, then along N;
-both are padded to 128. A tile holds its codes and, behind them, the scales that the inner loop needs, so one
-bulk copy fetches it. Inside a tile codes lie in *fragment order*: thread t = 32 w + l of 128 (warp w, lane l)
-finds its registers of the A operand at 16-byte chunks (i * 128 + t) * 16, i = 0, 1, ...
+A weight [N, K] is cut into *tiles* of 64 rows x 128 inputs; N and K are padded to 128. The two tiles of 128
+rows and the same inputs lie side by side, so that one bulk copy fetches both; pairs follow along K, then
+along N: tile r of step k is at ((r / 2 * steps + k) * 2 + r % 2) * tile_bytes. A tile holds its codes and,
+behind them, the scales that the inner loop needs. Inside a tile codes lie in *fragment order*: thread
+t = 32 w + l of 128 (warp w, lane l) finds its registers of the A operand at 16-byte chunks
+(i * 128 + t) * 16, i = 0, 1, ...
 
     The A fragment of wgmma m64 in warp w is that of mma.sync m16 for rows 16 w .. 16 w + 15 (PTX ISA,
     fragments of wgmma.m64nNk32 and mma.m16n8k32): register p = 0 .. 3 of lane l holds row l / 4 + 8 (p & 1)
@@ -129,13 +131,13 @@ def pack(p: Packing, codes: Tensor, scale: Tensor | None = None, offset: Tensor 
     elif p.group:
         assert scale is not None
         parts.append(_bytes(_scale_block(p, scale, offset, n, k)))
-    return torch.cat(parts, -1).reshape(-1)
+    return torch.cat(parts, -1).unflatten(0, (-1, 2)).transpose(1, 2).reshape(-1)
 
 
 def unpack(p: Packing, packed: Tensor, n: int, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Inverse of `pack`: (codes, scale, offset) without the padding."""
     up, kp = padded(n) // ROWS, padded(k) // STEP
-    tiles = packed.reshape(up, kp, p.tile_bytes)
+    tiles = packed.reshape(up // 2, kp, 2, p.tile_bytes).transpose(1, 2).reshape(up, kp, p.tile_bytes)
     data, block = tiles.split([p.tile_bytes - p.scale_bytes, p.scale_bytes], -1)
     slots = data if p.bits == 8 else _separate(p, data)
     codes = slots[..., torch.argsort(_order(p.bits, p.act_bytes)).to(packed.device)]

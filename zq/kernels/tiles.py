@@ -2,8 +2,8 @@
 
 A block computes `rows` rows of W for `tokens` tokens; entry `t64` means 64 tokens. On sm_90a (gemm_sm90.cu)
 blocks are persistent and form clusters, elsewhere (gemm_mma.cu) there is one block for each tile and share
-of K. Few tokens leave fewer tiles than multiprocessors: then K is split. The cost of the larger tiles is
-estimated from the rates below; what is compared is time, so only their ratios matter.
+of K. Few tokens leave fewer tiles than multiprocessors: then K is split. Larger tiles are compared by what
+the clocks below add up to.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ KINDS = {  # operator -> kind of packing
 SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90
 STAGES = 16  # of a ring, at most: 150 KB in flight are several times what hides the latency of memory
 PITCH = 144  # of gemm_sm90.cu
-PERSISTENT = 384  # threads of gemm_sm90.cu
 SPLITS = (1, 2, 4, 8)
 LEAST_STEPS = 4  # of a share of K
 
-# Rates of one multiprocessor of an H100, bytes and multiply-adds a clock.
-L2_RATE, MAC_RATE = 24, {1: 4096, 2: 2048}
-EPILOGUE = 24  # clocks for each token of a tile, with what it takes to refill the ring
+# Clocks of one multiprocessor, fitted to times of W4A8-INT8 on an H200: for choosing, not for predicting.
+MAC_RATE = {1: 4096, 2: 2048}  # multiply-adds in a clock, by bytes of an activation
+WEIGHTS = 640  # clocks to bring and convert the weights of 128 rows and a step, whatever the tokens
+FILL, EPILOGUE = 4000, 50  # clocks to refill the ring for a tile, to write a token of 128 rows
+TAKE, HAND = 1000, 32  # clocks to take another block's sums, and for a token of 128 rows
+IDLE = 0.1  # share of the multiprocessors' time that whole tiles must leave unused before sharing is tried
 
 
 @dataclass(frozen=True)
 class Config:
     """A launch: `unit` and `entry` name the kernel, `shared` is in bytes, `cluster` and `split` count blocks.
+    split: blocks that share K of each tile; 0: all blocks share all tiles evenly (share90.cuh).
     workspace: bytes, of which the first `zeroed` are zero before and after. pdl: may begin before the kernel
     in front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none."""
 
@@ -117,13 +120,22 @@ def choose(  # noqa: PLR0913 (a shape, a scheme and a device)
     return _portable(op, p, m, n, k, arch, sms)
 
 
-def stages_and_shared(p: Packing, tile: Tile, scaled_x: bool = False) -> tuple[int, int]:
+def turns(op: str, p: Packing, tile: Tile) -> int:
+    """How many pairs of consumer warpgroups a block of gemm_sm90.cu has: two where registers allow it and
+    waiting takes longer than computing."""
+    return 2 if tile.tokens <= (32 if has_parts(op, p) else 64) else 1
+
+
+def stages_and_shared(op: str, p: Packing, tile: Tile) -> tuple[int, int]:
     """(stages of the ring, bytes of shared memory) of gemm_sm90.cu; it finds the first from the second."""
     tokens = tile.tokens
     turn = 2 * min(tokens, 64) * PITCH
     extra = max(turn, tile.rows * tokens * 4) if tokens <= 64 else turn
-    stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 4 * tokens * scaled_x + 16
-    stages = min(STAGES, (SHARED - extra) // stage)
+    extra += 16 * tokens + 6 * tile.rows  # terms: two of each token, for both warpgroups; scale and bias
+    stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 16  # two barriers
+    stage += 4 * tokens * (op == "fp8_block128")
+    pairs = turns(op, p, tile)
+    stages = min(STAGES, (SHARED - extra) // stage) // pairs * pairs
     return stages, extra + stages * stage
 
 
@@ -134,30 +146,41 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     parts = [
         s for s in SPLITS if s == 1 or (blocks * -(-m // tile.tokens) * s <= sms and steps >= s * LEAST_STEPS)
     ]
-    if m <= tile.tokens:
-        options = [(tile, parts[-1], parts[-1])]
-    else:
-        options = [(t, c, 1) for t in choices[3:] for c in (1, 2)] + [(tile, s, s) for s in parts[1:]]
-    tile, cluster, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
-    return persistent(op, p, tile, cluster, split, (m, n), sms)
+    fitting = [tile] if m <= tile.tokens else choices[3:]
+    options = [(t, 1) for t in fitting] + [(tile, s) for s in parts[1:]]
+    for t in fitting:
+        works = _works(t, 1, m, n)
+        if works < (1 - IDLE) * -(-works // sms) * sms and works * steps >= LEAST_STEPS * sms:
+            options.append((t, 0))
+    tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
+    return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
 
 
 def persistent(
-    op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int], sms: int
+    op: str, p: Packing, tile: Tile, cluster: int, split: int, shape: tuple[int, int, int], sms: int
 ) -> Config:
-    """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster)."""
-    works = _works(tile, cluster // split, *shape)
+    """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster), or
+    all blocks share all tiles (split = 0)."""
+    m, n, k = shape
+    works = _works(tile, cluster // max(split, 1), m, n)
     grid = works * split if split > 1 else min(works, sms // cluster) * cluster
+    zeroed = scratch = 0
+    if split == 0:
+        grid = min(sms, works * -(-k // STEP))
+        zeroed = -(-8 * grid // 16) * 16
+        scratch = 4 * tile.rows * tile.tokens * grid
     return Config(
         unit=unit_name(op, p, 90),
         entry=tile.entry,
         grid=(grid, 1, 1),
-        block=PERSISTENT,
-        shared=stages_and_shared(p, tile, op == "fp8_block128")[1],
+        block=128 + 256 * turns(op, p, tile),
+        shared=stages_and_shared(op, p, tile)[1],
         cluster=cluster,
         split=split,
+        workspace=zeroed + scratch,
+        zeroed=zeroed,
         pdl=True,
-        map_rows=tile.tokens * split // cluster,
+        map_rows=tile.tokens * max(split, 1) // cluster,
     )
 
 
@@ -166,14 +189,18 @@ def _works(tile: Tile, sharing: int, m: int, n: int) -> int:
     return -(-m // tile.tokens) * -(-n // (tile.rows * sharing))
 
 
-def _clocks(p: Packing, tile: Tile, cluster: int, split: int, m: int, n: int, steps: int, sms: int) -> float:
-    """Estimated time of a product in clocks, the slower of tensor core and L2 cache in every step."""
-    sharing = cluster // split
-    rounds = -(-_works(tile, sharing, m, n) // (sms // cluster))
-    tensor = tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes]
-    fetched = tile.rows // 64 * p.tile_bytes + tile.tokens * STEP * p.act_bytes / sharing
-    each = -(-steps // split) * max(tensor, fetched / L2_RATE)
-    return rounds * (each + tile.tokens * EPILOGUE * (1 if split == 1 else split))
+def _clocks(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int, sms: int) -> float:
+    """Estimated time of a product in clocks: rounds of tiles, the slower of tensor core and weights in every
+    step. Blocks of a cluster that share x have never been faster, so none are considered."""
+    heights, works = tile.rows // 128, _works(tile, 1, m, n)
+    step = max(tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes], WEIGHTS * heights)
+    tokens = tile.tokens * heights
+    if split == 0:
+        ended, taken = -(-works // sms), -(-sms // works)
+        added = FILL + taken * (TAKE + tokens * HAND)
+        return -(-works * steps // sms) * step + ended * (FILL + tokens * EPILOGUE) + added
+    rounds = -(-works * split // sms)
+    return rounds * (-(-steps // split) * step + FILL + tokens * EPILOGUE * split)
 
 
 def _portable(op: str, p: Packing, m: int, n: int, k: int, arch: int, sms: int) -> Config:

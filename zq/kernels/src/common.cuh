@@ -43,6 +43,12 @@ __device__ __forceinline__ u16 to_e4m3x2(float low, float high) {
 }
 #endif
 
+// Four bytes to shared memory, of which the last ones are zeros; both addresses are multiples of four.
+__device__ __forceinline__ void copy4(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Programmatic dependent launch. Before `pdl_wait` a kernel may touch only what no earlier kernel writes.
 // A kernel that calls `pdl_launch` lets the next one begin; that one still waits for all of this one's writes.
 __device__ __forceinline__ void pdl_wait() {

@@ -51,14 +51,11 @@ template <int BT, int ROWS, int STAGES> __device__ __forceinline__ void gemm(con
           copy16(to + half * BT * 128 + row * 128 + (chunk ^ (row & 7)) * 16,
                  inside ? a.x + (size_t)m * a.ldx * ACT + byte : a.x, inside);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const u8* from = a.w + ((size_t)(tile.n * 2 + i) * steps + kt) * TILE_BYTES;
-        for (int c = thread; c < TILE_BYTES / 16; c += THREADS) copy16(to + X + i * TILE_BYTES + c * 16, from + c * 16, true);
-      }
+      const u8* from = a.w + ((size_t)tile.n * steps + kt) * W;
+      for (int c = thread; c < W / 16; c += THREADS) copy16(to + X + c * 16, from + c * 16, true);
       if (SCALED_X && thread < BT) {
         const bool inside = m0 + thread < a.M;
-        copy4(to + X + W + thread * 4, inside ? a.sx + (size_t)(m0 + thread) * steps + kt : a.sx, inside);
+        copy4(to + X + W + thread * 4, inside ? a.sx + (size_t)(m0 + thread) * steps + kt : a.sx, inside ? 4 : 0);
       }
     }
     copies_commit();
@@ -88,8 +85,11 @@ template <int BT, int ROWS, int STAGES> __device__ __forceinline__ void gemm(con
     for (int half = 0; half < HALVES; ++half) {
       Fragment f[ROWS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        dequantize(stage + X + (wn * ROWS + r) * TILE_BYTES, quarter * 32 + lane, half, f[r]);
+      for (int r = 0; r < ROWS; ++r) {
+        Words words;
+        load(stage + X + (wn * ROWS + r) * TILE_BYTES, quarter * 32 + lane, half, words);
+        convert(words, f[r]);
+      }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // one instruction along k
         const bool starts = j % (4 / PARTS) == 0, ends = (j + 1) % (4 / PARTS) == 0;

@@ -2,63 +2,50 @@
 //
 // The operands are swapped: rows of W are the 64 rows of a wgmma and tokens its columns, so a tile of 8 tokens
 // wastes nothing and weights go from shared memory through registers, where they are dequantized, into the
-// tensor core. A block is one producer warpgroup and two consumer warpgroups of 64 ROWS weights each. The
+// tensor core. A block is one producer warpgroup and two consumer warpgroups of 64 ROWS weights each; for few
+// tokens, where waiting is most of the work, there are two more, and the two pairs take turns at the stages. The
 // producer fills a ring of stages of 128 k: packed weights by bulk copies, activations by tensor copies that
 // swizzle and fill with zeros beyond M and K. Consumers hold two sets of A registers: one is dequantized while
 // the tensor core reads the other.
 //
 // Clusters: with split = 1 the blocks of a cluster take neighbouring rows of W and the same tokens, and each
 // fetches its share of x for all (multicast); blocks are persistent. With split > 1 the blocks of a cluster
-// share one tile of y, each a range of K, and rank 0 adds their sums in the order of ranks.
+// share one tile of y, each a range of K, and rank 0 adds their sums in the order of ranks. With split = 0 all
+// blocks share the tiles evenly (share90.cuh).
 //
 // -DZQ_PLAIN=1 copies x, 2 the weights, 3 both with ordinary loads: slow, to find out which copy is wrong.
-#include "ptx90.cuh"
+#include "output90.cuh"
+#include "share90.cuh"
 #include "wgmma.cuh"
 
 #ifndef ZQ_PLAIN
 #define ZQ_PLAIN 0
 #endif
 
-constexpr int WARPGROUPS = 2;  // that consume
-constexpr int THREADS = 128 * (WARPGROUPS + 1);
+constexpr int WARPGROUPS = 2;  // that consume a stage
+constexpr int FEW = PART_STEPS ? 32 : 64;  // tokens, up to which two pairs of them take turns
 constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
-constexpr int PITCH = 144;     // bytes of a token's 64 outputs while they are transposed: no bank conflicts
 template <int I> struct Index { static constexpr int value = I; };
 
-struct Args {
-  const u8* x;
-  const float* sx;
-  const int* rowsum;
-  const u8* w;
-  const float* scale;
-  const void* bias;
-  u16* y;
-  int M, N, K, ldx, split, out;
-};
-
 template <int BT, int ROWS> struct Shape {
+  static constexpr int TURNS = BT <= FEW ? 2 : 1;
+  static constexpr int THREADS = 128 * (WARPGROUPS * TURNS + 1);
   static constexpr int TILES = WARPGROUPS * ROWS;  // of 64 rows
   static constexpr u32 X = BT * 128 * ACT;         // bytes of a stage
   static constexpr u32 W = TILES * TILE_BYTES;
-  static constexpr u32 SA = ZQ_KIND == KIND_FP8_BLOCK ? BT * 4 : 0;
-  static constexpr u32 TURN = (BT < 64 ? BT : 64) * PITCH;               // to transpose, each warpgroup
-  static constexpr u32 EXCHANGE = BT <= 64 ? 64 * TILES * BT * 4 : 0;    // sums of a split
-  static constexpr u32 EXTRA = WARPGROUPS * TURN > EXCHANGE ? WARPGROUPS * TURN : EXCHANGE;
+  static constexpr u32 SA = SCALED_STEPS ? BT * 4 : 0;
+  // Of each warpgroup: what its epilogue needs. In the first, sums are transposed, and exchanged in a split.
+  static constexpr u32 TURN = (BT < 64 ? BT : 64) * PITCH;
+  static constexpr u32 EXCHANGE = BT <= 64 ? 64 * ROWS * BT * 4 : 0;
+  static constexpr u32 AREA = TURN > EXCHANGE ? TURN : EXCHANGE;
+  static constexpr u32 EXTRA = WARPGROUPS * (AREA + sizeof(Terms<BT, ROWS>));
 };
-
-__device__ __forceinline__ void store_row(u16* to, const u8* from, int count, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    return;
-  }
-#pragma unroll 1
-  for (int e = 0; e < count; ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
-}
 
 template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Args a) {
   using S = Shape<BT, ROWS>;
   extern __shared__ __align__(1024) u8 memory[];
-  const int stages = (dynamic_shared_bytes() - S::EXTRA) / (S::X + S::W + S::SA + 16);
+  // Each pair always takes the same stages: a barrier cannot tell a phase from the last but one.
+  const int stages = (dynamic_shared_bytes() - S::EXTRA) / (S::X + S::W + S::SA + 16) / S::TURNS * S::TURNS;
   u8* const w_ring = memory + stages * S::X;
   u8* const extra = w_ring + stages * S::W;
   float* const sa_ring = reinterpret_cast<float*>(extra + S::EXTRA);
@@ -67,7 +54,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 
   const int thread = threadIdx.x, warpgroup = thread >> 7, t = thread & 127, lane = thread & 31;
   const u32 blocks = cluster_size(), rank = blocks > 1 ? cluster_rank() : 0;
-  const bool split = a.split > 1;
+  const bool split = a.split > 1, evenly = a.split == 0;
   const u32 sharing = split ? 1 : blocks, place = split ? 0 : rank;  // blocks that read the same x, and which this is
   if (thread == 0) {
     for (int i = 0; i < stages; ++i) {
@@ -83,34 +70,37 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
   const int first = split ? steps * rank / blocks : 0, last = split ? steps * (rank + 1) / blocks : steps;
   const int tiles64 = (a.N + 127) / 128 * 2, tiles_m = (a.M + BT - 1) / BT;
   const int blocks_n = (tiles64 + S::TILES - 1) / S::TILES, groups_n = (blocks_n + sharing - 1) / sharing;
-  const int works = tiles_m * groups_n, stride = gridDim.x / blocks, begin = blockIdx.x / blocks;
+  const Share share(tiles_m * groups_n, steps, gridDim.x / blocks, blockIdx.x / blocks, first, last, evenly);
   int s = 0;
   u32 phase = 0;
-  auto advance = [&] {
-    if (++s == stages) s = 0, phase ^= 1;
+  auto advance = [&](int by = 1) {
+    if ((s += by) >= stages) s -= stages, phase ^= 1;
   };
 
   if (warpgroup == 0) {
-    if constexpr (BT * ROWS >= 128) give_registers<56>();
+    if constexpr (S::TURNS == 1) give_registers<56>();
+    if constexpr (S::TURNS == 2) give_registers<32>();
     const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
-#pragma unroll 1
-      for (int i = 0; i < S::TILES; ++i) {
-        int tile = min((int)(n * sharing + place) * S::TILES + i, tiles64 - 1);
-        const u8* from = a.w + ((size_t)tile * steps + kt) * TILE_BYTES;
+#pragma unroll
+      for (int i = 0; i < S::TILES / 2; ++i) {
+        const int pair = min((int)(n * sharing + place) * S::TILES / 2 + i, tiles64 / 2 - 1);
+        const u8* from = a.w + ((size_t)pair * steps + kt) * 2 * TILE_BYTES;
+        const u32 to = s * S::W + i * 2 * TILE_BYTES;
 #if ZQ_PLAIN & 2
-        for (int c = t; c < TILE_BYTES / 16; c += 128)
-          reinterpret_cast<uint4*>(w_ring + s * S::W + i * TILE_BYTES)[c] = reinterpret_cast<const uint4*>(from)[c];
+        for (int c = t; c < 2 * TILE_BYTES / 16; c += 128)
+          reinterpret_cast<uint4*>(w_ring + to)[c] = reinterpret_cast<const uint4*>(from)[c];
 #else
-        bulk_copy(shared_address(w_ring) + s * S::W + i * TILE_BYTES, from, TILE_BYTES, full + 8 * s, w_policy);
+        bulk_copy(shared_address(w_ring) + to, from, 2 * TILE_BYTES, full + 8 * s, w_policy);
 #endif
       }
     };
 #if ZQ_PLAIN
     pdl_wait();
-    for (int work = begin; work < works; work += stride) {
-      Tile tile = tile_of<BT>(work, tiles_m, groups_n);
-      for (int kt = first; kt < last; ++kt, advance()) {
+    for (int i = 0; i < share.count; ++i) {
+      const Segment segment = share[i];
+      Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+      for (int kt = segment.first; kt < segment.last; ++kt, advance()) {
         barrier_wait(empty + 8 * s, phase ^ 1);
 #if ZQ_PLAIN & 1
         for (int c = t; c < BT * 8 * HALVES; c += 128) {
@@ -149,22 +139,24 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 #else
     if (thread == 0) {
       // Weights do not depend on the kernel before this one; x does.
-      const int early = min(stages, begin < works ? last - first : 0);
-      if (early) {
-        Tile tile = tile_of<BT>(begin, tiles_m, groups_n);
-        for (int i = 0; i < early; ++i, advance()) {
+      int early = 0;
+      if (share.count) {
+        const Segment segment = share[0];
+        const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+        for (; early < min(stages, segment.last - segment.first); ++early, advance()) {
           barrier_arrive_expect(full + 8 * s, S::X + S::W);
-          copy_w(tile.n, first + i);
+          copy_w(tile.n, segment.first + early);
         }
       }
       pdl_wait();
       s = 0, phase = 0;
       const u64 x_policy = keep_policy();
-      const u32 share = place * (BT / sharing);
+      const u32 slice = place * (BT / sharing);
       int done = 0;
-      for (int work = begin; work < works; work += stride) {
-        Tile tile = tile_of<BT>(work, tiles_m, groups_n);
-        for (int kt = first; kt < last; ++kt, ++done, advance()) {
+      for (int i = 0; i < share.count; ++i) {
+        const Segment segment = share[i];
+        const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+        for (int kt = segment.first; kt < segment.last; ++kt, ++done, advance()) {
           if (done >= early) {
             barrier_wait(empty + 8 * s, phase ^ 1);
             barrier_arrive_expect(full + 8 * s, S::X + S::W);
@@ -172,25 +164,26 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           }
 #pragma unroll 1
           for (int h = 0; h < HALVES; ++h)
-            tensor_copy(x_ring + s * S::X + h * BT * 128 + share * 128, map, kt * 128 + h * 64, tile.m * BT + share,
+            tensor_copy(x_ring + s * S::X + h * BT * 128 + slice * 128, map, kt * 128 + h * 64, tile.m * BT + slice,
                         full + 8 * s, x_policy, (1 << sharing) - 1);
         }
       }
     }
     if (S::SA && (thread >> 5) == 1) {  // scales of x change with k: a second warp fetches them
       pdl_wait();
-      for (int work = begin; work < works; work += stride) {
-        Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+      for (int i = 0; i < share.count; ++i) {
+        const Segment segment = share[i];
+        const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
         float ahead[(BT + 31) / 32];
         auto fetch = [&](int kt) {
 #pragma unroll
           for (int i = 0; i < (BT + 31) / 32; ++i) {
             int token = i * 32 + lane, m = tile.m * BT + token;
-            ahead[i] = token < BT && m < a.M && kt < last ? a.sx[(size_t)m * steps + kt] : 0.f;
+            ahead[i] = token < BT && m < a.M && kt < segment.last ? a.sx[(size_t)m * steps + kt] : 0.f;
           }
         };
-        fetch(first);
-        for (int kt = first; kt < last; ++kt, advance()) {
+        fetch(segment.first);
+        for (int kt = segment.first; kt < segment.last; ++kt, advance()) {
           barrier_wait(empty + 8 * s, phase ^ 1);
 #pragma unroll
           for (int i = 0; i < (BT + 31) / 32; ++i)
@@ -205,8 +198,11 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     pdl_launch();
     if (split) cluster_sync();
   } else {
-    if constexpr (BT * ROWS >= 128) take_registers<224>();
-    const int group = warpgroup - 1, warp = t >> 5;
+    if constexpr (S::TURNS == 1) take_registers<224>();
+    if constexpr (S::TURNS == 2) take_registers<112>();
+    const int group = (warpgroup - 1) % WARPGROUPS, turn = (warpgroup - 1) / WARPGROUPS;
+    u8* const area = extra + group * S::AREA;
+    auto& terms = reinterpret_cast<Terms<BT, ROWS>*>(extra + WARPGROUPS * S::AREA)[group];
     Sum sum[ROWS][BT / 2];
     Fragment f[2];
     auto release = [&](int slot) {  // by a warp that has read it
@@ -217,43 +213,70 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         barrier_arrive_at(empty + 8 * slot, lane);
       }
     };
-    auto fetch = [&](int r, int half, Fragment& into) {
-      dequantize(w_ring + s * S::W + (group * ROWS + r) * TILE_BYTES, t, half, into);
+    // Codes are read ahead of their conversion, while the tensor core is busy. Not those of eight bits, which are
+    // operands as they are (in registers of their own they would make the compiler serialize the products), nor
+    // with partial sums, which wait for the tensor core anyway and take the registers.
+    constexpr bool AHEAD = (FOUR || WIDE) && PART_STEPS == 0;
+    Words words;
+    const u8* tile64;
+    auto load_ahead = [&](int i) {  // the i-th fragment of a stage
+      tile64 = w_ring + s * S::W + (group * ROWS + i / HALVES) * TILE_BYTES;
+      if (AHEAD) load(tile64, t, i % HALVES, words);
+    };
+    auto make = [&](Fragment& fragment) {
+      if (!AHEAD) load(tile64, t, 0, words);
+      convert(words, fragment);
+    };
+    auto load_stage = [&] {
+      barrier_wait(full + 8 * s, phase);
+      load_ahead(0);
     };
 
-    for (int work = begin; work < works; work += stride) {
-      const Tile tile = tile_of<BT>(work, tiles_m, groups_n);
+    pdl_wait();
+    s = turn;
+    int taken = 0;  // stages by all
+    for (int i = 0; i < share.count; ++i) {
+      const Segment segment = share[i];
+      const bool ends = segment.last == last;  // else another block ends the tile
+      const int skipped = (taken ^ turn) & (S::TURNS - 1);
+      const int count = (segment.last - segment.first - skipped + S::TURNS - 1) / S::TURNS;  // steps of this warpgroup
+      taken += segment.last - segment.first;
+      const Tile tile = tile_of<BT>(segment.work, tiles_m, groups_n);
+      const int m0 = tile.m * BT, n0 = ((int)(tile.n * sharing + place) * S::TILES + group * ROWS) * 64;
+      if (turn == 0 && ends) ask_terms(a, terms, m0, n0, t);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int i = 0; i < BT / 2; ++i) sum[r][i] = 0;
 
+      if (count) load_stage();
       if constexpr (PART_STEPS == 0) {
+        constexpr int FRAGMENTS = ROWS * HALVES;
         int before = -1;  // the stage that the tensor core may still be reading
-        auto step = [&](auto set) {
-          barrier_wait(full + 8 * s, phase);
+        auto step = [&](auto set, bool more) {
+          const int slot = s;
 #pragma unroll
-          for (int i = 0; i < ROWS * HALVES; ++i) {
+          for (int i = 0; i < FRAGMENTS; ++i) {
             Fragment& now = f[(set.value + i) & 1];
-            fetch(i / HALVES, i % HALVES, now);
+            make(now);
             wgmma_fence(now);
-            const u64 x = descriptor(x_ring + s * S::X + i % HALVES * BT * 128);
+            const u64 x = descriptor(x_ring + slot * S::X + i % HALVES * BT * 128);
 #pragma unroll
             for (int j = 0; j < 4; ++j) wgmma<BT>(sum[i / HALVES], now.a + 4 * j, x + 2 * j, 1);
             wgmma_commit();
+            if (i + 1 < FRAGMENTS) load_ahead(i + 1);
+            if (i + 1 == FRAGMENTS) {
+              advance(S::TURNS);
+              if (more) load_stage();
+            }
             wgmma_wait<1>();
             if (i == 0 && before >= 0) release(before);
           }
-          before = s;
-          advance();
+          before = slot;
         };
-        if constexpr (ROWS * HALVES % 2 == 0) {
-          for (int kt = first; kt < last; ++kt) step(Index<0>{});
-        } else {
-          int kt = first;
-          for (; kt + 1 < last; kt += 2) step(Index<0>{}), step(Index<1>{});
-          if (kt < last) step(Index<0>{});
-        }
+        int i = 0;
+        for (; i + 1 < count; i += 2) step(Index<0>{}, true), step(Index<FRAGMENTS & 1>{}, i + 2 < count);
+        if (i < count) step(Index<0>{}, false);
         wgmma_wait<0>();
         if (before >= 0) release(before);
 #pragma unroll
@@ -261,13 +284,12 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       } else {
         static_assert(ROWS == 1 && HALVES == 1, "parts take registers");
         Acc part[BT / 2];
-        auto step = [&](auto set, int kt) {
+        if (count) make(f[0]);
+        auto step = [&](auto set, int i) {
           Fragment &now = f[set.value], &next = f[set.value ^ 1];
           const int slot = s;
           const u64 x = descriptor(x_ring + slot * S::X);
-          const bool fresh = (kt - first) % PERIOD == 0;
-          const bool due = (kt - first) % PERIOD == PERIOD - 1 || kt + 1 == last;
-          advance();
+          const bool fresh = i % PERIOD == 0, due = i % PERIOD == PERIOD - 1 || i + 1 == count;
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
             wgmma_fence(now);
@@ -275,10 +297,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
             for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
               wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS || !fresh);
             wgmma_commit();
-            if (p == 0 && kt + 1 < last) {
-              barrier_wait(full + 8 * s, phase);
-              fetch(0, 0, next);
-            }
+            if (p == 0) advance(S::TURNS);
+            if (p == 0 && i + 1 < count) load_stage(), make(next);
             wgmma_wait<0>();
             settled(part);
             if (!S::SA && p == PARTS - 1) release(slot);
@@ -288,108 +308,58 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
                 float2 by = {1.f, 1.f};
                 if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  float scale = now.scale[2 * p + (i >> 1)] * (i & 1 ? by.y : by.x);
-                  sum[0][4 * j + i] = fmaf((float)part[4 * j + i], scale, sum[0][4 * j + i]);
+                for (int e = 0; e < 4; ++e) {
+                  float scale = now.scale[2 * p + (e >> 1)] * (e & 1 ? by.y : by.x);
+                  sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
                 }
               }
             }
           }
           if (S::SA) release(slot);
         };
-        if (first < last) {
-          barrier_wait(full + 8 * s, phase);
-          fetch(0, 0, f[0]);
-        }
-        int kt = first;
-        for (; kt + 1 < last; kt += 2) step(Index<0>{}, kt), step(Index<1>{}, kt + 1);
-        if (kt < last) step(Index<0>{}, kt);
+        int i = 0;
+        for (; i + 1 < count; i += 2) step(Index<0>{}, i), step(Index<1>{}, i + 1);
+        if (i < count) step(Index<0>{}, i);
       }
 
+      uint4* const handed = reinterpret_cast<uint4*>(area) + t;
+      if constexpr (S::TURNS == 2) {
+        named_barrier(3 + group, 256);  // the last tile has been written
+        if (turn == 1) put(sum, handed);
+        named_barrier(3 + group, 256);
+        if (turn == 0) add(sum, [&](int i) { return handed[i]; });
+      }
       if (split) {
-        uint4* mine = reinterpret_cast<uint4*>(extra);
-        const int slots = 128 * WARPGROUPS, slot = group * 128 + t;
-        if constexpr (S::EXCHANGE) {
-          if (rank > 0)
-#pragma unroll
-            for (int i = 0; i < ROWS * BT / 8; ++i) {
-              const Sum* v = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
-              mine[i * slots + slot] = {bits(v[0]), bits(v[1]), bits(v[2]), bits(v[3])};
-            }
-        }
+        if (S::EXCHANGE && rank > 0 && turn == 0) put(sum, handed);
         cluster_sync();
         if constexpr (S::EXCHANGE) {
-          if (rank == 0)
+          if (rank == 0 && turn == 0)
             for (u32 other = 1; other < blocks; ++other)
-#pragma unroll
-              for (int i = 0; i < ROWS * BT / 8; ++i) {
-                uint4 v = load_from(shared_address(mine + i * slots + slot), other);
-                Sum* to = sum[i * 4 / (BT / 2)] + i * 4 % (BT / 2);
-                to[0] += number<Sum>(v.x), to[1] += number<Sum>(v.y);
-                to[2] += number<Sum>(v.z), to[3] += number<Sum>(v.w);
-              }
+              add(sum, [&](int i) { return load_from(shared_address(handed + i), other); });
         }
         if (rank > 0) break;
       }
-
-      pdl_wait();
-      u8* const turn = extra + group * S::TURN;
-      constexpr int PIECE = BT < 64 ? BT : 64;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const int block_n = tile.n * sharing + place;
-        const int n0 = (block_n * S::TILES + group * ROWS + r) * 64;
-        const int row = n0 + warp * 16 + lane / 4;
-        float ws[2], bias[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const bool inside = row + 8 * h < a.N;
-          ws[h] = a.scale && inside ? a.scale[row + 8 * h] : 1.f;
-          bias[h] = a.bias && inside ? load16(a.bias, row + 8 * h, a.out) : 0.f;
+      if (turn > 0) continue;
+      if (evenly) {
+        const Workspace<ROWS, BT / 2> workspace(a.workspace, gridDim.x, group, t);
+        if (!ends) {
+          workspace.leave(sum, share.place, 1 + group);
+          continue;
         }
-#pragma unroll
-        for (int piece = 0; piece < BT / PIECE; ++piece) {
-          named_barrier(1 + group, 128);  // the last piece has been read
-#pragma unroll
-          for (int j = 0; j < PIECE / 8; ++j) {
-            const Sum* v = sum[r] + (piece * PIECE / 8 + j) * 4;
-            const int m = tile.m * BT + piece * PIECE + j * 8 + lane % 4 * 2;
-            float value[4];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const bool inside = m + c < a.M;
-              const float sx = a.sx && !S::SA && inside ? a.sx[m + c] : 1.f;
-              const int rowsum = a.rowsum && inside ? a.rowsum[m + c] : 0;
-#pragma unroll
-              for (int h = 0; h < 2; ++h) value[2 * h + c] = finish(v[2 * h + c], ws[h], sx, rowsum, bias[h]);
-            }
-            const int token = j * 8 + lane % 8, column = warp * 16 + lane / 8 % 2 * 8;
-            store_transposed(shared_address(turn) + token * PITCH + column * 2, pack2(value[0], value[1], a.out),
-                             pack2(value[2], value[3], a.out));
-          }
-          named_barrier(1 + group, 128);
-#pragma unroll
-          for (int i = 0; i < (PIECE * 8 + 127) / 128; ++i) {
-            const int c = i * 128 + t, token = c / 8, m = tile.m * BT + piece * PIECE + token, n = n0 + c % 8 * 8;
-            if (token < PIECE && m < a.M && n < a.N) {
-              const u8* from = turn + token * PITCH + c % 8 * 16;
-              u16* to = a.y + (size_t)m * a.N + n;
-              store_row(to, from, min(8, a.N - n), a.N % 8 == 0);
-            }
-          }
-        }
+        if (segment.first > 0) workspace.take(sum, share.beginner(segment.work), share.place, 1 + group);
       }
+      write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
   }
   if (blocks > 1) cluster_sync();  // no block may leave while another reads or writes its shared memory
 }
 
 #define ENTRY(NAME, BT, ROWS)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                      \
+  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, 1)                                                \
       NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
-           const float* scale, const void* bias, u16* y, void* workspace, int M, int N, int K, int ldx, int split, \
+           const float* scale, const void* bias, u16* y, u8* workspace, int M, int N, int K, int ldx, int split, \
            int out) {                                                                                           \
-    gemm<BT, ROWS>(&map, {x, sx, rowsum, w, scale, bias, y, M, N, K, ldx, split, out});                         \
+    gemm<BT, ROWS>(&map, {x, sx, rowsum, w, scale, bias, y, workspace, M, N, K, ldx, split, out});              \
   }
 ENTRY(t8, 8, 1)
 ENTRY(t16, 16, 1)

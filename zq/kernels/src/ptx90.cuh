@@ -118,6 +118,21 @@ __device__ __forceinline__ uint4 load_from(u32 address, u32 rank) {
   return v;
 }
 
+// Flags in global memory, between blocks. Who lowers one waits until it is up, and sees what came before.
+__device__ __forceinline__ void raise_flag(int* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void lower_flag(int* flag) {
+  u32 up = 0;
+  for (int tries = 0; !up; ++tries) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(up) : "l"(flag) : "memory");
+#ifdef ZQ_TRAP
+    if (tries > 1 << 20) __trap();
+#endif
+  }
+  *flag = 0;
+}
+
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }

@@ -40,7 +40,16 @@ template <> struct Number<true> { using type = int; };
 using Acc = Number<!FP8 && !WIDE>::type;                        // of the tensor core
 using Sum = Number<!FP8 && !WIDE && PART_STEPS == 0>::type;     // of the whole of K
 
-// For one thread: the A registers of four instructions, and the scales of its two rows.
+// What a thread reads of a tile for four instructions: chunks of codes, and the scales of its two rows.
+constexpr int CHUNKS = CODE_BYTES / 2048 / HALVES;
+constexpr int PAIR_WORDS = ZQ_KIND == KIND_W4A8_TWO ? 1 : GROUP_PARTS ? 2 : 1 + ZQ_ASYM;  // of a group's scales
+constexpr int SCALE_WORDS =
+    ZQ_KIND == KIND_FP8_BLOCK ? 1 : PAIR_WORDS * (GROUPS > 1 ? GROUPS / HALVES : GROUPS);
+struct Words {
+  u32 q[4 * CHUNKS];
+  u32 scale[SCALE_WORDS ? SCALE_WORDS : 1];
+};
+// For one thread: the A registers of four instructions, and the scales that multiply their sums.
 struct Fragment {
   u32 a[16];
   float scale[2 * PARTS];
@@ -66,14 +75,6 @@ constexpr u32 MAGIC = ZQ_HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128: addi
 constexpr u32 ONE = ZQ_HALF ? 0x3C003C00u : 0x3F803F80u;
 constexpr u32 SIGNS = 0x80008000u;
 
-__device__ __forceinline__ void words(const u8* tile, int t, int first, int count, u32* out) {
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    uint4 v = reinterpret_cast<const uint4*>(tile)[(first + i) * 128 + t];
-    out[4 * i] = v.x, out[4 * i + 1] = v.y, out[4 * i + 2] = v.z, out[4 * i + 3] = v.w;
-  }
-}
-
 // Bytes 0 .. 15 are the e4m3 codes of 0 .. 15 times 2^-9; a negative is stored one short.
 __device__ __forceinline__ u32 signed_e4m3(u32 v) {
   u32 m = v & 0x87878787u;
@@ -81,88 +82,98 @@ __device__ __forceinline__ u32 signed_e4m3(u32 v) {
 }
 
 // tile: in shared memory; t: 0 .. 127 in the warpgroup; half: which 128 bytes of X (16-bit activations).
-__device__ __forceinline__ void dequantize(const u8* tile, int t, int half, Fragment& f) {
-  const int pair = (t >> 5) * 8 + ((t & 31) >> 2);
+__device__ __forceinline__ void load(const u8* tile, int t, int half, Words& w) {
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    uint4 v = reinterpret_cast<const uint4*>(tile)[(half * CHUNKS + i) * 128 + t];
+    w.q[4 * i] = v.x, w.q[4 * i + 1] = v.y, w.q[4 * i + 2] = v.z, w.q[4 * i + 3] = v.w;
+  }
   const u8* scales = tile + CODE_BYTES;
-  u32 q[16];
+  if constexpr (GROUPS > 0) {
+    const int pair = (t >> 5) * 8 + ((t & 31) >> 2);
+    scales += (pair * GROUPS + half * 64 / GROUP) * PAIR_WORDS * 4;
+  }
+  if constexpr (SCALE_WORDS % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < SCALE_WORDS / 4; ++i) {
+      uint4 v = reinterpret_cast<const uint4*>(scales)[i];
+      w.scale[4 * i] = v.x, w.scale[4 * i + 1] = v.y, w.scale[4 * i + 2] = v.z, w.scale[4 * i + 3] = v.w;
+    }
+  } else if constexpr (SCALE_WORDS % 2 == 0) {
+    uint2 v = *reinterpret_cast<const uint2*>(scales);
+    w.scale[0] = v.x, w.scale[1] = v.y;
+  } else {
+    w.scale[0] = *reinterpret_cast<const u32*>(scales);
+  }
+}
+
+__device__ __forceinline__ void convert(const Words& w, Fragment& f) {
   if constexpr (ZQ_KIND == KIND_W4A8_TWO) {
-    words(tile, t, 0, 2, q);
     u32 s0, s1, o0, o1;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j * 32 % GROUP == 0) {
-        u32 v = reinterpret_cast<const u32*>(scales)[pair * GROUPS + j * 32 / GROUP];
+        u32 v = w.scale[j * 32 / GROUP];
         s0 = v & 0xFF, s1 = (v >> 8) & 0xFF;
         o0 = __byte_perm(v, 0, 0x2222), o1 = __byte_perm(v, 0, 0x3333);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        u32 w = q[2 * j + h];
-        f.a[4 * j + 2 * h] = (w & 0x0F0F0F0Fu) * s0 + o0;  // four bytes at once: no byte exceeds 255
-        f.a[4 * j + 2 * h + 1] = ((w >> 4) & 0x0F0F0F0Fu) * s1 + o1;
+        u32 q = w.q[2 * j + h];
+        f.a[4 * j + 2 * h] = (q & 0x0F0F0F0Fu) * s0 + o0;  // four bytes at once: no byte exceeds 255
+        f.a[4 * j + 2 * h + 1] = ((q >> 4) & 0x0F0F0F0Fu) * s1 + o1;
       }
     }
   } else if constexpr (ZQ_KIND == KIND_W4A8_GROUP) {
-    words(tile, t, 0, 2, q);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      f.a[2 * i] = (q[i] << 4) & 0xF0F0F0F0u;
-      f.a[2 * i + 1] = q[i] & 0xF0F0F0F0u;
+      f.a[2 * i] = (w.q[i] << 4) & 0xF0F0F0F0u;
+      f.a[2 * i + 1] = w.q[i] & 0xF0F0F0F0u;
     }
   } else if constexpr (ZQ_KIND == KIND_W4A8_FP8) {
-    words(tile, t, 0, 2, q);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      f.a[2 * i] = signed_e4m3(q[i]);
-      f.a[2 * i + 1] = signed_e4m3(__funnelshift_r(q[i], q[i], 4));
+      f.a[2 * i] = signed_e4m3(w.q[i]);
+      f.a[2 * i + 1] = signed_e4m3(__funnelshift_r(w.q[i], w.q[i], 4));
     }
   } else if constexpr (ZQ_KIND == KIND_W4A16) {
-    words(tile, t, half, 1, q);
     u32 s0 = ONE, s1 = ONE, z0 = (MAGIC | 0x00080008u) ^ SIGNS, z1 = z0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (GROUPS && j * 16 % GROUP == 0) {
-        int index = pair * GROUPS + (half * 64 + j * 16) / GROUP;
-        u32 v = reinterpret_cast<const u32*>(scales)[index * (1 + ZQ_ASYM)];
+        u32 v = w.scale[j * 16 / GROUP * PAIR_WORDS];
         s0 = __byte_perm(v, 0, 0x1010), s1 = __byte_perm(v, 0, 0x3232);
         if (ZQ_ASYM) {
-          v = reinterpret_cast<const u32*>(scales)[index * 2 + 1];
+          v = w.scale[j * 16 / GROUP * PAIR_WORDS + 1];
           z0 = __byte_perm(v, 0, 0x1010) ^ SIGNS, z1 = __byte_perm(v, 0, 0x3232) ^ SIGNS;
         }
       }
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        u32 v = fma2(select(q[j] >> (4 * p), 0x000F000Fu, MAGIC), ONE, p & 1 ? z1 : z0);  // exact
+        u32 v = fma2(select(w.q[j] >> (4 * p), 0x000F000Fu, MAGIC), ONE, p & 1 ? z1 : z0);  // exact
         f.a[4 * j + p] = GROUPS ? fma2(v, p & 1 ? s1 : s0, SIGNS) : v;
       }
     }
   } else if constexpr (ZQ_KIND == KIND_W8A16) {
-    words(tile, t, 2 * half, 2, q);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
-        u32 v = q[i] >> (8 * p);
+        u32 v = w.q[i] >> (8 * p);
         // low seven bits minus the sign bit, both on top of MAGIC
         f.a[2 * i + p] = fma2(select(v, 0x00800080u, MAGIC), ONE ^ SIGNS, select(v, 0x007F007Fu, MAGIC));
       }
   } else {
-    words(tile, t, 0, 4, f.a);
-  }
-  if constexpr (GROUP_PARTS) {
-    // 1/16: the codes are multiples of 16. 512: they are multiples of 2^-9.
-    constexpr float unit = ZQ_KIND == KIND_W4A8_FP8 ? 512.f : 0.0625f;
 #pragma unroll
-    for (int g = 0; g < PARTS; ++g) {
-      float2 v = reinterpret_cast<const float2*>(scales)[pair * GROUPS + g];
-      f.scale[2 * g] = v.x * unit, f.scale[2 * g + 1] = v.y * unit;
-    }
-  } else if constexpr (ZQ_KIND == KIND_FP8_BLOCK) {
-    f.scale[0] = f.scale[1] = *reinterpret_cast<const float*>(scales);
-  } else {
-#pragma unroll
-    for (int g = 0; g < 2 * PARTS; ++g) f.scale[g] = 1.f;
+    for (int i = 0; i < 16; ++i) f.a[i] = w.q[i];
   }
+  // 1/16: the codes are multiples of 16. 512: they are multiples of 2^-9.
+  constexpr float unit = ZQ_KIND == KIND_W4A8_FP8 ? 512.f : 0.0625f;
+#pragma unroll
+  for (int g = 0; g < 2 * PARTS; ++g)
+    f.scale[g] = GROUP_PARTS                 ? __uint_as_float(w.scale[g]) * unit
+                 : ZQ_KIND == KIND_FP8_BLOCK ? __uint_as_float(w.scale[0])
+                                             : 1.f;
 }
 
 // (sum, what it is a sum of) -> the value before rounding. Three roundings, in the order of the CPU reference.
