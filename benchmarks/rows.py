@@ -44,6 +44,7 @@ SWITCHES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("gptq", "scale", ("mse-signed", "mse", "absmax")),
     ("gptq", "asymmetry", (0.0, 0.25, 0.5, 1.0)),
     ("gptq", "order", ("activation", "natural")),
+    ("gptq", "windows", (0, 128, 256)),
 )
 
 

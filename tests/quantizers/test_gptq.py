@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import zq
+from tests.quantizers.blocks import load_block
 from tests.tiny import save_tiny, token_ids
 from zq.errors import ZqError
 from zq.numerics.qtensor import quantize
 from zq.pipeline import quantize as run
 from zq.plan import make_plan
-from zq.quantizers.gptq import correction, factorise, quantize_weight
+from zq.quantizers.gptq import Options, correction, factorise, quantize_weight
+from zq.quantizers.gptq import run as run_method
 from zq.recipe import Recipe
 from zq.spec import TensorSpec
 
@@ -174,3 +176,17 @@ def test_it_needs_tokens(tmp_path: Path) -> None:
     text = RECIPE.replace("STEP", "{gptq: {}}").replace("source: random", "source: none")
     with pytest.raises(ZqError, match="need calibration tokens"):
         make_plan(tmp_path / "model", Recipe.parse(text))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("windows", "count"), [(0, 3), (1, 1), (8, 1), (17, 2), (24, 3)])
+def test_the_hessian_is_that_of_the_first_windows(windows: int, count: int, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    found = []
+    for options, kept in ((Options(windows=windows), 3), (Options(), count)):
+        _, block = load_block(tmp_path, "{match: '*', weights: 'int3:g32'}", "{gptq: {}}", samples=24)
+        assert [len(hidden) for hidden in block.inputs] == [8, 8, 8]
+        block.inputs = block.inputs[:kept]
+        run_method(block, options)
+        found.append([layer.weight.clone() for layer in block.layers])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

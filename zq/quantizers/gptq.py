@@ -14,6 +14,8 @@ error of its group, so the order of the columns leaves no trace in the checkpoin
 `asymmetry` a: the inputs X come through quantized blocks, while the target is W X_f with inputs X_f of the
 float model. The weights that minimise ||W' X - W X_f||^2 are W + W D (H + damp)^-1, D = (X_f - X)^T X; a of
 that step is taken before rounding (QEP, arXiv:2504.09629).
+
+`windows` w: the Hessian is that of the first w calibration windows; 0 takes all.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Options:
     damp: float = field(default=0.01, metadata={"range": (0.0, 100.0)})
     columns: int = field(default=128, metadata={"range": (1, 1 << 20)})
     asymmetry: float = field(default=0.0, metadata={"range": (0.0, 1.0)})
+    windows: int = field(default=0, metadata={"range": (0, 1 << 20)})
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def run(block: Block, options: Options) -> None:
     if not block.inputs:  # a layer outside the blocks, whose inputs nobody computes
         return rtn.run(block, rtn.Options(scale=options.scale))
     for site in block.sites:
-        hessian, cross = block.second_moments(site, with_cross=options.asymmetry > 0)
+        hessian, cross = block.second_moments(site, options.asymmetry > 0, options.windows)
         factor = factorise(hessian, options.damp, options.order)
         for layers in _stackable(site):
             weights = [_target(layer, hessian, cross, options) for layer in layers]

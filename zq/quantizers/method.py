@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,15 +166,25 @@ class Block:
         assert self.module is not None
         return run_block(self.module, hidden, self.calls[index])
 
-    def second_moments(self, site: list[Layer], with_cross: bool = False) -> tuple[Tensor, Tensor | None]:
+    def batches(self, windows: int) -> list[int]:
+        """The first batches that have at most so many windows together, the first one in any case; 0: all."""
+        sizes = [len(hidden) for hidden in self.inputs]
+        sums = itertools.accumulate(sizes)
+        return [i for i, total in enumerate(sums) if not windows or i == 0 or total <= windows]
+
+    def second_moments(
+        self, site: list[Layer], with_cross: bool = False, windows: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """X^T X [K, K] float32 of the site's input as its layers see it (quantized where they quantize
-        it), and with `with_cross` (X_f - X)^T X, X_f the input in the float model. Sums over all tokens.
+        it), and with `with_cross` (X_f - X)^T X, X_f the input in the float model. Sums over all tokens of
+        `batches(windows)`.
         """
         first = site[0]
         k = first.weight.shape[1]
         hessian = torch.zeros(k, k, device=first.weight.device)
         cross = torch.zeros_like(hessian) if with_cross else None
-        for index, hidden in enumerate(self.inputs):
+        for index in self.batches(windows):
+            hidden = self.inputs[index]
             with quantized_inputs(self.layers):
                 seen = _site_input(first.module, lambda i=index, h=hidden: self.run(h, i))
             seen = seen.reshape(-1, k)

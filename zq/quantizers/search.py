@@ -85,13 +85,7 @@ class Trial:
 
     def __init__(self, block: Block, windows: int, scale: str) -> None:
         self.block, self.scale = block, scale
-        batches, left = [], windows
-        for index, hidden in enumerate(block.inputs):
-            if batches and hidden.shape[0] > left:
-                break
-            batches.append(index)
-            left -= hidden.shape[0]
-        self.wanted = {i: block.run(block.inputs[i], i) for i in batches}
+        self.wanted = {i: block.run(block.inputs[i], i) for i in block.batches(windows)}
         self.power = sum(float(y.float().square().sum()) for y in self.wanted.values())
 
     def choose(
