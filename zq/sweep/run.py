@@ -1,0 +1,150 @@
+"""Measure the cells that are missing, on one device or several, and append each as it is finished.
+
+One process per device; the parent hands out cells one by one, in the order of the grid, and alone writes. With
+one device everything runs in this process. A child ends by itself when its parent is gone, however that ended.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zq.errors import AuditError, Interrupted, OutputError, OutputKept, ZqError
+from zq.recipe import Recipe
+from zq.sweep.grid import Cell
+from zq.sweep.measure import Bench, Subject
+from zq.sweep.store import Row, Store
+
+SCRATCH = ".cells"
+Task = tuple[Subject, Cell]
+Outcome = tuple[Cell, "Row | ZqError"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is the same for all cells."""
+
+    base: Recipe
+    setting: dict[str, Any]
+    out: Path
+
+
+def sweep(
+    tasks: Sequence[Task],
+    work: Work,
+    store: Store,
+    devices: Sequence[str] = ("cpu",),
+    progress: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> list[tuple[Cell, ZqError]]:
+    """Measure `tasks` and append a row for each; what could not be measured, and why.
+
+    `progress` gets {"cell", "row" or "error", "done", "of", "left"} after each, "left" in seconds. Raises
+    OutputKept (disk), AuditError, or Interrupted when a process was killed; finished cells are kept.
+    """
+    scratch = work.out / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    failed: list[tuple[Cell, ZqError]] = []
+    begun = time.monotonic()
+    try:
+        outcomes = _here(tasks, work, devices[0]) if len(devices) == 1 else _apart(tasks, work, devices)
+        for done, (cell, found) in enumerate(outcomes, start=1):
+            left = (time.monotonic() - begun) / done * (len(tasks) - done)
+            event = {"cell": cell, "done": done, "of": len(tasks), "left": left}
+            if isinstance(found, ZqError):
+                if isinstance(found, AuditError):
+                    raise found
+                if isinstance(found, OutputError):
+                    raise OutputKept(f"{found}; finished cells are kept, the same command continues") from None
+                failed.append((cell, found))
+                progress({**event, "error": str(found)})
+            else:
+                store.add(found)
+                progress({**event, "row": found})
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return failed
+
+
+def _here(tasks: Sequence[Task], work: Work, device: str) -> Iterator[Outcome]:
+    bench = Bench(device, work.setting, work.base, work.out / SCRATCH / "0")
+    for subject, cell in tasks:
+        try:
+            yield cell, bench.measure(subject, cell)
+        except ZqError as error:
+            yield cell, error
+
+
+def _apart(tasks: Sequence[Task], work: Work, devices: Sequence[str]) -> Iterator[Outcome]:
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    queue = deque(tasks)
+    children: dict[Connection, tuple[Any, str]] = {}
+    busy: dict[Connection, Cell] = {}
+    try:
+        for number, device in enumerate(devices[: len(tasks)]):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, device, work, number, len(devices))
+            child = context.Process(target=_serve, args=arguments, daemon=True)
+            child.start()
+            theirs.close()
+            children[ours] = child, device
+            busy[ours] = _hand_out(ours, queue)
+        while busy:
+            for ours in wait(list(busy)):
+                assert isinstance(ours, Connection)
+                cell = busy.pop(ours)
+                try:
+                    found = ours.recv()
+                except EOFError:
+                    raise _ended(*children[ours], cell) from None
+                if queue:
+                    busy[ours] = _hand_out(ours, queue)
+                yield cell, found
+    finally:
+        for child, _ in children.values():
+            child.terminate()
+            child.join()
+
+
+def _hand_out(ours: Connection, queue: deque[Task]) -> Cell:
+    task = queue.popleft()
+    ours.send(task)
+    return task[1]
+
+
+def _ended(child: Any, device: str, cell: Cell) -> Exception:
+    child.join()
+    if child.exitcode is not None and child.exitcode < 0:
+        return Interrupted(
+            f"the process on {device} was killed (signal {-child.exitcode}, out of memory?) at {cell}; finished "
+            "cells are kept, the same command continues"
+        )
+    return RuntimeError(f"the process on {device} ended with code {child.exitcode} at {cell}; see above")
+
+
+def _serve(pipe: Connection, device: str, work: Work, number: int, count: int) -> None:
+    """A child: cells come in, rows or errors go out, until the parent ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    bench = Bench(device, work.setting, work.base, work.out / SCRATCH / str(number))
+    while True:
+        subject, cell = pipe.recv()
+        try:
+            pipe.send(bench.measure(subject, cell))
+        except ZqError as error:
+            pipe.send(error)
