@@ -119,7 +119,7 @@ def sweep(  # noqa: PLR0913 (a command line is its options)
     """
     with command(json):
         from zq.sweep.grid import blocks as parse_blocks
-        from zq.sweep.grid import data_types, grid, whole_numbers
+        from zq.sweep.grid import data_types, grid, method_of, whole_numbers
 
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
@@ -135,7 +135,8 @@ def sweep(  # noqa: PLR0913 (a command line is its options)
         places = _devices(devices)
         names = _tasks(tasks)
         subjects, setting = _subjects(models, text, windows, length, start)
-        setting |= {"batch": batch, "tasks": names, "limit": limit, **_environment(places)}
+        setting |= {"batch": batch, "tasks": names, "limit": limit, "method": method_of(base)}
+        setting |= _environment(places)
         cells, skipped = grid([s.name for s in subjects], widths, kinds, shared, numbers)
         if not cells:
             raise ZqError(f"no cell is left: {skipped[0].what}: {skipped[0].why}")
@@ -173,7 +174,7 @@ def _carry_out(
     assert output is not None
     work = Work(base=base, setting=setting, out=output)
     failed = _measure(missing, work, places, len(wanted), json)
-    _report(output, skipped, failed, setting, json)
+    _report(output, skipped, failed, json)
 
 
 def _measure(
@@ -361,7 +362,27 @@ def _show(
     )
 
 
-def _report(
-    output: Path, skipped: list[Skipped], failed: list[tuple[Cell, ZqError]], setting: dict[str, Any], json: bool
-) -> None:
-    out.print("done")
+def _report(output: Path, skipped: list[Skipped], failed: list[tuple[Cell, ZqError]], json: bool) -> None:
+    """Figures, page and findings from all rows in OUT. Raises ZqError when a cell failed."""
+    from zq.sweep import plots
+    from zq.sweep.report import write_report
+    from zq.sweep.store import read_rows
+
+    rows = read_rows(output)[0] if output.exists() else []
+    reasons = [(each.what, each.why) for each in skipped] + [(str(cell), str(error)) for cell, error in failed]
+    if rows:
+        summary = write_report(rows, output, reasons)
+        if not plots.is_available():
+            note("no figures: matplotlib is not installed; pip install 'zq[plots]' and run the same again")
+        if json and not failed:
+            return print_json(summary)
+        if not json:
+            for sentence in summary["findings"]:
+                out.print(sentence, soft_wrap=True, markup=False)
+            for file in summary["files"]:
+                note(file)
+    if failed:
+        cell, error = failed[0]
+        kept = "; the others are kept, and the same command tries these again" if rows else ""
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise ZqError(f"{cell}{more}: {error}{kept}")

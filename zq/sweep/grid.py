@@ -28,7 +28,7 @@ PAPER = {k: f"e{2 if k == 3 else 3}m{k - (3 if k == 3 else 4)}paper" for k in ra
 FAMILIES = ("int", "float", "float-paper", "dynamic", "linear", "nf", "quantile", "kmeans")
 NEAREST = Recipe(
     name="sweep",
-    rules=(Rule("*", None),),
+    rules=(Rule("*", Scheme.parse("int8:channel")),),
     steps=(Step("rtn", (("scale", "absmax"),)),),
     calibration=Calibration(source="none"),
     where="the sweep's recipe",
@@ -53,6 +53,9 @@ class Cell:
         if self.spec is None:
             return f"{self.model} original"
         return f"{self.model} {self.spec}" + (f" seed {self.seed}" if self.seed else "")
+
+
+PLAIN = Cell("", 8, "int", "channel", 0, "int8:channel")
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,17 @@ def recipe_of(cell: Cell, base: Recipe = NEAREST) -> Recipe:
     codes and scales alike. Activations, skipped layers, steps and calibration are those of `base`."""
     assert cell.spec is not None
     weights = TensorSpec.parse(cell.spec)
-    if base is NEAREST:
-        rules = (Rule("*", Scheme(weights)),)
-    else:
-        rules = tuple(replace(r, scheme=r.scheme and replace(r.scheme, weights=weights)) for r in base.rules)
+    rules = tuple(replace(r, scheme=r.scheme and replace(r.scheme, weights=weights)) for r in base.rules)
     return replace(base, name=cell.spec, rules=rules, seed=cell.seed, format="zq")
+
+
+def method_of(base: Recipe) -> str:
+    """How all cells of a sweep are quantized: the steps, and unless it is the default a digest of everything
+    that `recipe_of` leaves as it is."""
+    steps = ", ".join(" ".join([step.name, *(f"{k}={v}" for k, v in step.options)]) for step in base.steps)
+    if base == NEAREST:
+        return steps
+    return f"{steps} ({base.name} {recipe_of(PLAIN, base).digest[:8]})"
 
 
 def _widths(type: str) -> str:

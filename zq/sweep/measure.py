@@ -28,12 +28,11 @@ from zq.pipeline import quantize
 from zq.plan import Plan, make_plan
 from zq.recipe import Recipe
 from zq.runtime.load import load_decoder
-from zq.sweep.grid import Cell, recipe_of
+from zq.sweep.grid import PLAIN, Cell, recipe_of
 from zq.sweep.store import Row, key_of
 from zq.sweep.tasks import accuracies
 
 KEEP = 1 << 30  # bytes of the original's logits
-ANY = Cell("", 8, "int", "channel", 0, "int8:channel")  # a plan of it tells the parts of a model
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def cell_key(subject: Subject, cell: Cell, base: Recipe, setting: dict[str, Any]
 
 def planned(subject: Subject, cell: Cell, base: Recipe, device: str = "cpu") -> Plan:
     """The plan of a cell (of its original: one that tells the parts of the model). Raises ZqError."""
-    recipe = recipe_of(ANY) if cell.spec is None else recipe_of(cell, base)
+    recipe = recipe_of(PLAIN) if cell.spec is None else recipe_of(cell, base)
     return make_plan(subject.folder, recipe, device=device)
 
 
