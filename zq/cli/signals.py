@@ -60,8 +60,8 @@ def resumable(output: Path, hint: str, as_json: bool = False) -> Iterator[None]:
 
 @contextmanager
 def leaving(message: Callable[[], str | None], as_json: bool = False) -> Iterator[None]:
-    """Inside, a signal ends the process with exit code 75 and this message; where that is None, it does what it
-    did outside."""
+    """Inside, a signal ends the process with exit code 75 and this message; where that is None, it does what
+    it did outside."""
     before = signal.getsignal(signal.SIGTERM)
 
     def stop(signum: int, frame: FrameType | None) -> None:

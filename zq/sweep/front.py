@@ -1,9 +1,9 @@
-"""Pareto fronts and which width wins at which budget, with bootstrap intervals. Pure: tensors in, numbers out.
+"""Pareto fronts, and which width wins at which budget, with bootstrap intervals: tensors in, numbers out.
 
-Every cell of a model is measured on the same windows of text, and what differs between windows differs for all
-cells alike. So windows are drawn with replacement once per resample, the same for every cell (a paired
-bootstrap, Efron and Tibshirani 1993), and the front and the winners are found anew in each resample: a share of
-resamples says how far the windows decide between two cells, which two separate intervals do not.
+Every cell of a model is measured on the same windows of text, and what differs between windows differs for
+all cells alike. So windows are drawn with replacement once per resample, the same for every cell (a paired
+bootstrap, Efron and Tibshirani 1993), and the front and the winners are found anew in each resample: a share
+of resamples says how far the windows decide between two cells, which two separate intervals do not.
 
 Lower is better everywhere; negate an accuracy.
 """
@@ -62,7 +62,7 @@ def best_within(sizes: Tensor, values: Tensor, budget: float) -> Tensor:
 
 
 def shares(winners: Tensor, groups: list[int]) -> dict[int, float]:
-    """In which share of `winners` (indices [R]) a cell of each group wins; those that never do are left out."""
+    """In which share of `winners` (indices [R]) a cell of each group wins, the largest share first."""
     won = torch.tensor(groups)[winners]
     found = {int(group): (won == group).double().mean().item() for group in won.unique()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,11 +1,11 @@
-"""Which cells a sweep has: model x bits x data type x block x seed, and each model's original. Pure, no torch.
+"""Which cells a sweep has: model x bits x data type x block x seed, and each model's original. No torch.
 
 A data type is a family whose format depends on the width, or the name of one format (docs/formats.md):
 
     int         int2 .. int8
     float       OCP's rules, finite only: e2m0fn, e2m1fn, e2m2fn, e2m3fn, e3m3fn, e4m3fn
-    float-paper the Float of the k-bit scaling laws' figures: 3 exponent bits, 2 at 3 bits (e3m0paper is 4-bit)
-    dynamic, linear, nf, quantile, kmeans      3 to 8 bits
+    float-paper the Float of the k-bit scaling laws' figures: 3 exponent bits, 2 at 3 bits (e3m0paper is
+    4-bit) dynamic, linear, nf, quantile, kmeans      3 to 8 bits
 
 A block is a number of values that share a scale, counted flat through the weight (64 is the layout b64, as in
 arXiv:2212.09720), or any layout by its name (channel, g64, tensor, rank1).
@@ -67,7 +67,7 @@ class Skipped:
 
 
 def whole_numbers(option: str, text: str, low: int, high: int) -> list[int]:
-    """"3,4,8" -> [3, 4, 8]. Raises ZqError naming the option for anything else, and for one given twice."""
+    """ "3,4,8" -> [3, 4, 8]. Raises ZqError naming the option for anything else, and for one given twice."""
     words = _words(option, text)
     for word in words:
         if not re.fullmatch("[0-9]{1,18}", word) or not low <= int(word) <= high:
@@ -79,7 +79,7 @@ def whole_numbers(option: str, text: str, low: int, high: int) -> list[int]:
 
 
 def data_types(text: str) -> list[str]:
-    """"int,nf,e3m0paper" -> the families and formats. Raises ZqError for an unknown one."""
+    """ "int,nf,e3m0paper" -> the families and formats. Raises ZqError for an unknown one."""
     words = _words("--types", text)
     for word in words:
         if word not in FAMILIES and word not in FORMATS:
@@ -91,7 +91,7 @@ def data_types(text: str) -> list[str]:
 
 
 def blocks(text: str) -> list[str]:
-    """"64,1024,channel" -> as given, each checked. Raises ZqError for what is no layout of weights."""
+    """ "64,1024,channel" -> as given, each checked. Raises ZqError for what is no layout of weights."""
     words = _words("--blocks", text)
     for word in words:
         try:
@@ -120,7 +120,11 @@ def format_of(type: str, bits: int) -> str | None:
 
 
 def grid(
-    models: Sequence[str], bits: Iterable[int], types: Iterable[str], blocks: Iterable[str], seeds: Iterable[int]
+    models: Sequence[str],
+    bits: Iterable[int],
+    types: Iterable[str],
+    blocks: Iterable[str],
+    seeds: Iterable[int],
 ) -> tuple[list[Cell], list[Skipped]]:
     """Every cell but the originals, model by model, and what does not exist, each once."""
     cells: list[Cell] = []
@@ -153,8 +157,8 @@ def grid(
 
 
 def recipe_of(cell: Cell, base: Recipe = NEAREST) -> Recipe:
-    """`base` with the cell's weights in every rule that quantizes, in zq's own format, so that all cells store
-    codes and scales alike. Activations, skipped layers, steps and calibration are those of `base`."""
+    """`base` with the cell's weights in every rule that quantizes, in zq's own format, so that all cells
+    store codes and scales alike. Activations, skipped layers, steps and calibration are those of `base`."""
     assert cell.spec is not None
     weights = TensorSpec.parse(cell.spec)
     rules = tuple(replace(r, scheme=r.scheme and replace(r.scheme, weights=weights)) for r in base.rules)

@@ -1,28 +1,25 @@
-"""One cell: quantized by the real pipeline into a folder, audited, loaded, compared with its original, deleted.
+"""One cell: quantized by the real pipeline into a folder, audited, loaded, compared with its original.
 
-What is measured is what `zq quantize` would have written; sizes are those of the tensors in the headers of the
-file that was loaded. The original's logits are computed once per model, and kept where they fit.
+Then the folder is deleted. What is measured is what `zq quantize` would have written; sizes are those of the tensors in the headers of
+the file that was loaded. The original's logits are computed once per model, and kept where they fit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zq.checkpoint.index import main_dtype, read_index
-from zq.data import evaluation_windows
+from zq.checkpoint.index import read_index
 from zq.errors import ZqError
 from zq.eval.adapt import decoder_logits
 from zq.eval.divergence import token_values
-from zq.models.find import find_family, find_positions, load_config, load_tokenizer
+from zq.models.find import load_tokenizer
 from zq.numerics.metrics import tensor_hash
 from zq.pipeline import quantize
 from zq.plan import Plan, make_plan
@@ -30,47 +27,10 @@ from zq.recipe import Recipe
 from zq.runtime.load import load_decoder
 from zq.sweep.grid import PLAIN, Cell, recipe_of
 from zq.sweep.store import Row, key_of
+from zq.sweep.subjects import Subject
 from zq.sweep.tasks import accuracies
 
 KEEP = 1 << 30  # bytes of the original's logits
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model of the sweep. `windows`: token ids, the same for all of its cells; `identity`: of its files and
-    these tokens; `bits` of the dtype that most of its values are stored in."""
-
-    name: str
-    folder: Path
-    identity: str
-    windows: list[list[int]]
-    bits: int
-
-    @property
-    def original(self) -> Cell:
-        return Cell(self.name, self.bits)
-
-
-def subject(name: str, folder: Path, text: str, windows: int, length: int, start: float) -> Subject:
-    """Raises ZqError for what cannot be swept: encoders, models without a head or a tokenizer, short texts."""
-    if find_family(folder).encoder:
-        raise ZqError(f"{folder} is an encoder, which predicts no tokens; sweep decoders")
-    limit = find_positions(folder) or length
-    if length > limit:
-        raise ZqError(
-            f"--length {length} is more than the {limit} positions of {folder}; give at most {limit}"
-        )
-    index = read_index(folder)
-    config = load_config(folder)
-    tokens = evaluation_windows(
-        text, load_tokenizer(folder), windows, length, start, vocab_size=config.vocab_size
-    )
-    digest = hashlib.sha256(f"{index.identity()} {tensor_hash(tokens)}".encode())
-    for file in index.files():
-        with file.open("rb") as opened:
-            while piece := opened.read(1 << 22):
-                digest.update(piece)
-    return Subject(name, folder, digest.hexdigest(), tokens.tolist(), 8 * main_dtype(index).itemsize)
 
 
 def cell_key(subject: Subject, cell: Cell, base: Recipe, setting: dict[str, Any]) -> str:
@@ -86,8 +46,9 @@ def planned(subject: Subject, cell: Cell, base: Recipe, device: str = "cpu") -> 
 
 
 def sizes(plan: Plan, cell: Cell, folder: Path | None = None) -> dict[str, int]:
-    """Bytes of tensors: {"all", "blocks"}, the latter without embeddings, head and what else is outside of the
-    transformer blocks. As in the headers in `folder`, or as planned; of an original, what the model uses."""
+    """Bytes of tensors: {"all", "blocks"}, the latter without embeddings, head and what else is outside of
+    the transformer blocks. As in the headers in `folder`, or as planned; of an original, what the model
+    uses."""
     inside = {slot.name for unit, slots in plan.units.items() if isinstance(unit, int) for slot in slots}
     if cell.spec is None:
         blocks = {name for unit in plan.units if isinstance(unit, int) for name in plan.skeleton.zone(unit)}
@@ -104,8 +65,8 @@ def sizes(plan: Plan, cell: Cell, folder: Path | None = None) -> dict[str, int]:
 
 
 class Remembered:
-    """The logits of a model, input_ids [B, L] -> [B, L, V]: the same bits again for ids that it has seen, as long
-    as all of them stay below KEEP bytes."""
+    """The logits of a model, input_ids [B, L] -> [B, L, V]: the same bits again for ids that it has seen, as
+    long as all of them stay below KEEP bytes."""
 
     def __init__(self, model: Any) -> None:
         self._logits = decoder_logits(model)
@@ -147,7 +108,11 @@ class Bench:
             return {
                 "key": cell_key(subject, cell, self.base, self.setting),
                 "cell": vars(cell),
-                "model": {"name": subject.name, "identity": subject.identity, "parameters": _parameters(plan)},
+                "model": {
+                    "name": subject.name,
+                    "identity": subject.identity,
+                    "parameters": _parameters(plan),
+                },
                 "recipe": "original" if cell.spec is None else plan.recipe.digest,
                 "setting": self.setting,
                 "tokens": tensor_hash(torch.tensor(subject.windows)),
@@ -185,8 +150,8 @@ class Bench:
         }
         if not math.isfinite(report.kl) or not math.isfinite(report.candidate.ppl):
             raise ZqError(
-                "the KL or the perplexity is infinite: the quantized model rules out what comes; take more bits "
-                "or smaller blocks"
+                "the KL or the perplexity is infinite: the quantized model rules out what comes; take more "
+                "bits or smaller blocks"
             )
         if tasks := self.setting["tasks"]:
             limit = self.setting["limit"]

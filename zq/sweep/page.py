@@ -1,4 +1,4 @@
-"""One HTML file about a sweep: findings, figures, tables. Nothing is fetched from anywhere; light and dark."""
+"""One HTML file about a sweep: findings, figures, tables. Fetches nothing; light and dark."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .15rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .15rem .7rem; border-bottom: 1px solid var(--line);
+         white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 small, .soft { color: var(--soft); }
 """
@@ -54,16 +55,16 @@ def page(summary: Mapping[str, Any], figures: Mapping[str, str], skipped: Sequen
     if skipped:
         parts += ["<h2>Not measured</h2>", _table(("what", "why"), skipped)]
     body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>"
     )
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def inline(svg: str, prefix: str) -> str:
-    """An SVG file as part of a page: without its prologue and metadata, which name addresses elsewhere, and with
-    ids that no other figure of the page has."""
+    """An SVG file as part of a page: without its prologue and metadata, which name addresses elsewhere, and
+    with ids that no other figure of the page has."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="', f'id="{prefix}-', body)

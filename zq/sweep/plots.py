@@ -1,8 +1,8 @@
-"""The figures of a sweep, for a paper: one file per metric, PNG of 200 dpi and SVG, the same bytes each time.
+"""The figures of a sweep, for a paper: PNG of 200 dpi and SVG for each metric, the same bytes each time.
 
-Two panels: size of all weights, and without embeddings and head. Colour and line say the width, the marker the
-model (or, with one model, the data type); a line joins the cells of a width that no other cell of this width
-beats; the grey steps are the front over all widths; bars are 95 % intervals.
+Two panels: size of all weights, and without embeddings and head. Colour and line say the width, the marker
+the model (or, with one model, the data type); a line joins the cells of a width that no other cell of this
+width beats; the grey steps are the front over all widths; bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from zq.sweep.summary import rivals
 COLOURS = {2: "#CC79A7", 3: "#D55E00", 4: "#0072B2", 5: "#E69F00", 6: "#009E73", 7: "#56B4E9", 8: "#7F7F7F"}
 LINES = {2: (0, (1, 1)), 3: "-", 4: "--", 5: "-.", 6: ":", 7: (0, (5, 1, 1, 1, 1, 1)), 8: (0, (6, 2))}
 MARKERS = "osD^vP*X<>ph"
-TITLES = {"all": "all weights", "blocks": "without embeddings and head"}
 CAP = 10  # times the largest original: what is above is drawn at the edge
 STYLE = {
     "font.size": 8,
@@ -49,13 +48,15 @@ def draw(points: Sequence[Point], measures: Measured, folder: Path) -> list[Path
     from matplotlib.figure import Figure
 
     name = measures.metric
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"zq {name}"}):
+    style: dict[Any, Any] = {**STYLE, "svg.hashsalt": f"zq {name}"}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.0, 3.4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for panel, size in zip(axes, SIZES, strict=True):
             _panel(panel, points, measures, size)
         axes[0].set_ylabel(_label(name))
-        _legend(figure, points)
+        drawn = [p for p in points if not (name == "kl" and p.is_original)]
+        _legend(figure, points, sorted({p.bits for p in drawn}))
         paths = [folder / f"{name}.png", folder / f"{name}.svg"]
         figure.savefig(paths[0], dpi=200, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"Date": None, "Creator": "zq"}, transparent=True)
@@ -99,9 +100,20 @@ def _panel(panel: Any, points: Sequence[Point], measures: Measured, size: str) -
     if drawn:  # matplotlib refuses an empty logarithmic axis
         panel.set_xscale("log")
         panel.set_yscale("linear" if measures.metric == "accuracy" else "log")
+        _ticks(panel.xaxis, max(x.values()) / min(x.values()))
     panel.grid(which="major")
-    panel.set_title(TITLES[size], fontsize=8)
-    panel.set_xlabel("size as written (bits)")
+    panel.set_title(SIZES[size], fontsize=8)
+    panel.set_xlabel("size as written")
+
+
+def _ticks(axis: Any, span: float) -> None:
+    """Few numbers with their unit: 500 Mbit, 1 Gbit."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    subs = (1, 1.5, 2, 3, 5, 7) if span < 8 else (1, 2, 5) if span < 80 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    axis.set_major_formatter(EngFormatter(unit="bit"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _cap(points: Sequence[Point], measures: Measured) -> float:
@@ -123,7 +135,9 @@ def _front(points: Sequence[Point], measures: Measured, size: str, chosen: list[
         return []
     sizes = torch.tensor([float(points[i].sizes[size]) for i in chosen])
     kept = on_front(sizes, measures.value[chosen])
-    return sorted((i for i, k in zip(chosen, kept.tolist(), strict=True) if k), key=lambda i: points[i].sizes[size])
+    return sorted(
+        (i for i, k in zip(chosen, kept.tolist(), strict=True) if k), key=lambda i: points[i].sizes[size]
+    )
 
 
 def _look(bits: int) -> dict[str, Any]:
@@ -141,14 +155,13 @@ def _marker(points: Sequence[Point], p: Point) -> str:
     return MARKERS[names.index(p.model if p.model in names else p.type) % len(MARKERS)]
 
 
-def _legend(figure: Any, points: Sequence[Point]) -> None:
+def _legend(figure: Any, points: Sequence[Point], widths: Sequence[int]) -> None:
     from matplotlib.lines import Line2D
 
-    widths = sorted({p.bits for p in points})
     handles = [Line2D([], [], linewidth=1.2, label=f"{bits} bits", **_look(bits)) for bits in widths]
-    for marker, name in zip(MARKERS * (1 + len(_marked(points)) // len(MARKERS)), _marked(points), strict=False):
-        handles.append(
-            Line2D([], [], color="0.3", marker=marker, markersize=4, linestyle="none", label=name)
-        )
+    for marker, name in zip(
+        MARKERS * (1 + len(_marked(points)) // len(MARKERS)), _marked(points), strict=False
+    ):
+        handles.append(Line2D([], [], color="0.3", marker=marker, markersize=4, linestyle="none", label=name))
     handles.append(Line2D([], [], color="0.75", linewidth=3, label="front"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), frameon=False)

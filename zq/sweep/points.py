@@ -73,9 +73,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
                 kl=_mean([row["kl_windows"] for row in same]),
                 nll=_mean([row["nll_windows"] for row in same]),
                 top1=sum(row["top1_agreement"] for row in same) / len(same),
-                tasks={
-                    task: _mean([row["tasks"][task] for row in same]) for task in first.get("tasks", {})
-                },
+                tasks={task: _mean([row["tasks"][task] for row in same]) for task in first.get("tasks", {})},
             )
         )
     return sorted(found, key=lambda p: (p.parameters, p.model, p.sizes["all"], p.spec))
@@ -101,7 +99,8 @@ def measured(points: Sequence[Point], metric: str) -> Measured:
         parts = [torch.tensor([p.kl if metric == "kl" else p.nll for p in points], dtype=torch.float64)]
     mean = sum(part.double().mean(1) for part in parts) / len(parts)
     means = sum(resampled(part, seed=i) for i, part in enumerate(parts)) / len(parts)
-    assert isinstance(mean, Tensor) and isinstance(means, Tensor)
+    assert isinstance(mean, Tensor)
+    assert isinstance(means, Tensor)
     decided = all(part.shape[1] > 1 for part in parts)
     edges = [interval(means[:, i]) if decided else None for i in range(len(points))]
     if metric == "ppl":

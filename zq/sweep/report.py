@@ -1,4 +1,4 @@
-"""What a sweep leaves beside results.jsonl: summary.json, the figures, index.html. Made anew from all rows."""
+"""What a sweep leaves beside results.jsonl: summary.json, the figures, index.html. Made from all rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from zq.sweep.summary import metrics, summarize
 SUMMARY, PAGE = "summary.json", "index.html"
 
 
-def write_report(rows: Sequence[Row], folder: Path, skipped: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+def write_report(
+    rows: Sequence[Row], folder: Path, skipped: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
     """Write everything into `folder`; the summary, with the files written under "files". Figures only where
     matplotlib is installed. Raises OutputError (disk)."""
     summary = summarize(rows)

@@ -1,7 +1,8 @@
 """Measure the cells that are missing, on one device or several, and append each as it is finished.
 
-One process per device; the parent hands out cells one by one, in the order of the grid, and alone writes. With
-one device everything runs in this process. A child ends by itself when its parent is gone, however that ended.
+One process per device; the parent hands out cells one by one, in the order of the grid, and alone writes.
+With one device everything runs in this process. A child ends by itself when its parent is gone, however that
+ended.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from zq.errors import AuditError, Interrupted, OutputError, OutputKept, ZqError
 from zq.recipe import Recipe
 from zq.sweep.grid import Cell
-from zq.sweep.measure import Bench, Subject
+from zq.sweep.measure import Bench
 from zq.sweep.store import Row, Store
+from zq.sweep.subjects import Subject
 
 SCRATCH = ".cells"
 Task = tuple[Subject, Cell]
@@ -38,14 +40,13 @@ class Work:
 
     base: Recipe
     setting: dict[str, Any]
-    out: Path
+    devices: list[str]
 
 
 def sweep(
     tasks: Sequence[Task],
     work: Work,
     store: Store,
-    devices: Sequence[str] = ("cpu",),
     progress: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> list[tuple[Cell, ZqError]]:
     """Measure `tasks` and append a row for each; what could not be measured, and why.
@@ -53,12 +54,12 @@ def sweep(
     `progress` gets {"cell", "row" or "error", "done", "of", "left"} after each, "left" in seconds. Raises
     OutputKept (disk), AuditError, or Interrupted when a process was killed; finished cells are kept.
     """
-    scratch = work.out / SCRATCH
+    scratch = store.path.parent / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     failed: list[tuple[Cell, ZqError]] = []
     begun = time.monotonic()
     try:
-        outcomes = _here(tasks, work, devices[0]) if len(devices) == 1 else _apart(tasks, work, devices)
+        outcomes = (_here if len(work.devices) == 1 else _apart)(tasks, work, scratch)
         for done, (cell, found) in enumerate(outcomes, start=1):
             left = (time.monotonic() - begun) / done * (len(tasks) - done)
             event = {"cell": cell, "done": done, "of": len(tasks), "left": left}
@@ -66,7 +67,9 @@ def sweep(
                 if isinstance(found, AuditError):
                     raise found
                 if isinstance(found, OutputError):
-                    raise OutputKept(f"{found}; finished cells are kept, the same command continues") from None
+                    raise OutputKept(
+                        f"{found}; finished cells are kept, the same command continues"
+                    ) from None
                 failed.append((cell, found))
                 progress({**event, "error": str(found)})
             else:
@@ -77,8 +80,8 @@ def sweep(
     return failed
 
 
-def _here(tasks: Sequence[Task], work: Work, device: str) -> Iterator[Outcome]:
-    bench = Bench(device, work.setting, work.base, work.out / SCRATCH / "0")
+def _here(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome]:
+    bench = Bench(work.devices[0], work.setting, work.base, scratch / "0")
     for subject, cell in tasks:
         try:
             yield cell, bench.measure(subject, cell)
@@ -86,15 +89,15 @@ def _here(tasks: Sequence[Task], work: Work, device: str) -> Iterator[Outcome]:
             yield cell, error
 
 
-def _apart(tasks: Sequence[Task], work: Work, devices: Sequence[str]) -> Iterator[Outcome]:
+def _apart(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome]:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue = deque(tasks)
     children: dict[Connection, tuple[Any, str]] = {}
     busy: dict[Connection, Cell] = {}
     try:
-        for number, device in enumerate(devices[: len(tasks)]):
+        for number, device in enumerate(work.devices[: len(tasks)]):
             ours, theirs = context.Pipe()
-            arguments = (theirs, device, work, number, len(devices))
+            arguments = (theirs, device, work, scratch / str(number))
             child = context.Process(target=_serve, args=arguments, daemon=True)
             child.start()
             theirs.close()
@@ -127,21 +130,21 @@ def _ended(child: Any, device: str, cell: Cell) -> Exception:
     child.join()
     if child.exitcode is not None and child.exitcode < 0:
         return Interrupted(
-            f"the process on {device} was killed (signal {-child.exitcode}, out of memory?) at {cell}; finished "
-            "cells are kept, the same command continues"
+            f"the process on {device} was killed (signal {-child.exitcode}, out of memory?) at {cell}; "
+            "finished cells are kept, the same command continues"
         )
     return RuntimeError(f"the process on {device} ended with code {child.exitcode} at {cell}; see above")
 
 
-def _serve(pipe: Connection, device: str, work: Work, number: int, count: int) -> None:
+def _serve(pipe: Connection, device: str, work: Work, scratch: Path) -> None:
     """A child: cells come in, rows or errors go out, until the parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     if device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    bench = Bench(device, work.setting, work.base, work.out / SCRATCH / str(number))
+        torch.set_num_threads(max(1, torch.get_num_threads() // len(work.devices)))
+    bench = Bench(device, work.setting, work.base, scratch)
     while True:
         subject, cell = pipe.recv()
         try:

@@ -2,7 +2,8 @@
 
 A line has a `key`, which says what it was measured on and how; a cell whose key is there is not measured
 again. A kill while a line is written leaves a torn last one, which is cut off when the file is opened next.
-All lines of a file share one `setting` (text, windows, device, versions): others would not stand in one table.
+All lines of a file share one `setting` (text, windows, device, versions): others would not stand in one
+table.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def read_rows(out: Path) -> tuple[list[Row], int]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             row = json.loads(line)
-            row["key"], row["setting"], row["cell"]  # noqa: B018 (what every row must have)
-        except (ValueError, KeyError, TypeError):
+            if not {"key", "setting", "cell"} <= set(row):
+                raise ValueError("not a row")
+        except (ValueError, TypeError):
             raise ZqError(f"{path} line {number} is damaged; delete that line and sweep again") from None
         rows.append(row)
     return rows, len(whole)
@@ -112,7 +114,8 @@ class Store:
         self.rows.append(row)
 
     def close(self) -> None:
-        """Let another process sweep here. What holds no row is removed, and the folders that were made for it."""
+        """Let another process sweep here. What holds no row is removed, and the folders that were made for
+        it."""
         if not self.rows:
             self.path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty

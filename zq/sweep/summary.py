@@ -1,4 +1,4 @@
-"""What a sweep found: which width is best at each budget of bytes, in how many resamples, in words and tables.
+"""What a sweep found, in words and tables: which width is best at each budget, in how many resamples.
 
 Which cells compete: KL is a distance from a model's own original, so only cells of one model have theirs
 compared; perplexities are compared between models that see the same tokens, accuracies between all.
@@ -17,8 +17,8 @@ from zq.sweep.store import Row
 
 DECIDED = 0.95
 CAVEAT = (
-    "Shares are of bootstrap resamples of the windows measured here: they say nothing about other texts, models, "
-    "data types or ways to round."
+    "Shares are of bootstrap resamples of the windows measured here: they say nothing about other texts, "
+    "models, data types or ways to round."
 )
 
 
@@ -104,7 +104,7 @@ def gigabits(size: float) -> str:
 
 
 def width(bits: int) -> str:
-    return f"{bits} bits" + (" (the original)" if bits >= 16 else "")
+    return f"{bits} bits" + (", the original," if bits >= 16 else "")
 
 
 def _sentence(each: dict[str, Any]) -> str:
@@ -124,19 +124,23 @@ def _sentence(each: dict[str, Any]) -> str:
 def _answer(row: dict[str, Any]) -> str:
     if row["shares"] is None or row["shares"].get(row["bits"], 0) >= DECIDED:
         return width(row["bits"])
-    return "undecided between " + " and ".join(str(bits) for bits in sorted(row["shares"])) + " bits"
+    return "undecided"
 
 
 def _run(answer: str, rows: list[dict[str, Any]]) -> str:
     low, high = gigabits(rows[0]["budget"]), gigabits(rows[-1]["budget"])
     where = f"at {low}" if len(rows) == 1 else f"from {low} to {high}"
     if rows[0]["shares"] is None:
-        return f"{where} {answer} (one window, so no interval)"
-    if not answer.startswith("undecided"):
-        least = min(row["shares"].get(row["bits"], 0) for row in rows)
-        return f"{where} {answer} ({percent(least)} or more of resamples)"
-    parts = [", ".join(f"{bits}: {percent(share)}" for bits, share in row["shares"].items()) for row in rows]
-    return f"{where} {answer} ({' / '.join(parts)})"
+        return f"{answer} {where} (one window, so nobody knows how surely)"
+    named = [rows[0]["bits"]] if answer != "undecided" else sorted({k for row in rows for k in row["shares"]})
+    found = [(bits, [row["shares"].get(bits, 0.0) for row in rows]) for bits in named]
+    won = ", ".join(f"{width(bits)} {_range(shares)}" for bits, shares in found if max(shares) >= 0.01)
+    return f"{answer} {where} ({won if answer == 'undecided' else _range(found[0][1])} of resamples)"
+
+
+def _range(found: list[float]) -> str:
+    low, high = percent(min(found)), percent(max(found))
+    return high if low == high else f"{low[:-2]} to {high}"
 
 
 def percent(share: float) -> str:

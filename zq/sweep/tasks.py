@@ -31,8 +31,8 @@ def check_tasks(tasks: list[str]) -> None:
         except Exception as error:  # of datasets, of files, of the task's own code: none is a defect of zq
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ZqError(
-                f"--tasks: the data of '{task}' cannot be read here ({why}); put it into the cache of datasets "
-                "first, or drop the task"
+                f"--tasks: the data of '{task}' cannot be read here ({why}); put it into the cache of "
+                "datasets first, or drop the task"
             ) from None
 
 
