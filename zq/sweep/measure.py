@@ -1,7 +1,8 @@
 """One cell: quantized by the real pipeline into a folder, audited, loaded, compared with its original.
 
-Then the folder is deleted. What is measured is what `zq quantize` would have written; sizes are those of the tensors in the headers of
-the file that was loaded. The original's logits are computed once per model, and kept where they fit.
+Then the folder is deleted. What is measured is what `zq quantize` would have written; sizes are those of the
+tensors in the headers of the file that was loaded. The original's logits are computed once per model, and
+kept where they fit.
 """
 
 from __future__ import annotations
