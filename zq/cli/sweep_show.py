@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def _measure(
 ) -> list[tuple[Cell, ZqError]]:
     """Every missing cell with one line each and a bar."""
     from zq.sweep.measure import planned
-    from zq.sweep.run import SCRATCH, sweep
+    from zq.sweep.run import stop, sweep
     from zq.sweep.store import Store
 
     if len(missing) < total:
@@ -62,7 +61,7 @@ def _measure(
         note(f"the last line of {store.path} was not finished; it was cut off and its cell is measured again")
 
     def interrupted() -> str:
-        shutil.rmtree(output / SCRATCH, ignore_errors=True)
+        stop(output)
         return f"interrupted; finished cells are kept, continue with: {shlex.join(['zq', *sys.argv[1:]])}"
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())

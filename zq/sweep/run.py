@@ -80,6 +80,14 @@ def sweep(
     return failed
 
 
+def stop(out: Path) -> None:
+    """End the children at once and remove what they had not finished; results.jsonl stays as it is."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    shutil.rmtree(out / SCRATCH, ignore_errors=True)
+
+
 def _here(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome]:
     bench = Bench(work.devices[0], work.setting, work.base, scratch / "0")
     for subject, cell in tasks:
