@@ -76,7 +76,9 @@ def test_a_larger_grid_measures_the_difference_and_a_torn_line(done, llama, smal
 
 
 def test_a_dry_run_lists_bytes_as_they_are_written(done, llama, tmp_path):
-    dry = run("sweep", llama, *GRID, "--types", "int,quantile,nf,e2m1fn", *ON, "--dry-run", "--json").ok().json
+    dry = (
+        run("sweep", llama, *GRID, "--types", "int,quantile,nf,e2m1fn", *ON, "--dry-run", "--json").ok().json
+    )
     sizes = {cell["cell"]: cell["bytes"] for cell in dry["cells"]}
     for row in rows(done):
         name = f"llama {row['cell']['spec']}" if row["cell"]["spec"] else "llama original"

@@ -81,7 +81,8 @@ def test_a_recipe_says_what_the_cell_says():
 
 def test_a_base_recipe_keeps_everything_but_the_weights():
     base = Recipe.parse(
-        "rules: [{match: '*.0.*', skip: true}, {match: '*', weights: 'int8:g32', activations: 'int8:token'}]\n"
+        "rules: [{match: '*.0.*', skip: true},\n"
+        "        {match: '*', weights: 'int8:g32', activations: 'int8:token'}]\n"
         "steps: [gptq: {}]\ncalibration: {samples: 3}\n"
     )
     recipe = recipe_of(Cell("a", 3, "nf", "128", 1, "nf3:b128"), base)

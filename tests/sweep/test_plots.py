@@ -31,9 +31,7 @@ def test_every_cell_is_drawn_at_its_size_and_value(monkeypatch):
     measures = measured(found, "ppl")
     panel = Figure().subplots()
     plots._panel(panel, found, measures, "blocks")
-    marks = {
-        (float(c[0].get_xdata()[0]), round(float(c[0].get_ydata()[0]), 6)) for c in panel.containers
-    }
+    marks = {(float(c[0].get_xdata()[0]), round(float(c[0].get_ydata()[0]), 6)) for c in panel.containers}
     expected = {
         (8.0 * p.sizes["blocks"], round(value, 6)) for p, value in zip(found, measures.shown, strict=True)
     }

@@ -68,9 +68,9 @@ def test_other_outputs_are_refused(tmp_path, kind):
     else:
         out.mkdir()
         (out / "notes").write_text("mine")
-    with pytest.raises(ZqError, match="choose another|give a folder"):
+    with pytest.raises(ZqError, match=r"choose another|give a folder"):
         read_rows(out)
-    with pytest.raises(ZqError, match="choose another|give a folder"):
+    with pytest.raises(ZqError, match=r"choose another|give a folder"):
         Store(out)
     assert out.is_file() or [path.name for path in out.iterdir()] == ["notes"]
 

@@ -26,7 +26,10 @@ def ladder() -> list[dict]:
 def test_kl_competes_within_a_model_and_perplexity_between_models_of_the_same_tokens():
     found = points(ladder())
     assert [p.model for p in found] == ["small"] * 3 + ["large"] * 3
-    assert [[found[i].model for i in group] for group in rivals(found, "kl")] == [["small"] * 3, ["large"] * 3]
+    assert [[found[i].model for i in group] for group in rivals(found, "kl")] == [
+        ["small"] * 3,
+        ["large"] * 3,
+    ]
     assert rivals(found, "ppl") == [[0, 1, 2, 3, 4, 5]]
     rows = ladder()
     rows[3:] = [r | {"tokens": "of another tokenizer"} for r in rows[3:]]

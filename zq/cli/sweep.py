@@ -145,7 +145,9 @@ def sweep(  # noqa: PLR0913 (a command line is its options)
         setting |= environment(places)
         cells, skipped = grid([s.name for s in found], widths, kinds, shared, numbers)
         if not cells:
-            raise ZqError(f"no cell is left: {skipped[0].what}: {skipped[0].why}")
+            raise ZqError(
+                f"no cell is left: {skipped[0].what}: {skipped[0].why}; give other --bits or --types"
+            )
         work = Work(base=base, setting=setting, devices=places)
         tasks_of = [(s, cell) for s in found for cell in (s.original, *cells) if cell.model == s.name]
         run(tasks_of, skipped, work, output, dry_run=dry_run, as_json=json)

@@ -56,7 +56,7 @@ def draw(points: Sequence[Point], measures: Measured, folder: Path) -> list[Path
             _panel(panel, points, measures, size)
         axes[0].set_ylabel(_label(name))
         drawn = [p for p in points if not (name == "kl" and p.is_original)]
-        _legend(figure, points, sorted({p.bits for p in drawn}))
+        _legend(figure, points, drawn)
         paths = [folder / f"{name}.png", folder / f"{name}.svg"]
         figure.savefig(paths[0], dpi=200, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"Date": None, "Creator": "zq"}, transparent=True)
@@ -99,20 +99,25 @@ def _panel(panel: Any, points: Sequence[Point], measures: Measured, size: str) -
         )
     if drawn:  # matplotlib refuses an empty logarithmic axis
         panel.set_xscale("log")
-        panel.set_yscale("linear" if measures.metric == "accuracy" else "log")
-        _ticks(panel.xaxis, max(x.values()) / min(x.values()))
+        _ticks(panel.xaxis, max(x.values()) / min(x.values()), prefixes=True)
+        if measures.metric != "accuracy":
+            panel.set_yscale("log")
+            _ticks(panel.yaxis, max(y.values()) / min(y.values()), prefixes=False)
     panel.grid(which="major")
     panel.set_title(SIZES[size], fontsize=8)
-    panel.set_xlabel("size as written")
+    panel.set_xlabel("size as written (bits)")
 
 
-def _ticks(axis: Any, span: float) -> None:
-    """Few numbers with their unit: 500 Mbit, 1 Gbit."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+def _ticks(axis: Any, span: float, prefixes: bool) -> None:
+    """Few round numbers, written out (20, 0.1) or with a prefix (500M, 1.5G)."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-    subs = (1, 1.5, 2, 3, 5, 7) if span < 8 else (1, 2, 5) if span < 80 else (1,)
+    close = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    subs = close if span < 3 else (1, 1.5, 2, 3, 5, 7) if span < 10 else (1, 2, 5) if span < 80 else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    axis.set_major_formatter(EngFormatter(unit="bit"))
+    axis.set_major_formatter(
+        EngFormatter(sep="") if prefixes else FuncFormatter(lambda value, _: f"{value:g}")
+    )
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -155,13 +160,13 @@ def _marker(points: Sequence[Point], p: Point) -> str:
     return MARKERS[names.index(p.model if p.model in names else p.type) % len(MARKERS)]
 
 
-def _legend(figure: Any, points: Sequence[Point], widths: Sequence[int]) -> None:
+def _legend(figure: Any, points: Sequence[Point], drawn: Sequence[Point]) -> None:
     from matplotlib.lines import Line2D
 
+    widths = sorted({p.bits for p in drawn})
     handles = [Line2D([], [], linewidth=1.2, label=f"{bits} bits", **_look(bits)) for bits in widths]
-    for marker, name in zip(
-        MARKERS * (1 + len(_marked(points)) // len(MARKERS)), _marked(points), strict=False
-    ):
+    for name in _marked(drawn):
+        marker = _marker(points, next(p for p in drawn if name in (p.model, p.type)))
         handles.append(Line2D([], [], color="0.3", marker=marker, markersize=4, linestyle="none", label=name))
     handles.append(Line2D([], [], color="0.75", linewidth=3, label="front"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), frameon=False)
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
