@@ -91,6 +91,7 @@ class Bench:
     def __init__(self, device: str, setting: dict[str, Any], base: Recipe, scratch: Path) -> None:
         self.device, self.setting, self.base, self.scratch = device, setting, base, scratch
         self._subject: Subject | None = None
+        self._original: Any = None
         self._reference: Any = None
 
     def measure(self, subject: Subject, cell: Cell) -> Row:
@@ -130,11 +131,11 @@ class Bench:
 
     def _compare(self, subject: Subject, folder: Path | None) -> dict[str, Any]:
         if self._subject != subject:
-            self._reference = None  # frees the last one before the next is loaded
-            self._reference = Remembered(load_decoder(subject.folder, device=self.device))
-            self._subject = subject
-        model = load_decoder(folder or subject.folder, device=self.device)
-        candidate = self._reference if folder is None else decoder_logits(model)
+            self._original = self._reference = None  # frees the last one before the next is loaded
+            self._original = load_decoder(subject.folder, device=self.device)
+            self._reference, self._subject = Remembered(self._original), subject
+        model = load_decoder(folder, device=self.device) if folder else self._original
+        candidate = decoder_logits(model) if folder else self._reference
         windows = torch.tensor(subject.windows)
         values = token_values(self._reference, candidate, windows, self.setting["batch"])
         report = values.report()
