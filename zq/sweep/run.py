@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -59,22 +60,21 @@ def sweep(
     failed: list[tuple[Cell, ZqError]] = []
     begun = time.monotonic()
     try:
-        outcomes = (_here if len(work.devices) == 1 else _apart)(tasks, work, scratch)
-        for done, (cell, found) in enumerate(outcomes, start=1):
-            left = (time.monotonic() - begun) / done * (len(tasks) - done)
-            event = {"cell": cell, "done": done, "of": len(tasks), "left": left}
-            if isinstance(found, ZqError):
-                if isinstance(found, AuditError):
+        # Closed at once when something is raised here: its processes write into the scratch folder.
+        with closing((_here if len(work.devices) == 1 else _apart)(tasks, work, scratch)) as outcomes:
+            for done, (cell, found) in enumerate(outcomes, start=1):
+                left = (time.monotonic() - begun) / done * (len(tasks) - done)
+                event = {"cell": cell, "done": done, "of": len(tasks), "left": left}
+                if isinstance(found, (AuditError, OutputError)):
                     raise found
-                if isinstance(found, OutputError):
-                    raise OutputKept(
-                        f"{found}; finished cells are kept, the same command continues"
-                    ) from None
-                failed.append((cell, found))
-                progress({**event, "error": str(found)})
-            else:
-                store.add(found)
-                progress({**event, "row": found})
+                if isinstance(found, ZqError):
+                    failed.append((cell, found))
+                    progress({**event, "error": str(found)})
+                else:
+                    store.add(found)
+                    progress({**event, "row": found})
+    except OutputError as error:
+        raise OutputKept(f"{error}; finished cells are kept, the same command continues") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return failed
@@ -88,7 +88,7 @@ def stop(out: Path) -> None:
     shutil.rmtree(out / SCRATCH, ignore_errors=True)
 
 
-def _here(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome]:
+def _here(tasks: Sequence[Task], work: Work, scratch: Path) -> Generator[Outcome, None, None]:
     bench = Bench(work.devices[0], work.setting, work.base, scratch / "0")
     for subject, cell in tasks:
         try:
@@ -97,7 +97,7 @@ def _here(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome]
             yield cell, error
 
 
-def _apart(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome]:
+def _apart(tasks: Sequence[Task], work: Work, scratch: Path) -> Generator[Outcome, None, None]:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue = deque(tasks)
     children: dict[Connection, tuple[Any, str]] = {}
@@ -117,11 +117,14 @@ def _apart(tasks: Sequence[Task], work: Work, scratch: Path) -> Iterator[Outcome
                 cell = busy.pop(ours)
                 try:
                     found = ours.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     raise _ended(*children[ours], cell) from None
-                if queue:
-                    busy[ours] = _hand_out(ours, queue)
                 yield cell, found
+                if queue:
+                    try:
+                        busy[ours] = _hand_out(ours, queue)
+                    except OSError:
+                        raise _ended(*children[ours], cell) from None
     finally:
         for child, _ in children.values():
             child.terminate()
@@ -149,7 +152,7 @@ def _serve(pipe: Connection, device: str, work: Work, scratch: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // len(work.devices)))
     bench = Bench(device, work.setting, work.base, scratch)
@@ -159,3 +162,9 @@ def _serve(pipe: Connection, device: str, work: Work, scratch: Path) -> None:
             pipe.send(bench.measure(subject, cell))
         except ZqError as error:
             pipe.send(error)
+
+
+def _end_with(parent: int) -> None:
+    """Wait until the parent is gone, then end this process."""
+    wait([parent])
+    os._exit(1)
