@@ -129,8 +129,7 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path):
     """Even by SIGKILL, which nobody can answer."""
     program = (
         "import multiprocessing as m, os, signal, time\n"
-        "from zq.sweep.measure import Bench
-from zq.sweep.run import Work, _serve\n"
+        "from zq.sweep.run import Work, _serve\n"
         "from zq.sweep.grid import NEAREST\n"
         "from pathlib import Path\n"
         "if __name__ == '__main__':\n"
