@@ -36,6 +36,7 @@ ANYTHING = "…"  # in the table: text of another program, which its versions ma
 # Rows that run as real processes; the number limits the size of any file, in bytes (a full disk).
 PROCESSES: dict[str, int | None] = {
     "kernels-no-compiler": None,
+    "sweep-task": None,
     "no-scheme": None,
     "hub-offline": None,
     "audit-failed": None,
@@ -181,6 +182,8 @@ def situation(
         "serve-engine",
     ),
     *("kernels-arch", "kernels-arch-quantize", "kernels-not-quantized", "kernels-output"),
+    *("sweep-no-output", "sweep-bits", "sweep-types", "sweep-blocks", "sweep-nothing", "sweep-seeds"),
+    *("sweep-twice", "sweep-length", "sweep-device"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
 )
 def healthy(model: Model) -> None:
@@ -364,7 +367,7 @@ def not_utf8(model: Model) -> None:
     Path("TEXT").write_bytes("Grüße aus Köln".encode("latin-1"))
 
 
-@situation("output-not-empty")
+@situation("output-not-empty", "sweep-elsewhere")
 def output_not_empty(model: Model) -> None:
     Path("OUT").mkdir()
     Path("OUT", "notes").write_text("mine")
@@ -375,7 +378,7 @@ def output_is_file(model: Model) -> None:
     Path("OUT").write_text("mine")
 
 
-@situation("encoder-eval", "encoder-generate")
+@situation("encoder-eval", "encoder-generate", "sweep-encoder")
 def encoder(model: Model) -> None:
     shutil.rmtree(model.folder)
     save_model(model.folder, "bert")
@@ -433,6 +436,7 @@ RECIPES = {
     "lorc-in-rule": 'rules:\n  - {match: "*", weights: "int4:g32:lorc=8"}\n',
     "lorc-not-expressible": RULE + "steps:\n  - rtn: {}\n  - lorc: {}\nformat: compressed-tensors\n",
     "gptq-mixed": 'rules:\n  - {match: "@mlp", weights: "int4:g32"}\n  - {match: "*", weights: "int8:g32"}\n',
+    "sweep-budget": RULE + "bits: 5\n",
     "bits-no-number": RULE + "bits: many\n",
     "bits-widths": RULE + "bits: {mean: 5, widths: [4, 9]}\n",
     "bits-width-not-held": RULE.replace('int8:channel"', 'int4:channel", activations: e4m3fn:token')
@@ -627,3 +631,35 @@ def lost_tensor(model: Model) -> None:
     """OUT is a finished output whose weights were replaced by those of the original."""
     run("quantize", model.folder, "--w8a8", "--calib", "random", "-o", "OUT").ok()
     shutil.copyfile(model.weights, Path("OUT", WEIGHTS))
+
+
+@situation("sweep-task")
+def other_harness(model: Model) -> None:
+    """A package `lm_eval` without tasks lies in the current folder, where `python -m` looks first."""
+    Path("lm_eval").mkdir()
+    Path("lm_eval", "__init__.py").touch()
+    Path("lm_eval", "tasks.py").write_text(
+        "class TaskManager:\n    all_tasks = ()\n\n\ndef get_task_dict(names, manager): ...\n"
+    )
+
+
+@situation("sweep-other-setting")
+def finished_sweep(model: Model) -> None:
+    """OUT holds a sweep on 2 windows."""
+    grid = ("--bits", "4", "--types", "int", "--blocks", "64", "--devices", "cpu")
+    run("sweep", model.folder, *grid, "--windows", "2", "--length", "16", "-o", "OUT").ok()
+
+
+@situation("sweep-damaged")
+def damaged_sweep(model: Model) -> None:
+    Path("OUT").mkdir()
+    Path("OUT", "results.jsonl").write_text("{broken\n")
+
+
+@situation("sweep-in-use")
+def sweep_in_use(model: Model) -> None:
+    """Another process, here this one, holds the lock until the command has ended."""
+    Path("OUT").mkdir()
+    handle = os.open(Path("OUT", "results.jsonl"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    model.held.append(handle)

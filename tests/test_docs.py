@@ -73,7 +73,7 @@ def test_the_reference_has_every_option_of_the_help():
     """Against what Typer itself offers, which the generator does not ask."""
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     groups = ("recipes list", "recipes show", "kernels list", "kernels build", "kernels bundle")
-    for command in ("quantize", "eval", "generate", "inspect", *groups):
+    for command in ("quantize", "eval", "generate", "inspect", "sweep", *groups):
         section = text.partition(f"\n## zq {command}\n")[2].partition("\n## ")[0]
         shown = run(*command.split(), "--help").ok().out
         options = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", shown)) - {"--help"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import zq
+from tests.command import run as command
+from tests.letters import save_tokenizer
 from tests.tiny import TINY, save_tiny, token_ids
 from zq.numerics.qtensor import fake_quantize_tokens, quantize
 from zq.optim import AdamW
@@ -148,3 +151,20 @@ def test_gram_matrices_are_those_of_float32() -> None:
     _add_gram(total, x.cuda())
     exact = x.double().T @ x.double()
     assert (total.cpu().double() - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_a_sweep_in_two_processes_writes_what_the_cpu_writes(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama")
+    grid = ("--bits", "3,4", "--types", "int,nf", "--blocks", "64", "--windows", "4", "--length", "32")
+    found = []
+    for devices in ("cpu", "cuda:0,cuda:0"):
+        out = tmp_path / devices.partition(":")[0]
+        command("sweep", tmp_path / "llama", *grid, "--devices", devices, "-o", out).ok()
+        lines = (out / "results.jsonl").read_text().splitlines()
+        found.append({row["cell"]["spec"]: row for row in map(json.loads, lines)})
+    here, there = found
+    assert here.keys() == there.keys()
+    for spec, row in here.items():
+        assert there[spec]["bytes"] == row["bytes"]
+        assert there[spec]["kl"] == pytest.approx(row["kl"], rel=0.02, abs=1e-6)

@@ -36,7 +36,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         passes = 2 + len(plan.skeleton.arch.sites) * reading  # both streams, and once to each site
         passes += len(plan.skeleton.arch.links) * _tries(plan) + _trained(plan)
         work = 2 * passes * plan.tokens * sum(math.prod(layer.shape) for layer in plan.layers)
-        seconds += work * _per_operation(plan)
+        seconds += work * per_operation(plan)
     seconds += _per_folded(plan) * sum(plan.source(name).numel for name in plan.view.becomes)
     seconds += 3 * (plan.bytes_before + plan.bytes_after) / 1e9  # reading, hashing, writing, reading back
     return {
@@ -100,7 +100,8 @@ def _per_folded(plan: Plan) -> float:
     return (time.perf_counter() - begun) / plan.source(smallest).numel
 
 
-def _per_operation(plan: Plan) -> float:
+def per_operation(plan: Plan) -> float:
+    """Seconds per multiplication or addition of a matrix product in the plan's dtype, on its device."""
     a = torch.ones(512, 1024, dtype=plan.dtype, device=plan.skeleton.device)
     best = math.inf
     for _ in range(3):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from zq import __version__
-from zq.cli import doctor, evaluate, export, generate, inspect, kernels, quantize, recipes, serve
+from zq.cli import doctor, evaluate, export, generate, inspect, kernels, quantize, recipes, serve, sweep
 from zq.cli.console import EXIT_CODES, fail
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
+app.command("sweep")(sweep.sweep)
 app.command("serve")(serve.serve)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(kernels.app, name="kernels")

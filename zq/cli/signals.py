@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -50,11 +50,23 @@ def resumable(output: Path, hint: str, as_json: bool = False) -> Iterator[None]:
     to continue."""
     from zq.checkpoint.job import FOLDER, STATE
 
+    def message() -> str | None:
+        begun = (output / FOLDER / STATE).is_file()
+        return f"interrupted; finished blocks are kept, continue with: {hint}" if begun else None
+
+    with leaving(message, as_json):
+        yield
+
+
+@contextmanager
+def leaving(message: Callable[[], str | None], as_json: bool = False) -> Iterator[None]:
+    """Inside, a signal ends the process with exit code 75 and this message; where that is None, it does what
+    it did outside."""
     before = signal.getsignal(signal.SIGTERM)
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if (output / FOLDER / STATE).is_file():
-            _leave(Interrupted(f"interrupted; finished blocks are kept, continue with: {hint}"), as_json)
+        if (said := message()) is not None:
+            _leave(Interrupted(said), as_json)
         if callable(before):
             before(signum, frame)
 

@@ -13,6 +13,8 @@ CHUNK_BYTES each; what is kept is one number per token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,21 @@ from zq.eval.report import Divergence, percentile, standard_error
 KL_CONVENTIONS = "KL(P_reference || P_candidate) in nats per token, full vocabulary; "
 
 
+@dataclass(frozen=True)
+class TokenValues:
+    """One number per predicted token, each float32 [W, L-1] on the CPU: KL and both negative log-likelihoods
+    in nats, and 1 where both models rank the same token first, else 0."""
+
+    kl: Tensor
+    same: Tensor
+    reference: Tensor
+    candidate: Tensor
+
+    def report(self) -> Divergence:
+        """The statistics of these values; standard errors over windows."""
+        return _report(self.kl, self.same, self.reference, self.candidate)
+
+
 def divergence(
     reference: Logits,
     candidate: Logits,
@@ -41,6 +58,17 @@ def divergence(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> Divergence:
+    """The report on `token_values`, which takes the same arguments."""
+    return token_values(reference, candidate, windows, batch, progress).report()
+
+
+def token_values(
+    reference: Logits,
+    candidate: Logits,
+    windows: Tensor,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> TokenValues:
     """Compare two models on `windows` (int64 [W, L], L >= 2), `batch` windows per call.
 
     The models may sit on different devices; sums run on the reference's. Raises ZqError when the
@@ -75,7 +103,7 @@ def divergence(
         check_finite(candidate_loss[done], first, "the candidate")
         if progress:
             progress(done.stop, count)
-    return _report(kl, same, reference_loss, candidate_loss)
+    return TokenValues(kl, same, reference_loss, candidate_loss)
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
