@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import zq.kernels.ops  # noqa: F401 (defines torch.ops.zq)
 from zq.kernels import layout
 from zq.kernels.select import gemm_op
 from zq.kernels.tiles import packing, unit_name
@@ -38,14 +39,17 @@ def kernel_op(scheme: Scheme, k: int, dtype: torch.dtype, capability: int) -> st
 
 def units(op: str, scheme: Scheme, dtype: torch.dtype, capability: int) -> list[str]:
     """Names of the compile units that a layer needs: load them before a CUDA graph is captured."""
-    weights = scheme.weights
-    group = (weights.layout.size or 0) if weights.layout.kind == "group" else 0
-    packed = packing(op, group, not weights.symmetric, dtype == torch.float16)
+    packed = packing(op, group_of(scheme.weights), not scheme.weights.symmetric, dtype == torch.float16)
     names = [unit_name(op, packed, capability)]
     if scheme.activations is not None:
         kind = "int8" if scheme.activations.format == "int8" else "fp8"
         names.append(f"plain_{kind}_{HALVES[dtype]}")
     return names
+
+
+def group_of(spec: TensorSpec) -> int:
+    """Inputs that share a scale; 0: those of a row."""
+    return (spec.layout.size or 0) if spec.layout.kind == "group" else 0
 
 
 def serve(q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> nn.Module:
@@ -57,7 +61,8 @@ def serve(q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> nn.
         major, minor = torch.cuda.get_device_capability(device)
         op = kernel_op(scheme, q.shape[1], dtype, 10 * major + minor)
         if op is not None and (op != "w4a16" or _holds(q.scale, dtype)):
-            return KernelLinear(q, scheme, op, dtype)
+            load_kernels(op, scheme, dtype, device)
+            return KernelLinear(q, op, dtype)
     elif _whole(q.spec) and activations is not None and activations.format == "int8":
         return IntegerLinear(q)
     return DenseLinear(q, activations, dtype)
@@ -73,20 +78,20 @@ def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(scale.to(dtype).float(), scale.float())
 
 
+def load_kernels(op: str, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> None:
+    """So that nothing is compiled or loaded while a CUDA graph is captured. Raises ZqError."""
+    from zq.kernels import cuda  # of use only where there is a GPU
+
+    here = cuda.describe(torch.cuda.current_device() if device.index is None else device.index)
+    cuda.prepare(device, units(op, scheme, dtype, here.number))
+
+
 class KernelLinear(nn.Module):
-    """`torch.ops.zq.OP` on a weight packed for it."""
+    """`torch.ops.zq.OP` on a weight packed for it; on a CPU the operator is its slow reference."""
 
-    def __init__(self, q: QTensor, scheme: Scheme, op: str, dtype: torch.dtype) -> None:
+    def __init__(self, q: QTensor, op: str, dtype: torch.dtype) -> None:
         super().__init__()
-        import zq.kernels.ops  # noqa: F401 (defines torch.ops.zq)
-        from zq.kernels import cuda
-
-        spec, device = q.spec, q.codes.device
-        here = cuda.describe(device.index if device.index is not None else torch.cuda.current_device())
-        cuda.prepare(device, units(op, scheme, dtype, here.number))
-        self.n, self.op = q.shape[0], op
-        self.group = (spec.layout.size or 0) if spec.layout.kind == "group" else 0
-        self.asym = not spec.symmetric
+        self.n, self.op, self.group, self.asym = q.shape[0], op, group_of(q.spec), not q.spec.symmetric
         w, ws = pack(q, op, dtype)
         self.register_buffer("w", w)
         self.register_buffer("ws", ws)
@@ -120,8 +125,7 @@ class KernelLinear(nn.Module):
 
 def pack(q: QTensor, op: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(packed weight, channel scales [N] float32 or None) of an operator with inputs of `dtype`."""
-    spec = q.spec
-    group = (spec.layout.size or 0) if spec.layout.kind == "group" else 0
+    spec, group = q.spec, group_of(q.spec)
     p = packing(op, group, not spec.symmetric, dtype == torch.float16)
     if spec.two_level:
         return layout.pack(p, *layout.two_level(q)), q.scale[:, 0].float().contiguous()
@@ -142,7 +146,7 @@ class IntegerLinear(nn.Module):
         super().__init__()
         spec = q.spec
         size = spec.layout.size or 0
-        codes, scale, self.group = q.codes, q.scale.float(), size if spec.layout.kind == "group" else 0
+        codes, scale, self.group = q.codes, q.scale.float(), group_of(spec)
         if q.sub is not None:
             codes = (codes.short() * q.sub.short().repeat_interleave(size, 1)[:, : q.shape[1]]).to(torch.int8)
             self.group = 0
