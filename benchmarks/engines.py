@@ -10,15 +10,15 @@ transformers and gptqmodel compute in float32, vLLM in bfloat16, llama.cpp in it
 bfloat16` of each format says what the precision alone does. Positions whose likeliest token leads by less
 than MARGIN nats, where that precision decides, are counted apart.
 
-`vllm with zq` is vLLM with zq's plug-in, installed from this clone into a folder beside its environment. Rounded
-activations make so much of a little (another order of summation in float32) that after 30 blocks the log-probabilities
-of W4A8 are as far from zq's as from those of W4A16: so whether activations are rounded at all is seen in a model
-of the first two blocks, in float32; `without` is the mean difference from zq's model with its activations as they
-are.
+`vllm with zq` is vLLM with zq's plug-in, installed from this clone into a folder beside its environment.
+Rounded activations make so much of a little (another order of summation in float32) that after 30 blocks the
+log-probabilities of W4A8 are as far from zq's as from those of W4A16. So whether activations are rounded at
+all is seen in a model of the first two blocks, in float32; `without` is the mean difference from zq's model
+with its activations as they are.
 
 `make engines` makes the environments; `--check` exits with 1 when at more than 2 % of the clear positions the
-likeliest token is another, and that is 2 % more than bfloat16 alone does to this format; or when two blocks are not
-nearer to zq's model with rounded activations than to the one without.
+likeliest token is another, and that is 2 % more than bfloat16 alone does to this format; or when two blocks
+are not nearer to zq's model with rounded activations than to the one without.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ FLOOR = "zq in bfloat16"
 PLUGIN = "vllm with zq"
 SHORT, BLOCKS = "two blocks: ", 2
 INT8_GROUPS = "rules: [{match: '*', weights: 'int8:g64'}]\ncalibration: {source: none}\n"
-OWN = "rules: [{match: '*', weights: 'int5:g64:asym', activations: 'int8:token'}]\ncalibration: {source: none}\n"
+OWN = (
+    "rules: [{match: '*', weights: 'int5:g64:asym', activations: 'int8:token'}]\n"
+    "calibration: {source: none}\nformat: zq\n"
+)
 GPTQ_ASYM = "rules: [{match: '*', weights: 'int4:g64:asym'}]\ncalibration: {source: none}\n"
 # name, options of zq quantize or a recipe, engines
 CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
@@ -71,9 +75,9 @@ CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("W4A8", ("--w4a8",), ("transformers", PLUGIN)),
     ("FP8", ("--fp8",), ("transformers", "vllm")),
     ("W4/8A8", ("--w4w8a8",), ("transformers", "vllm", PLUGIN)),
-    ("W5A8 in zq's format", OWN + "format: zq\n", (PLUGIN,)),
+    ("W5A8 in zq's format", OWN, (PLUGIN,)),
     (SHORT + "W4A8", ("--w4a8",), ("vllm", PLUGIN)),
-    (SHORT + "W5A8 in zq's format", OWN + "format: zq\n", (PLUGIN,)),
+    (SHORT + "W5A8 in zq's format", OWN, (PLUGIN,)),
     ("GPTQ 4", ("--w4a16", "--to", "gptq"), ("gptqmodel", "vllm")),
     ("GPTQ 4 asymmetric", GPTQ_ASYM + "format: gptq\n", ("gptqmodel",)),
     ("GPTQ 8", ("--w8a16", "--to", "gptq"), ("gptqmodel",)),
@@ -111,12 +115,13 @@ def first_blocks(home: Path) -> Path:
     return out
 
 
+@lru_cache
 def plugin_site(python: str, home: Path) -> Path:
     """A folder for PYTHONPATH in which this clone is installed, as a wheel."""
     site, clone = home / "site", Path(__file__).resolve().parent.parent
-    if not site.is_dir():
-        args = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*args, "--target", str(site), str(clone)], check=True)
+    shutil.rmtree(site, ignore_errors=True)  # of an earlier run
+    args = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*args, "--target", str(site), str(clone)], check=True)
     return site
 
 

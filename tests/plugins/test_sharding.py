@@ -27,8 +27,16 @@ def weight(text: str, n: int = 32, k: int = 128, seed: int = 0) -> QTensor:
 
 
 ALL = (
-    *("int2:g32", "int3:g64:asym", "int4:g32", "int4:g64:two-level", "int4:channel", "int5:g64", "int6:channel"),
-    *("int7:g128:asym", "int8:channel", "int8:g64:asym", "int4:g96", "int4:channel:asym", "e4m3fn:channel"),
+    *("int2:g32", "int3:g64:asym", "int4:g32", "int4:g64:two-level", "int4:channel", "int5:g64"),
+    *(
+        "int6:channel",
+        "int7:g128:asym",
+        "int8:channel",
+        "int8:g64:asym",
+        "int4:g96",
+        "int4:channel:asym",
+        "e4m3fn:channel",
+    ),
     *("e4m3fn:g32", "e2m1fn:g32", "nf4:g64", "int4:g64:center", "int4:g64:s=fp32", "int4:g64:narrow"),
 )
 

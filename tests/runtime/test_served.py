@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tests.kernels.inputs import activations
 from zq.kernels import reference
-from zq.kernels.select import gemm_op
+from zq.kernels.select import gemm_op, kernel_op
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens, quantize
 from zq.runtime.integers import PORTION, integer_linear, product
 from zq.runtime.linear import QuantLinear
-from zq.runtime.served import DenseLinear, IntegerLinear, KernelLinear, kernel_op, serve, units
+from zq.runtime.served import NAMES, DenseLinear, IntegerLinear, KernelLinear, serve, units
 from zq.spec import Scheme, TensorSpec
 
 BF16 = torch.bfloat16
@@ -42,7 +42,9 @@ def test_integers_are_the_operators_to_the_bit(text: str, dtype: torch.dtype) ->
         assert torch.equal(IntegerLinear(q)(x, given), wanted)
 
 
-@pytest.mark.parametrize("text", ["int3:g64:asym", "int8:channel:asym", "int6:g96", "int2:g32:asym", "int5:channel"])
+@pytest.mark.parametrize(
+    "text", ["int3:g64:asym", "int8:channel:asym", "int6:g96", "int2:g32:asym", "int5:channel"]
+)
 def test_integers_without_an_operator(text: str) -> None:
     """Ragged groups (96 of 256) and zero points: the sum in float64, rounded where the reference rounds."""
     q, x = weight(text), activations(5, 256, torch.float32)
@@ -63,7 +65,9 @@ def test_sums_are_exact_where_float32_alone_is_not() -> None:
     assert product(x, codes, torch.tensor([127], dtype=torch.int8)).item() == -126.0
 
 
-@pytest.mark.parametrize("text", ["int3:g64", "e2m1fn:g32", "e4m3fn:channel", "int4:g64:center", "nf4:channel"])
+@pytest.mark.parametrize(
+    "text", ["int3:g64", "e2m1fn:g32", "e4m3fn:channel", "int4:g64:center", "nf4:channel"]
+)
 @pytest.mark.parametrize("acts", [None, "e4m3fn:token"])
 def test_what_is_dequantized_is_what_zq_load_computes(text: str, acts: str | None) -> None:
     q, x = weight(text), activations(3, 256)
@@ -142,13 +146,14 @@ def test_packed_weights_are_the_weights(text: str, op: str, dtype: torch.dtype) 
 def test_where_a_kernel_is_used(
     text: str, k: int, dtype: torch.dtype, capability: int, op: str | None
 ) -> None:
-    assert kernel_op(Scheme.parse(text), k, dtype, capability) == op
+    assert kernel_op(Scheme.parse(text), k, NAMES[dtype], capability) == op
 
 
 def test_the_units_that_are_loaded_exist() -> None:
     from zq.kernels.table import UNITS
 
-    for text in ("int4:g64 @ int8:token", "int4:g128:two-level @ int8:token", "int4:g32:asym", "int8:channel"):
+    two_level = "int4:g128:two-level @ int8:token"
+    for text in ("int4:g64 @ int8:token", two_level, "int4:g32:asym", "int8:channel"):
         scheme = Scheme.parse(text)
         op = gemm_op(scheme)
         assert op is not None

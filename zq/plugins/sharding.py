@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from zq.engines import plugin_refuses
 from zq.errors import ZqError
 from zq.export.native import from_unsigned
 from zq.numerics.levels import levels
@@ -32,8 +33,8 @@ ALIGNED = "lower the tensor parallel size, or quantize again with"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What one device holds of a layer. sizes: outputs of each fused layer; k: inputs; whole_n, whole_k: of the
-    layer on all devices."""
+    """What one device holds of a layer. sizes: outputs of each fused layer; k: inputs; whole_n, whole_k: of
+    the layer on all devices."""
 
     name: str
     sizes: tuple[int, ...]
@@ -57,24 +58,10 @@ class Part:
 
 
 def refuse(spec: TensorSpec, name: str) -> None:
-    """Raises ZqError for what is not cut here, by name."""
-    problems = [
-        (bool(spec.rank), f"'lorc={spec.rank}'", "quantize again without the step lorc"),
-        (bool(spec.kept), f"'keep={spec.kept}'", "quantize again without the step proxy"),
-        (bool(spec.inner), f"'pow2={spec.inner}'", "quantize again without pow2"),
-        (spec.info.is_estimated, f"estimated values ({spec.format})", "quantize again to a fixed format"),
-        (
-            spec.layout.kind not in ("channel", "group", "tensor"),
-            f"the layout '{spec.layout}'",
-            "quantize again in groups (g64) or per channel",
-        ),
-    ]
-    for hit, what, remedy in problems:
-        if hit:
-            raise ZqError(
-                f"'{name}' is {spec}: zq's vLLM plug-in does not serve {what}; {remedy}, or serve it with "
-                "`zq serve --engine transformers`"
-            )
+    """Raises ZqError for what the plug-in does not serve, by name."""
+    reason = plugin_refuses(spec)
+    if reason:
+        raise ZqError(f"'{name}' is {spec}: {reason}, or serve it with `zq serve --engine transformers`")
 
 
 def parts(spec: TensorSpec, shard: Shard, storage: str) -> list[Part]:
@@ -124,8 +111,8 @@ def _check_inputs(spec: TensorSpec, shard: Shard) -> None:
         )
     if k * bits % 32:
         raise ZqError(
-            f"'{shard.name}': a shard of {k} inputs of {bits} bits ends inside a 32-bit word; {ALIGNED} 4 or 8 "
-            "bits"
+            f"'{shard.name}': a shard of {k} inputs of {bits} bits ends inside a 32-bit word; {ALIGNED} 4 or "
+            "8 bits"
         )
 
 

@@ -4,7 +4,7 @@ vLLM calls `register` in each of its processes. It registers two quantization me
 
     zq       zq's own format, by `"quant_method": "zq"` in config.json
     zq-w4a8  compressed-tensors checkpoints with narrow integer weights and INT8 token-wise activations, which
-             vLLM would compute with 16-bit activations: the layers that are so are zq's, the others vLLM's own.
+             vLLM would compute with 16-bit activations: the layers that are so are zq's, the others vLLM's.
              `--quantization compressed-tensors` leaves all of them to vLLM.
 
 Everything that imports vLLM is in zq/plugins/vllm_layers.py.
@@ -13,12 +13,13 @@ Everything that imports vLLM is in zq/plugins/vllm_layers.py.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
+from zq.engines import plugin_takes
 from zq.errors import ZqError
-from zq.kernels.select import gemm_op
 from zq.spec import Layout, Scheme, TensorSpec
 
 METHOD, TAKEN = "zq", "zq-w4a8"
@@ -29,7 +30,7 @@ log = logging.getLogger("vllm.plugins.zq")  # vLLM sets up the loggers below its
 
 
 def register() -> None:
-    """Called by vLLM, more than once. Says in the log what is wrong with an unknown vLLM, and never stops it."""
+    """Called by vLLM, more than once. A vLLM that it does not fit is a message in the log, and runs on."""
     found = vllm_version()
     try:
         from zq.plugins import vllm_layers
@@ -37,8 +38,8 @@ def register() -> None:
         vllm_layers.register()
     except (ImportError, AttributeError, TypeError) as error:
         log.warning(
-            "zq's plug-in does not fit vLLM %s (%s): neither zq's own format nor W4A8 is served by zq; it was "
-            "tried with vLLM %s, install that or a newer zq",
+            "zq's plug-in does not fit vLLM %s (%s): zq serves neither its own format nor W4A8; it was tried "
+            "with vLLM %s, install that or a newer zq",
             found,
             error,
             ", ".join(TRIED),
@@ -46,6 +47,13 @@ def register() -> None:
         return
     if not found.startswith(tuple(f"{known}." for known in TRIED)):
         log.info("zq's plug-in was tried with vLLM %s, this is %s", ", ".join(TRIED), found)
+
+
+def is_active() -> bool:
+    """Whether a vLLM beside this zq would load the plug-in."""
+    wanted = os.environ.get("VLLM_PLUGINS")
+    there = any(point.name == METHOD for point in entry_points(group="vllm.general_plugins"))
+    return there and (wanted is None or METHOD in wanted.split(","))
 
 
 def vllm_version() -> str:
@@ -80,11 +88,6 @@ def scheme_of(weights: Any, activations: Any, format: str | None) -> Scheme | No
     )
 
 
-def takes(scheme: Scheme, capability: int) -> bool:
-    """Whether zq computes this layer in vLLM's place: always on a CPU (capability 0), else with a kernel."""
-    return capability == 0 or (capability >= 80 and gemm_op(scheme) is not None)
-
-
 def taken(config: Mapping[str, Any], capability: int) -> list[Scheme]:
     """What zq takes over of a compressed-tensors `quantization_config`."""
     groups = config.get("config_groups")
@@ -97,7 +100,9 @@ def taken(config: Mapping[str, Any], capability: int) -> list[Scheme]:
         for group in groups.values()
         if isinstance(group, Mapping)
     ]
-    return list(dict.fromkeys(scheme for scheme in found if scheme is not None and takes(scheme, capability)))
+    return list(
+        dict.fromkeys(scheme for scheme in found if scheme is not None and plugin_takes(scheme, capability))
+    )
 
 
 def layer_schemes(config: Mapping[str, Any]) -> dict[str, Scheme]:

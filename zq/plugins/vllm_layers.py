@@ -31,10 +31,11 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
+from zq.engines import plugin_takes
 from zq.errors import ZqError
 from zq.kernels import bundle
 from zq.plugins.sharding import Part, Shard, assemble, parts
-from zq.plugins.vllm import METHOD, TAKEN, find, layer_schemes, log, scheme_of, taken, takes
+from zq.plugins.vllm import METHOD, TAKEN, find, layer_schemes, log, scheme_of, taken
 from zq.runtime.served import serve
 from zq.spec import Scheme
 
@@ -74,7 +75,7 @@ class ZqLinearMethod(LinearMethodBase):
     def __init__(self, scheme: Scheme, storage: str, prefix: str) -> None:
         self.scheme, self.storage, self.prefix = scheme, storage, prefix
 
-    def create_weights(  # noqa: PLR0913 (vLLM's)
+    def create_weights(
         self,
         layer: nn.Module,
         input_size_per_partition: int,
@@ -105,7 +106,7 @@ class ZqLinearMethod(LinearMethodBase):
         layer.served = serve(q, self.scheme.activations, self.dtype)
         say_once(f"zq computes {self.scheme} as {layer.served.way}")
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.served(x, bias)
 
 
@@ -165,8 +166,8 @@ class ZqConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if scheme is None else ZqLinearMethod(scheme, "zq", prefix)
         if scheme is not None:
             raise ZqError(
-                f"'{prefix}' is {scheme}, and zq's vLLM plug-in serves quantized linear layers only; quantize "
-                "again with a rule that skips it"
+                f"'{prefix}' is {scheme}, and zq's vLLM plug-in serves quantized linear layers only; "
+                "quantize again with a rule that skips it"
             )
         return None
 
@@ -199,7 +200,7 @@ class TakenConfig(CompressedTensorsConfig):
             scheme = scheme_of(
                 _plain(found.get("weights")), _plain(found.get("input_activations")), found.get("format")
             )
-            if scheme is not None and takes(scheme, capability()):
+            if scheme is not None and plugin_takes(scheme, capability()):
                 return ZqLinearMethod(scheme, "compressed-tensors", prefix)
         return super().get_quant_method(layer, prefix)
 

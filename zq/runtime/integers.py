@@ -2,8 +2,8 @@
 
     y = round(sum over groups of float32(x (q - z)) * scale * sx + bias)
 
-as zq/kernels/reference.py has it, but fast enough to serve with: codes are multiplied as float32, where sums of
-integers below 2^24 are exact. It is one operator, `zq::integer_linear`, so that torch.compile leaves it alone.
+as zq/kernels/reference.py has it, but fast enough to serve with: codes are multiplied as float32, where sums
+of integers below 2^24 are exact. It is one operator, `zq::integer_linear`, which torch.compile leaves alone.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def integer_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:
     """x [M, K] of a floating-point dtype, quantized to INT8 here, token by token; codes [N, K] int8; scale
-    [N, G] float32 and zero [N, G] int8 for groups of `group` inputs, the last may be ragged; group 0: one scale
-    per channel -> [M, N] in the dtype of x."""
+    [N, G] float32 and zero [N, G] int8 for groups of `group` inputs, the last may be ragged; group 0: one
+    scale per channel -> [M, N] in the dtype of x."""
     q, sx = reference.quantize(x, torch.int8)
     wide = q.float()
     if group == 0:
@@ -52,5 +52,7 @@ def integer_linear(
 
 
 @integer_linear.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int) -> Tensor:
+def _(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])

@@ -4,8 +4,8 @@
     integers    codes as they are and the exact product with INT8 activations (integers.py, CPU)
     dequantized dequantized once, activations rounded in simulation as zq.load does: any other scheme
 
-`serve` chooses. What is computed is what zq measured, up to the rounding of the output; unlike QuantLinear these
-are for inference only and do not go back into a checkpoint.
+`serve` chooses. What is computed is what zq measured, up to the rounding of the output. Unlike QuantLinear
+these do not go back into a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,26 +15,13 @@ from torch import Tensor, nn
 
 import zq.kernels.ops  # noqa: F401 (defines torch.ops.zq)
 from zq.kernels import layout
-from zq.kernels.select import gemm_op
+from zq.kernels.select import kernel_op
 from zq.kernels.tiles import packing, unit_name
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
 from zq.runtime.integers import integer_linear
 from zq.spec import Layout, Scheme, TensorSpec
 
-HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-MULTIPLE = 16  # of K, for kernels (zq/kernels/checks.py)
-INT8_K = 65536
-
-
-def kernel_op(scheme: Scheme, k: int, dtype: torch.dtype, capability: int) -> str | None:
-    """The operator that computes x [M, k] of `dtype` on a CUDA device of this compute capability times ten, or
-    None."""
-    op = gemm_op(scheme)
-    narrow = scheme.activations is not None and scheme.activations.format == "int8" and k > INT8_K
-    least = 89 if op and "fp8" in op else 80
-    if op is None or capability < least or k % MULTIPLE or narrow or dtype not in HALVES:
-        return None
-    return op
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def units(op: str, scheme: Scheme, dtype: torch.dtype, capability: int) -> list[str]:
@@ -43,7 +30,7 @@ def units(op: str, scheme: Scheme, dtype: torch.dtype, capability: int) -> list[
     names = [unit_name(op, packed, capability)]
     if scheme.activations is not None:
         kind = "int8" if scheme.activations.format == "int8" else "fp8"
-        names.append(f"plain_{kind}_{HALVES[dtype]}")
+        names.append(f"plain_{kind}_{NAMES[dtype]}")
     return names
 
 
@@ -59,7 +46,7 @@ def serve(q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> nn.
     device = q.codes.device
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        op = kernel_op(scheme, q.shape[1], dtype, 10 * major + minor)
+        op = kernel_op(scheme, q.shape[1], NAMES[dtype], 10 * major + minor)
         if op is not None and (op != "w4a16" or _holds(q.scale, dtype)):
             load_kernels(op, scheme, dtype, device)
             return KernelLinear(q, op, dtype)
@@ -91,6 +78,8 @@ class KernelLinear(nn.Module):
 
     def __init__(self, q: QTensor, op: str, dtype: torch.dtype) -> None:
         super().__init__()
+        self.w: Tensor
+        self.ws: Tensor | None
         self.n, self.op, self.group, self.asym = q.shape[0], op, group_of(q.spec), not q.spec.symmetric
         w, ws = pack(q, op, dtype)
         self.register_buffer("w", w)
@@ -144,6 +133,9 @@ class IntegerLinear(nn.Module):
 
     def __init__(self, q: QTensor) -> None:
         super().__init__()
+        self.codes: Tensor
+        self.scale: Tensor
+        self.zero: Tensor | None
         spec = q.spec
         size = spec.layout.size or 0
         codes, scale, self.group = q.codes, q.scale.float(), group_of(spec)
@@ -168,6 +160,7 @@ class DenseLinear(nn.Module):
     def __init__(self, q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.activations = None if activations is None else activations.format
+        self.weight: Tensor
         self.register_buffer("weight", q.dequantize(dtype))
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
