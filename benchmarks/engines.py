@@ -36,7 +36,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -150,7 +150,12 @@ def last_line(text: str) -> str:
 
 @contextmanager
 def vllm_server(
-    python: str, folder: Path, log: Path, dtype: str = "bfloat16", site: Path | None = None
+    python: str,
+    folder: Path,
+    log: Path,
+    dtype: str = "bfloat16",
+    site: Path | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[str]:
     """The address of an OpenAI server of vLLM on this checkpoint; `site`: where its plug-in is installed."""
     with socket.socket() as free:
@@ -158,7 +163,7 @@ def vllm_server(
         port = free.getsockname()[1]
     args = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     args += ["--dtype", dtype, "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager"]
-    args += ["--served-model-name", "demo"]
+    args += ["--served-model-name", "demo", *more]
     environment = dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     if site is not None:
@@ -189,7 +194,8 @@ def vllm_server(
 
 def cause(log: str) -> str:
     """The line of a server's log that says why it ended."""
-    found = re.findall(r"^.*?((?:\w+Error|Exception): .*)$", log, re.MULTILINE)
+    lines = "\n".join(line for line in log.splitlines() if " WARNING " not in line)
+    found = re.findall(r"^.*?((?:\w+Error|Exception): .*)$", lines, re.MULTILINE)
     return found[0][:300] if found else last_line(log)
 
 
@@ -198,7 +204,11 @@ def from_vllm(
 ) -> list[dict[str, Any]]:
     log = folder.with_suffix(f".vllm{'-zq' if site else ''}.log")
     with vllm_server(python, folder, log, dtype, site) as address:
-        return [_completion(address, ids) for ids in prompts]
+        return answers(address, prompts)
+
+
+def answers(address: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    return [_completion(address, ids) for ids in prompts]
 
 
 def _completion(address: str, ids: list[int]) -> dict[str, Any]:

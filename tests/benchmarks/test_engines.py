@@ -26,7 +26,10 @@ def test_what_is_compared() -> None:
 
 
 def test_the_line_of_a_log_that_says_why() -> None:
-    log = "INFO x\n(Worker) ValueError: no kernel for int3\nRuntimeError: engine died\n"
+    log = (
+        "INFO x\n(API) WARNING 1 OSError: maybe\n(Worker) ValueError: no kernel for int3\n"
+        "RuntimeError: engine died\n"
+    )
     assert cause(log) == "ValueError: no kernel for int3"
     assert cause("a\nb\n") == "b"
 
