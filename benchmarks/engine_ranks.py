@@ -1,8 +1,8 @@
 """vLLM with zq's plug-in on two ranks of a CPU: python benchmarks/engine_ranks.py VENV/bin/python
 
-A random Llama of two blocks, 4 heads and 2 heads of keys and values, in float32. Each rank rounds its part of
-the inputs of a row-parallel layer with a scale of its own; so the answers must be nearer to zq's model that does
-the same than to the one with whole tokens, and to the one without rounding. Exits with 1 when they are not.
+A random Llama of one block, 4 heads and 2 heads of keys and values, in float32. Each rank rounds its part of
+the inputs of a row-parallel layer with a scale of its own; so the answers must be ten times nearer to zq's model
+that does the same than to the one with whole tokens, and to the one without rounding. Exits with 1 when not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save_model(folder: Path) -> None:
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -95,7 +95,7 @@ def main(python: str) -> None:
                 said = answers(address, prompts)
             found = {key: compare(said, answer)["mean"] for key, answer in references(out, prompts)}
             print(json.dumps({"scheme": name, **found}), flush=True)
-            if 2 * found.pop("parts of tokens") > min(found.values()):
+            if 10 * found.pop("parts of tokens") > min(found.values()):
                 wrong.append(name)
     if wrong:
         raise SystemExit(f"two ranks differ: {', '.join(wrong)}")
