@@ -1,8 +1,9 @@
 """vLLM with zq's plug-in on two ranks of a CPU: python benchmarks/engine_ranks.py VENV/bin/python
 
 A random Llama of one block, 4 heads and 2 heads of keys and values, in float32. Each rank rounds its part of
-the inputs of a row-parallel layer with a scale of its own; so the answers must be ten times nearer to zq's model
-that does the same than to the one with whole tokens, and to the one without rounding. Exits with 1 when not.
+the inputs of a row-parallel layer with a scale of its own; so the answers must be ten times nearer to zq's
+model that does the same than to the one with whole tokens, and to the one without rounding. Exits with 1 when
+they are not.
 """
 
 from __future__ import annotations
