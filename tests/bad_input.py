@@ -428,6 +428,7 @@ RECIPES = {
     "format-without-sign": 'rules:\n  - {match: "*", weights: "udynamic4:b64"}\n',
     "inner-groups": 'rules:\n  - {match: "*", weights: "int4:b64:pow2=48"}\n',
     "inner-groups-asym": 'rules:\n  - {match: "*", weights: "int4:b64:asym:pow2=16"}\n',
+    "plugin-refuses": 'rules:\n  - {match: "*", weights: "int4:b64"}\nformat: zq\n',
     "center-asym": 'rules:\n  - {match: "*", weights: "int4:b64:asym:center"}\n',
     "rank1-center": 'rules:\n  - {match: "*", weights: "int4:rank1:center"}\n',
     "optimizer-keys": RULE + "steps:\n  - lkd-classic: {optimizer: {bit: 8}}\n",

@@ -23,6 +23,7 @@ def layer(
         ("vllm:cpu", Target(engine="vllm", version="0.33", sm=0), "vllm:0.33:cpu"),
         ("sglang:0.5.23:sm_90a", Target(engine="sglang", version="0.5.23"), "sglang:0.5.23:sm90"),
         ("llama.cpp", Target(engine="llama.cpp", version=""), "llama.cpp"),
+        ("vllm:zq:cpu", Target(engine="vllm", version="0.33", sm=0, plugin=True), "vllm:0.33:cpu:zq"),
         ("transformers:5.23", Target(engine="transformers", version="5.23"), "transformers:5.23"),
     ],
 )
@@ -33,7 +34,13 @@ def test_targets(text: str, target: Target, back: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("tgi", "engine 'tgi'"), ("vllm:new", "'new' in 'vllm:new'"), ("vllm:tp=0", "'tp=0'")]
+    ("text", "words"),
+    [
+        ("tgi", "engine 'tgi'"),
+        ("vllm:new", "'new' in 'vllm:new'"),
+        ("vllm:tp=0", "'tp=0'"),
+        ("sglang:zq", "'zq'"),
+    ],
 )
 def test_targets_that_do_not_exist(text: str, words: str) -> None:
     with pytest.raises(ZqError, match=words):
@@ -61,6 +68,16 @@ CT = "compressed-tensors"
         ("sglang", CT, "int4:g128", "INT4 weights (Marlin)"),
         ("llama.cpp", "gguf", "int4:g64", "INT4 blocks, activations rounded to INT8"),
         ("transformers", "gptq", "int4:g64", "gptqmodel's, which must be installed"),
+        ("vllm:zq", CT, "int4:g128 @ int8:token", "zq's kernel w4a8_int8_group"),
+        ("vllm:cpu:zq", CT, "int4:g64:asym @ int8:token", "INT4 x INT8, exact integers (zq)"),
+        ("vllm:cpu:zq", CT, "int3:g64 @ int8:token", "INT3 x INT8, exact integers (zq)"),
+        ("vllm:sm80:zq", "zq", "int4:g64:two-level @ int8:token", "zq's kernel w4a8_int8"),
+        ("vllm:sm89:zq", "zq", "e4m3fn:channel @ e4m3fn:token", "zq's kernel w8a8_fp8"),
+        ("vllm:cpu:zq", "zq", "int5:g64:asym @ int8:token", "INT5 x INT8, exact integers (zq)"),
+        # what is not W4A8 stays vLLM's
+        ("vllm:zq", CT, "int4:g128", "INT4 weights (Machete)"),
+        ("vllm:sm90:zq", CT, "int3:g64 @ int8:token", "INT3 x INT8 (humming)"),
+        ("vllm:cpu:zq", CT, "int8:channel @ int8:token", "INT8 (oneDNN)"),
     ],
 )
 def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str) -> None:
@@ -72,8 +89,12 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
 @pytest.mark.parametrize(
     ("target", "format", "scheme", "words"),
     [
-        ("vllm:sm90", CT, "int4:g128 @ int8:token", "16-bit activations; add `--linear-backend humming`"),
-        ("vllm:sm80", CT, "int4:g64 @ int8:token", "16-bit activations"),
+        ("vllm:sm90", CT, "int4:g128 @ int8:token", "or add `--linear-backend humming`"),
+        ("vllm:sm80", CT, "int4:g64 @ int8:token", "16-bit activations; for real INT8 install zq beside it"),
+        ("vllm:zq", CT, "int4:g64:asym @ int8:token", "16-bit activations"),
+        ("vllm:sm75:zq", CT, "int4:g64 @ int8:token", "16-bit activations"),
+        ("vllm:zq", "zq", "int3:g64", "takes the memory of 16-bit weights"),
+        ("vllm:cpu:zq", "zq", "int4:g64", "takes the memory of 16-bit weights"),
         ("vllm:cpu", CT, "int4:g64 @ int8:token", "16-bit activations"),
         ("vllm:sm80", CT, "e4m3fn:channel @ e4m3fn:token", "before sm89"),
         ("vllm:sm90", CT, "int4:g128 @ e4m3fn:token", "rounds its group scales to FP8"),
@@ -92,7 +113,10 @@ def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: st
 @pytest.mark.parametrize(
     ("target", "format", "scheme", "words"),
     [
-        ("vllm", "zq", "int4:b64", "nothing of zq's own format"),
+        ("vllm", "zq", "int4:b64", "alone knows nothing of zq's own format"),
+        ("vllm", "zq", "int4:b64", "install zq beside it"),
+        ("vllm:zq", "zq", "int4:b64", "layout 'b64'; quantize again in groups"),
+        ("vllm:zq", "zq", "int4:g64:lorc=8", "'lorc=8'; quantize again without the step lorc"),
         ("vllm", "gguf", "int4:g64", "no GGUF"),
         ("vllm:sm70", CT, "int4:g64", "sm75"),
         ("vllm", "gptq", "int4:g64:asym", "symmetric bits only"),
@@ -142,3 +166,13 @@ def test_tensor_parallelism() -> None:
     up = layer("int8:channel", (577, 512), "a.0.up", "up")
     assert "577 outputs" in judge(parse("vllm:tp=2"), CT, [up]).problems[0]
     assert judge(parse("vllm"), CT, [up]).problems == []
+    thin = layer("int3:channel", (512, 80), "a.0.down", "down")
+    assert judge(parse("vllm:tp=2"), CT, [thin]).problems == [
+        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word"
+    ]
+
+
+def test_a_quantized_head_in_zqs_own_format() -> None:
+    head = Layer(name="lm_head", shape=(160, 64), scheme=Scheme.parse("int4:g64"))
+    assert "'lm_head' is outside the blocks" in judge(parse("vllm:zq"), "zq", [head]).problems[0]
+    assert judge(parse("vllm:zq"), CT, [head]).problems == []

@@ -1,6 +1,7 @@
 """What an engine really does with a checkpoint: which kernel runs, what it ignores, what it refuses.
 
     vllm:0.33:sm90:tp=4      engine[:version][:device][:tp=N], device smNN or cpu
+    vllm:zq                  vLLM with zq installed beside it, so with zq's plug-in (zq/plugins/vllm.py)
     sglang, transformers, llama.cpp
 
 Facts, not guesses: read in the sources of the version that each engine's entry names, or run (docs/serving.md
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 
 from zq.errors import ZqError
 from zq.export import ggml
-from zq.spec import Scheme
+from zq.kernels.select import gemm_op, kernel_op
+from zq.spec import Scheme, TensorSpec
 
 VERSIONS = {"vllm": "0.33", "sglang": "0.5", "transformers": "5", "llama.cpp": ""}
 FORMATS = ("compressed-tensors", "zq", "gptq", "awq", "gguf")
@@ -26,18 +28,19 @@ IGNORED = "computes it with 16-bit activations"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a checkpoint is to run. `sm` is the compute capability times ten; 0: a CPU."""
+    """Where a checkpoint is to run. `sm` is the compute capability times ten; 0: a CPU. `plugin`: zq's."""
 
     engine: str
     version: str
     sm: int = 90
     tp: int = 1
+    plugin: bool = False
 
     def __str__(self) -> str:
         device = f"sm{self.sm}" if self.sm else "cpu"
         parts = [self.engine, self.version] if self.version else [self.engine]
         if self.engine in ("vllm", "sglang"):
-            parts += [device] + [f"tp={self.tp}"] * (self.tp > 1)
+            parts += [device] + [f"tp={self.tp}"] * (self.tp > 1) + ["zq"] * self.plugin
         return ":".join(parts)
 
 
@@ -67,7 +70,7 @@ def parse(text: str) -> Target:
     engine, *rest = text.split(":")
     if engine not in VERSIONS:
         raise ZqError(f"engine '{engine}' in '{text}' is unknown; allowed: {', '.join(VERSIONS)}")
-    version, sm, tp = VERSIONS[engine], 90, 1
+    version, sm, tp, plugin = VERSIONS[engine], 90, 1, False
     for part in rest:
         if found := re.fullmatch(r"sm_?(\d{2,3})a?", part):
             sm = int(found[1])
@@ -75,14 +78,16 @@ def parse(text: str) -> Target:
             sm = 0
         elif found := re.fullmatch(r"tp=([1-9]\d{0,2})", part):
             tp = int(found[1])
+        elif part == "zq" and engine == "vllm":
+            plugin = True
         elif re.fullmatch(r"\d+(\.\d+)*", part):
             version = part
         else:
             raise ZqError(
                 f"'{part}' in '{text}' is unknown; write ENGINE[:VERSION][:smNN or cpu][:tp=N], for example "
-                "vllm:0.33:sm90:tp=2"
+                "vllm:0.33:sm90:tp=2, or vllm:zq with zq beside vLLM"
             )
-    return Target(engine=engine, version=version, sm=sm, tp=tp)
+    return Target(engine=engine, version=version, sm=sm, tp=tp, plugin=plugin)
 
 
 def judge(target: Target, format: str, layers: Sequence[Layer], heads: int = 0) -> Verdict:
@@ -108,6 +113,12 @@ def judge(target: Target, format: str, layers: Sequence[Layer], heads: int = 0) 
     if target.engine in ("vllm", "sglang"):
         verdict.problems += _fused(layers)
         verdict.problems += _split(layers, target.tp)
+        if target.plugin and format == "zq":
+            verdict.problems += [
+                f"'{layer.name}' is outside the blocks, and zq's vLLM plug-in serves linear layers in them"
+                for layer in layers
+                if layer.scheme is not None and layer.site is None
+            ]
         if heads % target.tp:
             verdict.problems.append(f"{heads} attention heads cannot be split between {target.tp} devices")
     return verdict
@@ -123,8 +134,14 @@ Found = tuple[str, str | None, str | None]  # kernel, problem, warning
 
 def _vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
     w, a, sm = scheme.weights, scheme.activations, target.sm
+    if target.plugin and (format == "zq" or (_narrow_int8(scheme, format) and plugin_takes(scheme, sm))):
+        return _plugin(scheme, shape, sm)
     problems = [
-        (format == "zq", "vLLM knows nothing of zq's own format; use --to compressed-tensors"),
+        (
+            format == "zq",
+            "vLLM alone knows nothing of zq's own format; install zq beside it (vllm:zq), or use --to "
+            "compressed-tensors",
+        ),
         (format == "gguf", "vLLM reads no GGUF without a plug-in; use --to compressed-tensors"),
         (0 < sm < 75, f"vLLM's quantized kernels need sm75 or newer, not sm{sm}"),
         (
@@ -157,15 +174,63 @@ def _vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -
         return "INT4 x FP8 (CUTLASS)", None, "vLLM rounds its group scales to FP8 when it loads them"
     if not sm:
         kernel, problem, _ = _vllm_weights(scheme, shape, sm, format)
-        return kernel, problem, None if problem else f"vLLM on a CPU {IGNORED}; the same as --w4a16"
+        ignored = f"vLLM on a CPU {IGNORED}, the same as --w4a16; with zq beside it (vllm:zq) it does not"
+        return kernel, problem, None if problem else ignored
     kernel = _weight_kernel(scheme, shape, sm)
     if w.bits != 4 or "humming" in kernel:
         return f"INT{w.bits} x INT8 (humming)", None, None
     return (
         f"{kernel}, 16-bit activations",
         None,
-        f"vLLM loads it and {IGNORED}; add `--linear-backend humming` to `vllm serve` for real INT8, or use "
-        "--w4a16, which is as fast and loses less",
+        f"vLLM loads it and {IGNORED}; for real INT8 install zq beside it (vllm:zq) or add "
+        "`--linear-backend humming` to `vllm serve`, or use --w4a16, which is as fast and loses less",
+    )
+
+
+def _narrow_int8(scheme: Scheme, format: str) -> bool:
+    """What vLLM's own W4A8 would be; zq takes such layers over."""
+    w, a = scheme.weights, scheme.activations
+    narrow = w.info.is_int and w.bits < 8 and w.layout.kind in ("group", "channel")
+    return format == "compressed-tensors" and narrow and a is not None and a.format == "int8"
+
+
+def plugin_takes(scheme: Scheme, sm: int) -> bool:
+    """Whether zq's plug-in computes a layer of compressed-tensors W4A8 in vLLM's place: always on a CPU, else
+    where it has a kernel."""
+    return sm == 0 or (sm >= 80 and gemm_op(scheme) is not None)
+
+
+def plugin_refuses(spec: TensorSpec) -> str | None:
+    """Why zq's vLLM plug-in does not serve such a weight, and what to do; None: it does."""
+    again = "quantize again"
+    problems = [
+        (bool(spec.rank), f"'lorc={spec.rank}'", f"{again} without the step lorc"),
+        (bool(spec.kept), f"'keep={spec.kept}'", f"{again} without the step proxy"),
+        (bool(spec.inner), f"'pow2={spec.inner}'", f"{again} without pow2"),
+        (spec.info.is_estimated, f"estimated values ({spec.format})", f"{again} to a fixed format"),
+        (
+            spec.layout.kind not in ("channel", "group", "tensor"),
+            f"the layout '{spec.layout}'",
+            f"{again} in groups (g64) or per channel",
+        ),
+    ]
+    found = next(((what, remedy) for hit, what, remedy in problems if hit), None)
+    return found and f"zq's vLLM plug-in does not serve {found[0]}; {found[1]}"
+
+
+def _plugin(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
+    """What zq/runtime/served.py does with the layer."""
+    w, a = scheme.weights, scheme.activations
+    reason = plugin_refuses(w)
+    op = kernel_op(scheme, shape[1], "bf16", sm) if sm else None
+    if reason or op:
+        return f"zq's kernel {op}", reason, None
+    if not sm and a is not None and a.format == "int8" and w.info.is_int and not w.extras:
+        return f"INT{w.bits} x INT8, exact integers (zq)", None, None
+    return (
+        "weights dequantized when they are loaded (zq)",
+        None,
+        "zq has no kernel for it here, so it takes the memory of 16-bit weights and gains no speed",
     )
 
 
@@ -276,6 +341,8 @@ def _split(layers: Sequence[Layer], tp: int) -> list[str]:
                 return [
                     f"'{layer.name}': {k} inputs in groups of {size} cannot be split between {tp} devices"
                 ]
+            if w.bits < 8 and k // tp * w.bits % 32:
+                return [f"'{layer.name}': {k // tp} inputs of {w.bits} bits end inside a packed 32-bit word"]
         elif n % tp:
             return [f"'{layer.name}': {n} outputs cannot be split between {tp} devices"]
     return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engines import CASES, FLOOR, cause, compare, too_different
+from engines import CASES, FLOOR, PLUGIN, cause, compare, too_different
 from tables import TABLES
 
 from zq.recipe import OUTPUT_FORMATS, Recipe
@@ -26,7 +26,10 @@ def test_what_is_compared() -> None:
 
 
 def test_the_line_of_a_log_that_says_why() -> None:
-    log = "INFO x\n(Worker) ValueError: no kernel for int3\nRuntimeError: engine died\n"
+    log = (
+        "INFO x\n(API) WARNING 1 OSError: maybe\n(Worker) ValueError: no kernel for int3\n"
+        "RuntimeError: engine died\n"
+    )
     assert cause(log) == "ValueError: no kernel for int3"
     assert cause("a\nb\n") == "b"
 
@@ -34,7 +37,7 @@ def test_the_line_of_a_log_that_says_why() -> None:
 def test_every_case_is_one_that_zq_can_write() -> None:
     assert len({name for name, _, _ in CASES}) == len(CASES)
     for _, how, engines in CASES:
-        assert set(engines) <= {"transformers", "vllm", "gptqmodel", "llama.cpp"}
+        assert set(engines) <= {"transformers", "vllm", PLUGIN, "gptqmodel", "llama.cpp"}
         if isinstance(how, str):
             assert Recipe.parse(how).format in OUTPUT_FORMATS
 
@@ -71,3 +74,10 @@ def test_what_fails_the_check() -> None:
         "b in x",
         "c in x",
     ]
+
+
+def test_activations_that_were_forgotten_fail_the_check() -> None:
+    good = {"scheme": "a", "method": PLUGIN, "clear": 1.0, "mean": 0.03, "without": 0.2}
+    assert too_different([good]) == []
+    assert too_different([good | {"mean": 0.21}]) == [f"a in {PLUGIN}"]
+    assert too_different([good | {"mean": 0.21, "method": "vllm"}]) == []  # vLLM alone does forget them

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def w4a8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
 
 
 @pytest.mark.usefixtures("everything")
@@ -41,6 +43,22 @@ def test_the_commands(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[9:] == ["--linear-backend", "humming"]  # else vLLM would leave the activations in 16 bits
     done = run("serve", w4a8, "--engine", "transformers", "--print").ok()
     assert shlex.split(done.out)[3:] == ["serve", str(w4a8), "--host", "127.0.0.1", "--port", "8000"]
+
+
+@pytest.mark.usefixtures("everything")
+def test_with_the_plugin_nothing_is_ignored(
+    w4a8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_capability", lambda: 90)
+    monkeypatch.setattr("zq.plugins.vllm.entry_points", lambda group: [SimpleNamespace(name="zq")])
+    monkeypatch.delenv("VLLM_PLUGINS")
+    done = run("serve", w4a8, "--print").ok()
+    assert "humming" not in done.out + done.err
+    native = tmp_path / "native"
+    run("export", w4a8, "--to", "zq", "-o", native).ok()
+    assert str(native) in run("serve", native, "--print").ok().out
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert "humming" in run("serve", w4a8, "--print").ok().out
 
 
 def test_what_needs_humming_gets_it() -> None:

@@ -24,8 +24,8 @@ def doctor(
         list[str] | None,
         typer.Option(
             "--for",
-            help="ENGINE[:VERSION][:smNN or cpu][:tp=N], for example vllm:0.33:sm90:tp=2; may be given "
-            "several times. Default: every engine that zq knows.",
+            help="ENGINE[:VERSION][:smNN or cpu][:tp=N], for example vllm:0.33:sm90:tp=2; vllm:zq means vLLM "
+            "with zq installed beside it. May be given several times. Default: every engine that zq knows.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -38,6 +38,7 @@ def serve(
     with command():
         from zq.cli.doctor import head_count, read_layers
         from zq.engines import Target, judge, parse
+        from zq.plugins.vllm import is_active
         from zq.source import resolve
 
         if engine not in ENGINES:
@@ -48,7 +49,8 @@ def serve(
         folder = resolve(checkpoint, note)
         format, layers, missing = read_layers(folder)
         known = parse(chosen)
-        target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp)
+        plugin = chosen == "vllm" and is_active()
+        target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp, plugin=plugin)
         verdict = judge(target, format, layers, head_count(folder))
         if problems := missing + verdict.problems:
             raise ZqError(f"{target} cannot serve {folder}: {problems[0]}")
@@ -78,7 +80,7 @@ def installed(engine: str) -> str:
 
 
 def server_command(engine: str, folder: Path, host: str, port: int, tp: int, humming: bool) -> list[str]:
-    """The words of a command that needs no zq to run (transformers: only for zq's own format)."""
+    """The words of a command that needs no zq to run, except for zq's own format (and real W4A8 in vLLM)."""
     address = ["--host", host, "--port", str(port)]
     if engine == "transformers":
         return [sys.executable, *TRANSFORMERS, str(folder), *address]

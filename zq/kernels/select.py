@@ -12,6 +12,8 @@ from zq.spec import Scheme
 INPUTS = {"bf16": ("bf16",), "fp16": ("fp16",), "fp32": ("bf16", "fp16")}  # fp32 models are served in 16 bits
 OUTPUTS = {"int8": "Int8", "e4m3fn": "E4m3"}
 GROUPS = (0, 32, 64, 128)  # 0: one scale per channel
+MULTIPLE = 16  # of K: rows are read 16 bytes at a time
+INT8_K = 65536  # beyond it sums of INT8 products may not fit 32 bits
 FAMILIES = (90, 0)  # Hopper, all others
 
 
@@ -33,6 +35,17 @@ def gemm_op(scheme: Scheme) -> str | None:
         return None
     by_formats = {("int8", None): "w8a16", ("int8", "int8"): "w8a8_int8", ("e4m3fn", "e4m3fn"): "w8a8_fp8"}
     return by_formats.get((weights.format, inputs))
+
+
+def kernel_op(scheme: Scheme, k: int, dtype: str, sm: int) -> str | None:
+    """The operator that computes a layer of `k` inputs in `dtype` (bf16, fp16, fp32) on a CUDA device of
+    compute capability sm / 10, or None."""
+    op = gemm_op(scheme)
+    least = 89 if op and "fp8" in op else 80
+    int8 = scheme.activations is not None and scheme.activations.format == "int8"
+    if op is None or sm < least or k % MULTIPLE or (int8 and k > INT8_K) or dtype == "fp32":
+        return None
+    return op
 
 
 def units_for(schemes: Iterable[Scheme], dtype: str) -> list[Unit]:

@@ -1,0 +1,176 @@
+"""Weights made ready for serving compute what zq's reference does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.inputs import activations
+from zq.kernels import reference
+from zq.kernels.select import gemm_op, kernel_op
+from zq.numerics.qtensor import QTensor, fake_quantize_tokens, quantize
+from zq.runtime.integers import PORTION, integer_linear, product
+from zq.runtime.linear import QuantLinear
+from zq.runtime.served import NAMES, DenseLinear, IntegerLinear, KernelLinear, serve, units
+from zq.spec import Scheme, TensorSpec
+
+BF16 = torch.bfloat16
+INT8 = TensorSpec.parse("int8:token")
+
+
+def weight(text: str, n: int = 48, k: int = 256, dtype: torch.dtype = BF16) -> QTensor:
+    x = torch.randn(n, k, generator=torch.Generator().manual_seed(5)) * 0.02
+    return quantize(x.to(dtype), TensorSpec.parse(text), "mse")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("int4:g32", "int4:g64", "int4:g128", "int4:channel", "int8:channel", "int4:g128:two-level"),
+        *("int4:g64:two-level", "int4:g64:narrow"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_integers_are_the_operators_to_the_bit(text: str, dtype: torch.dtype) -> None:
+    q = weight(text)
+    op = gemm_op(Scheme(q.spec, INT8))
+    assert op is not None
+    x, bias = activations(7, 256, dtype), torch.randn(48).to(dtype)
+    for given in (bias, None):
+        wanted = KernelLinear(q, op, dtype)(x, given)
+        assert torch.equal(IntegerLinear(q)(x, given), wanted)
+
+
+@pytest.mark.parametrize(
+    "text", ["int3:g64:asym", "int8:channel:asym", "int6:g96", "int2:g32:asym", "int5:channel"]
+)
+def test_integers_without_an_operator(text: str) -> None:
+    """Ragged groups (96 of 256) and zero points: the sum in float64, rounded where the reference rounds."""
+    q, x = weight(text), activations(5, 256, torch.float32)
+    codes, sx = reference.quantize(x, torch.int8)
+    wanted = (codes.double() @ q.dequantize(torch.float64).T) * sx[:, None].double()
+    found = IntegerLinear(q)(x, None)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_sums_are_exact_where_float32_alone_is_not() -> None:
+    k = 64 * PORTION
+    x, codes = torch.full((1, k), 127.0), torch.full((1, k), 127, dtype=torch.int8)
+    x[0, 0], codes[0, 0] = 1.0, 1
+    exact = 127 * 127 * (k - 1) + 1
+    assert exact > 1 << 24
+    assert product(x, codes, None).item() == torch.tensor(float(exact)).item()
+    assert product(x, codes, torch.tensor([127], dtype=torch.int8)).item() == -126.0
+
+
+@pytest.mark.parametrize(
+    "text", ["int3:g64", "e2m1fn:g32", "e4m3fn:channel", "int4:g64:center", "nf4:channel"]
+)
+@pytest.mark.parametrize("acts", [None, "e4m3fn:token"])
+def test_what_is_dequantized_is_what_zq_load_computes(text: str, acts: str | None) -> None:
+    q, x = weight(text), activations(3, 256)
+    spec = TensorSpec.parse(acts) if acts else None
+    linear = QuantLinear(256, 48, Scheme(q.spec, spec), bias=False, dtype=BF16)
+    linear.set_weight(q)
+    assert torch.equal(DenseLinear(q, spec, BF16)(x, None), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("text", "acts", "way"),
+    [
+        ("int4:g64", INT8, IntegerLinear),
+        ("int3:g64:asym", INT8, IntegerLinear),
+        ("int4:g64", None, DenseLinear),
+        ("int4:g64:center", INT8, DenseLinear),
+        ("e4m3fn:channel", TensorSpec.parse("e4m3fn:token"), DenseLinear),
+    ],
+)
+def test_what_a_cpu_gets(text: str, acts: TensorSpec | None, way: type) -> None:
+    made = serve(weight(text), acts, BF16)
+    assert type(made) is way
+    x = activations(6, 256)
+    assert torch.equal(made(x.reshape(2, 3, 256), None).reshape(6, 48), made(x, None))
+
+
+def test_activations_count() -> None:
+    """A layer that forgot them would give the product with x as it is."""
+    q, x = weight("int4:g64"), torch.randn(4, 256)
+    dense = q.dequantize()
+    found = serve(q, INT8, torch.float32)(x, None)
+    with_them, without = fake_quantize_tokens(x, INT8) @ dense.T, x @ dense.T
+    assert float((found - with_them).abs().max()) < 1e-5 < float((found - without).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("text", "op"),
+    [
+        ("int4:g64", "w4a16"),
+        ("int4:g64:asym", "w4a16"),
+        ("int4:channel", "w4a16"),
+        ("int8:channel", "w8a16"),
+        ("int4:g128 @ e4m3fn:token", "w4a8_fp8"),
+        ("e4m3fn:channel @ e4m3fn:token", "w8a8_fp8"),
+        ("int8:channel @ int8:token", "w8a8_int8"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_packed_weights_are_the_weights(text: str, op: str, dtype: torch.dtype) -> None:
+    """Through the operator's reference, so packing, scales and the order of arguments are right."""
+    scheme = Scheme.parse(text)
+    assert gemm_op(scheme) == op
+    q, x = weight(str(scheme.weights)), (torch.randn(5, 256) / 4).to(dtype)
+    bias = torch.randn(48).to(dtype)
+    seen = x.float() if scheme.activations is None else fake_quantize_tokens(x.float(), scheme.activations)
+    wanted = seen @ q.dequantize().T + bias.float()
+    found: Tensor = KernelLinear(q, op, dtype)(x, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("text", "k", "dtype", "capability", "op"),
+    [
+        ("int4:g64 @ int8:token", 256, BF16, 90, "w4a8_int8_group"),
+        ("int4:g64 @ int8:token", 256, BF16, 75, None),
+        ("int4:g64 @ int8:token", 264, BF16, 90, None),
+        ("int4:g64 @ int8:token", 1 << 17, BF16, 90, None),
+        ("int4:g64", 1 << 17, BF16, 90, "w4a16"),
+        ("int4:g64 @ int8:token", 256, torch.float32, 90, None),
+        ("e4m3fn:channel @ e4m3fn:token", 256, BF16, 80, None),
+        ("e4m3fn:channel @ e4m3fn:token", 256, BF16, 89, "w8a8_fp8"),
+        ("int3:g64 @ int8:token", 256, BF16, 90, None),
+    ],
+)
+def test_where_a_kernel_is_used(
+    text: str, k: int, dtype: torch.dtype, capability: int, op: str | None
+) -> None:
+    assert kernel_op(Scheme.parse(text), k, NAMES[dtype], capability) == op
+
+
+def test_the_units_that_are_loaded_exist() -> None:
+    from zq.kernels.table import UNITS
+
+    two_level = "int4:g128:two-level @ int8:token"
+    for text in ("int4:g64 @ int8:token", two_level, "int4:g32:asym", "int8:channel"):
+        scheme = Scheme.parse(text)
+        op = gemm_op(scheme)
+        assert op is not None
+        for dtype in (BF16, torch.float16):
+            for capability in (80, 90):
+                names = units(op, scheme, dtype, capability)
+                assert set(names) <= set(UNITS)
+                assert len(names) == 1 + (scheme.activations is not None)
+
+
+def test_it_compiles_as_one_graph() -> None:
+    """vLLM compiles models as one graph, with the number of tokens unknown."""
+    x = activations(4, 256)
+    for acts in (INT8, TensorSpec.parse("e4m3fn:token"), None):
+        made = serve(weight("int4:g64"), acts, BF16)
+        whole = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")
+        assert torch.equal(whole(x, None), made(x, None))
+    fake = torch.library.opcheck
+    q = weight("int4:g64")
+    fake(integer_linear, (x, q.codes, q.scale.float(), None, None, 64))

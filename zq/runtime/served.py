@@ -1,0 +1,180 @@
+"""A quantized weight made ready for serving, in one of three ways:
+
+    kernel      packed once for an operator of `torch.ops.zq` (CUDA, where a kernel has the scheme)
+    integers    codes as they are and the exact product with INT8 activations (integers.py, CPU)
+    dequantized dequantized once, activations rounded in simulation as zq.load does: any other scheme
+
+`serve` chooses. What is computed is what zq measured, up to the rounding of the output. Unlike QuantLinear
+these do not go back into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import zq.kernels.ops  # noqa: F401 (defines torch.ops.zq)
+from zq.kernels import layout
+from zq.kernels.select import kernel_op
+from zq.kernels.tiles import packing, unit_name
+from zq.numerics.qtensor import QTensor, fake_quantize_tokens
+from zq.runtime.integers import integer_linear
+from zq.spec import Layout, Scheme, TensorSpec
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def units(op: str, scheme: Scheme, dtype: torch.dtype, capability: int) -> list[str]:
+    """Names of the compile units that a layer needs: load them before a CUDA graph is captured."""
+    packed = packing(op, group_of(scheme.weights), not scheme.weights.symmetric, dtype == torch.float16)
+    names = [unit_name(op, packed, capability)]
+    if scheme.activations is not None:
+        kind = "int8" if scheme.activations.format == "int8" else "fp8"
+        names.append(f"plain_{kind}_{NAMES[dtype]}")
+    return names
+
+
+def group_of(spec: TensorSpec) -> int:
+    """Inputs that share a scale; 0: those of a row."""
+    return (spec.layout.size or 0) if spec.layout.kind == "group" else 0
+
+
+def serve(q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> nn.Module:
+    """A module x [..., K] of `dtype`, bias [N] or None -> [..., N], on the device of q. Its `way` names what
+    computes it. Raises ZqError when a kernel exists and cannot be loaded."""
+    scheme = Scheme(q.spec, activations)
+    device = q.codes.device
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        op = kernel_op(scheme, q.shape[1], NAMES[dtype], 10 * major + minor)
+        if op is not None and (op != "w4a16" or _holds(q.scale, dtype)):
+            load_kernels(op, scheme, dtype, device)
+            return KernelLinear(q, op, dtype)
+    elif _whole(q.spec) and activations is not None and activations.format == "int8":
+        return IntegerLinear(q)
+    return DenseLinear(q, activations, dtype)
+
+
+def _whole(spec: TensorSpec) -> bool:
+    """Whether a weight is integers times a scale per channel or group."""
+    return spec.info.is_int and spec.layout.kind in ("channel", "group") and not spec.extras
+
+
+def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether scales stay what they are in the dtype in which a kernel of 16-bit activations keeps them."""
+    return torch.equal(scale.to(dtype).float(), scale.float())
+
+
+def load_kernels(op: str, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> None:
+    """So that nothing is compiled or loaded while a CUDA graph is captured. Raises ZqError."""
+    from zq.kernels import cuda  # of use only where there is a GPU
+
+    here = cuda.describe(torch.cuda.current_device() if device.index is None else device.index)
+    cuda.prepare(device, units(op, scheme, dtype, here.number))
+
+
+class KernelLinear(nn.Module):
+    """`torch.ops.zq.OP` on a weight packed for it; on a CPU the operator is its slow reference."""
+
+    def __init__(self, q: QTensor, op: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w: Tensor
+        self.ws: Tensor | None
+        self.n, self.op, self.group, self.asym = q.shape[0], op, group_of(q.spec), not q.spec.symmetric
+        w, ws = pack(q, op, dtype)
+        self.register_buffer("w", w)
+        self.register_buffer("ws", ws)
+
+    @property
+    def way(self) -> str:
+        return f"zq's kernel {self.op}"
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self._product(rows, bias).reshape(*x.shape[:-1], self.n)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        ops, w, ws, n, out = torch.ops.zq, self.w, self.ws, self.n, x.dtype
+        if self.op == "w4a16":
+            return ops.w4a16(x, w, ws, bias, n, self.group, self.asym)
+        if self.op == "w8a16":
+            return ops.w8a16(x, w, ws, bias, n)
+        if self.op.endswith("fp8"):
+            q, sx = ops.quant_fp8(x)
+            if self.op == "w4a8_fp8":
+                return ops.w4a8_fp8(q, sx, w, bias, n, self.group, out)
+            return ops.w8a8_fp8(q, sx, w, ws, bias, n, out)
+        q, sx, rowsum = ops.quant_int8(x)
+        if self.op == "w4a8_int8":
+            return ops.w4a8_int8(q, sx, rowsum, w, ws, bias, n, self.group, out)
+        if self.op == "w4a8_int8_group":
+            return ops.w4a8_int8_group(q, sx, w, ws, bias, n, self.group, out)
+        return ops.w8a8_int8(q, sx, w, ws, bias, n, out)
+
+
+def pack(q: QTensor, op: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(packed weight, channel scales [N] float32 or None) of an operator with inputs of `dtype`."""
+    spec, group = q.spec, group_of(q.spec)
+    p = packing(op, group, not spec.symmetric, dtype == torch.float16)
+    if spec.two_level:
+        return layout.pack(p, *layout.two_level(q)), q.scale[:, 0].float().contiguous()
+    if p.bits == 8:
+        return layout.pack(p, q.codes.view(torch.uint8)), q.scale[:, 0].float().contiguous()
+    codes = (q.codes + 8).to(torch.uint8)
+    if group == 0:
+        return layout.pack(p, codes), q.scale[:, 0].float().contiguous()
+    return layout.pack(p, codes, q.scale, None if q.zero is None else (q.zero + 8).to(torch.uint8)), None
+
+
+class IntegerLinear(nn.Module):
+    """Codes int8 [N, K]; two levels of scales become INT8 weights with a scale per channel, exactly."""
+
+    way = "integers on the CPU"
+
+    def __init__(self, q: QTensor) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.scale: Tensor
+        self.zero: Tensor | None
+        spec = q.spec
+        size = spec.layout.size or 0
+        codes, scale, self.group = q.codes, q.scale.float(), group_of(spec)
+        if q.sub is not None:
+            codes = (codes.short() * q.sub.short().repeat_interleave(size, 1)[:, : q.shape[1]]).to(torch.int8)
+            self.group = 0
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("zero", None if q.zero is None else q.zero.contiguous())
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = integer_linear(rows, self.codes, self.scale, self.zero, bias, self.group)
+        return y.reshape(*x.shape[:-1], self.codes.shape[0])
+
+
+class DenseLinear(nn.Module):
+    """The weight in `dtype` [N, K]."""
+
+    way = "dequantized weights"
+
+    def __init__(self, q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activations = None if activations is None else activations.format
+        self.weight: Tensor
+        self.register_buffer("weight", q.dequantize(dtype))
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.activations is not None:
+            x = simulate(x, self.activations)
+        return nn.functional.linear(x, self.weight, bias)
+
+
+@torch.library.custom_op("zq::simulate_tokens", mutates_args=())
+def simulate(x: Tensor, format: str) -> Tensor:
+    """`fake_quantize_tokens`, as one operator: torch.compile would change its rounding."""
+    return fake_quantize_tokens(x, TensorSpec(format=format, layout=Layout("token")))
+
+
+@simulate.register_fake
+def _(x: Tensor, format: str) -> Tensor:
+    return torch.empty_like(x)
