@@ -98,24 +98,27 @@ def _text(tokens: Tokens, generated: int = 0) -> dict[str, Any]:
 
 
 def method_rows(tokens: Tokens) -> Iterator[Row]:
-    """rtn needs no tokens; what `LKD` starts from is the row gptq; only `lkd` has generated windows."""
-    start, text = LKD[0], _text(tokens)
+    """rtn needs no tokens; what `LKD` starts from is the row gptq; only rows that end in `lkd` have generated
+    windows."""
+    start, text, written = LKD[0], _text(tokens), _text(tokens, tokens.generated)
     for scheme in SCHEMES:
         table: list[tuple[str, Steps, dict[str, Any]]] = [
             ("rtn", [{"rtn": {"scale": "mse"}}], {"source": "none"}),
             ("gptq", [start], text),
             ("awq", [{"awq": {"scale": "absmax"}}, {"rtn": {"scale": "mse"}}], text),
         ]
-        if scheme == "w8a8":
+        if SCHEMES[scheme][1]:  # outliers of the activations are what smoothing moves
             table += [
                 ("smoothquant", [{"smoothquant": {"alpha": 0.5}}, {"rtn": {"scale": "mse"}}], text),
-                ("smoothquant .8, gptq", [{"smoothquant": {"alpha": 0.8}}, start], text),
+                ("smoothquant, gptq", [{"smoothquant": {"alpha": 0.5}}, start], text),
                 ("awq, gptq", [{"awq": {"scale": "absmax"}}, start], text),
+                ("smoothquant, lkd", [{"smoothquant": {"alpha": 0.5}}, *LKD], written),
+                ("awq, lkd", [{"awq": {"scale": "absmax"}}, *LKD], written),
             ]
         table += [
             ("lkd as published", [{"lkd": "classic"}], text),
             ("lkd, text only", LKD, text),
-            ("lkd", LKD, _text(tokens, tokens.generated)),
+            ("lkd", LKD, written),
         ]
         for method, steps, calibration in table:
             yield Row("methods", scheme, method, _yaml(scheme, steps, calibration))
