@@ -176,6 +176,27 @@ def test_a_cuda_graph_and_another_stream() -> None:
     assert cuda.describe(0).sms > 0
 
 
+def test_a_graph_of_a_shape_that_has_not_run_on_its_stream(monkeypatch) -> None:
+    """It brings its own workspace, zero at every replay."""
+    from zq.kernels import cuda
+
+    for name, args in gemm_calls(5, 256, 4096):
+        if uses_fp8(name, args) and not has_fp8():
+            continue
+        here = moved(args)
+        wanted = outputs(name, here)
+        torch.cuda.synchronize()
+        monkeypatch.setattr(cuda, "_workspaces", {})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = outputs(name, here)
+        for _ in range(3):
+            made[0].view(torch.uint8).fill_(0xFF)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(made[0].float(), wanted[0].float()), name
+
+
 def test_a_kernel_is_not_loaded_during_a_capture(monkeypatch) -> None:
     from zq.kernels import cuda
 

@@ -206,7 +206,8 @@ _workspaces: dict[tuple[int, int, int], list[Tensor]] = {}
 def workspace(device: Device, size: int, zeroed: int) -> Tensor | None:
     """Scratch memory of a kernel: `size` bytes that begin with `zeroed` bytes of counters, which are zero and
     which the kernel leaves zero. One buffer per stream and number of counters; outgrown ones are kept, since
-    a CUDA graph may still use them. Raises ZqError when it would have to grow inside a capture."""
+    a CUDA graph may still use them. A graph that is captured before there is one gets its own, zeroed with
+    every replay."""
     if size == 0:
         return None
     if zeroed == 0:
@@ -214,12 +215,10 @@ def workspace(device: Device, size: int, zeroed: int) -> Tensor | None:
     stream = torch.cuda.current_stream(device.index).cuda_stream
     made = _workspaces.setdefault((device.index, stream, zeroed), [])
     if not made or made[-1].numel() < size:
+        fresh = torch.zeros(size, dtype=torch.uint8, device=f"cuda:{device.index}")
         if torch.cuda.is_current_stream_capturing():
-            raise ZqError(
-                "a CUDA graph is being captured of a shape that has not run on this stream; run it "
-                "once before"
-            )
-        made.append(torch.zeros(size, dtype=torch.uint8, device=f"cuda:{device.index}"))
+            return fresh
+        made.append(fresh)
     return made[-1]
 
 
