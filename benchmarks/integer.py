@@ -18,9 +18,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import protocol
 import tables
-from optim import Bench, Model, Row, arguments, batches, cross_entropy, prepared
+from optim import Bench, Model, Row, arguments, batches, cross_entropy, measured, refresh
 from torch import Tensor, nn
 
 from zq.distill.integer import Precision, encode, integer_layers
@@ -67,9 +66,8 @@ def variances(found: list[Tensor], precision: Precision, shared: bool) -> float:
     """Squared error against that with a scale for every inner index; geometric mean over operands."""
     ratios = []
     for grad in (g for dy in found for g in (dy, dy.T)):
-        own = (
-            grad.abs().amax(0) / precision.top
-        ).square().mean() / 6  # of stochastic rounding, uniform values
+        # A sixth of a step squared is the error of stochastic rounding, on average over uniform values.
+        own = (grad.abs().amax(0) / precision.top).square().mean() / 6
         error = (encode(grad, precision, stochastic=True, shared=shared).dense() - grad).square().mean()
         ratios.append(math.log(float(error / own)))
     return math.exp(sum(ratios) / len(ratios))
@@ -77,17 +75,11 @@ def variances(found: list[Tensor], precision: Precision, shared: bool) -> float:
 
 def main(report: Callable[[str], None] = print) -> None:
     args = arguments(__doc__, list(ROWS), 3)
-    bench, settings = prepared(args)
-    commit = protocol.commit_of(args.commit)
-    results = protocol.Results(args.out, protocol.environment(args.device), settings)
-    for seed in range(args.seeds):
-        for name in args.only:
-            key = {"table": "integer", "scheme": name, "method": "adamw", "seed": seed}
-            if results.find(**key):
-                continue
-            found = bench.run(Row(32), seed, lambda model, row=ROWS[name]: change(model, *row))
-            results.add({**key, "commit": commit, **found})
-            report(f"{name}, seed {seed}: loss {found['loss']}, {found['seconds']} s")
+
+    def one(bench: Bench, name: str, seed: int) -> dict[str, Any]:
+        return bench.run(Row(32), seed, lambda model: change(model, *ROWS[name]))
+
+    bench, results, commit = measured(args, "integer", one, report)
     if not results.find(table="variance"):
         found = gradients(bench, 0)
         for bits in (8, 6, 4):
@@ -103,8 +95,7 @@ def main(report: Callable[[str], None] = print) -> None:
                     results.add({**key, "commit": commit, "ratio": variances(found, precision, shared)})
     report(tables.integer(results.document))
     report(tables.variance(results.document))
-    if args.write:
-        args.write.write_text(tables.refreshed(args.write.read_text(encoding="utf-8")), encoding="utf-8")
+    refresh(args.write)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,8 @@ def arguments(about: str | None, rows: list[str], seeds: int) -> argparse.Namesp
 
 
 def prepared(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
-    """The bench, and the settings that belong to its results."""
+    """The bench, and the settings that belong to its results; torch takes the wanted threads from here on."""
+    torch.set_num_threads(args.threads)
     data, other = text("bundled"), text("bundled-eval")
     held = windows(other, torch.linspace(0, len(other) - LENGTH - 1, 64).long())
     settings = {k: vars(args)[k] for k in ("steps", "rate", "width", "blocks")}
@@ -204,23 +205,36 @@ def prepared(args: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     return Bench(data, moved, args.steps, args.rate, args.width, args.blocks, args.device), settings
 
 
-def main(report: Callable[[str], None] = print) -> None:
-    args = arguments(__doc__, list(ROWS), 5)
-    torch.set_num_threads(args.threads)
+def measured(
+    args: argparse.Namespace, table: str, one: Callable[[Bench, str, int], dict[str, Any]], report: Callable
+) -> tuple[Bench, protocol.Results, str]:
+    """Adds to the results what `one` finds for each name of --only and seed that is not there yet; also
+    gives the bench and the commit."""
     bench, settings = prepared(args)
     commit = protocol.commit_of(args.commit)
     results = protocol.Results(args.out, protocol.environment(args.device), settings)
     for seed in range(args.seeds):
         for name in args.only:
-            key = {"table": "optim", "scheme": name, "method": "adamw", "seed": seed}
+            key = {"table": table, "scheme": name, "method": "adamw", "seed": seed}
             if results.find(**key):
                 continue
-            found = bench.run(ROWS[name], seed)
+            found = one(bench, name, seed)
             results.add({**key, "commit": commit, **found})
             report(f"{name}, seed {seed}: loss {found['loss']}, {found['seconds']} s")
+    return bench, results, commit
+
+
+def refresh(page: Path | None) -> None:
+    """Make the tables of a page again, when there is one."""
+    if page:
+        page.write_text(tables.refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main(report: Callable[[str], None] = print) -> None:
+    args = arguments(__doc__, list(ROWS), 5)
+    _, results, _ = measured(args, "optim", lambda bench, name, seed: bench.run(ROWS[name], seed), report)
     report(tables.optim(results.document))
-    if args.write:
-        args.write.write_text(tables.refreshed(args.write.read_text(encoding="utf-8")), encoding="utf-8")
+    refresh(args.write)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + bias of x [M, K], W [N, K]; `forward` tells whether y comes from integers too."""
+    """y = x W^T + bias of x [M, K], W [N, K]; `whole`: y comes from integers too."""
 
     @staticmethod
     def forward(

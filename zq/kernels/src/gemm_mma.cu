@@ -13,18 +13,6 @@ constexpr int PITCH = BLOCK_ROWS * 2 + 16;  // bytes of a token's outputs while 
 constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
 constexpr bool SCALED_X = ZQ_KIND == KIND_FP8_BLOCK;
 
-struct Args {
-  const u8* x;
-  const float* sx;
-  const int* rowsum;
-  const u8* w;
-  const float* scale;
-  const void* bias;
-  u16* y;
-  u8* workspace;
-  int M, N, K, ldx, split, out;
-};
-
 template <int BT, int ROWS, int STAGES> __device__ __forceinline__ void gemm(const Args a) {
   constexpr int WN = 2 / ROWS, WT = 2 / WN;  // warps: 4 along 64 rows, WN along tiles, WT along tokens
   constexpr int THREADS = 256, TOKENS = BT / WT, BLOCKS = TOKENS / 8;

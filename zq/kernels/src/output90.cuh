@@ -7,18 +7,6 @@ constexpr bool SCALED_STEPS = ZQ_KIND == KIND_FP8_BLOCK;     // x has a scale fo
 constexpr bool SCALED_TOKENS = ACT == 1 && !SCALED_STEPS;    // or one for each token
 constexpr int PITCH = 144;  // bytes of a token's 64 outputs while they are transposed: no bank conflicts
 
-struct Args {
-  const u8* x;
-  const float* sx;
-  const int* rowsum;
-  const u8* w;
-  const float* scale;
-  const void* bias;
-  u16* y;
-  u8* workspace;
-  int M, N, K, ldx, split, out;
-};
-
 // What turns the sums of BT tokens x ROWS times 64 rows into outputs, in shared memory.
 template <int BT, int ROWS> struct Terms {
   float sx[BT];

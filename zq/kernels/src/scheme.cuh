@@ -49,6 +49,19 @@ struct Words {
   u32 q[4 * CHUNKS];
   u32 scale[SCALE_WORDS ? SCALE_WORDS : 1];
 };
+// What both kernels are called with.
+struct Args {
+  const u8* x;
+  const float* sx;
+  const int* rowsum;
+  const u8* w;
+  const float* scale;
+  const void* bias;
+  u16* y;
+  u8* workspace;
+  int M, N, K, ldx, split, out;
+};
+
 // For one thread: the A registers of four instructions, and the scales that multiply their sums.
 struct Fragment {
   u32 a[16];
