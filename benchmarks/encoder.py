@@ -18,7 +18,7 @@ from typing import Any
 import tables
 import yaml
 from protocol import KEY, Cost, Results, commit_of, environment
-from rows import LKD
+from rows import LKD, START
 
 import zq
 from zq.data import load_text
@@ -35,7 +35,7 @@ def rows(schemes: list[str], samples: int, length: int) -> list[tuple[str, str, 
     text = {"source": "bundled", "samples": samples, "length": length}
     methods = (
         ("rtn", [{"rtn": {"scale": "mse"}}], {"source": "none"}),
-        ("gptq", LKD[:1], text),
+        ("gptq", START, text),
         ("lkd", LKD, text),
     )
     return [

@@ -30,7 +30,7 @@ import tables
 import torch
 import yaml
 from protocol import KEY, Cost, Results, commit_of, environment
-from rows import LKD, Steps
+from rows import LKD, START, Steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zq.pipeline import quantize
@@ -136,7 +136,7 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[str, str, int, dict[str, An
     (blocks,) = args.blocks
     for scheme in SCHEMES:
         yield scheme, "rtn", blocks, {"source": "none"}, [{"rtn": {"scale": "mse"}}]
-        yield scheme, "gptq", blocks, tokens, LKD[:1]
+        yield scheme, "gptq", blocks, tokens, START
         yield scheme, "lkd", blocks, tokens | {"generated": args.generated}, lkd
 
 

@@ -20,7 +20,13 @@ from zq.recipe import Recipe, Step, load
 
 Steps = list[dict[str, Any]]
 
-LKD: Steps = [{"gptq": {"scale": "mse-signed", "damp": 0.1}}, {"lkd": {"iterations": 400, "lookahead": 1}}]
+AWQ: Steps = [{"awq": {"scale": "absmax"}}]
+START: Steps = [{"gptq": {"scale": "mse-signed", "damp": 0.1}}]
+LKD: Steps = [
+    {"awq": {"scale": "absmax", "where": "activations"}},
+    *START,
+    {"lkd": {"iterations": 400, "lookahead": 1}},
+]
 TEXT = "calibration.txt"  # the name of the calibration text in recipes
 SCHEMES: dict[str, tuple[str, str | None]] = {
     "w8a8": ("int8:channel", "int8:token"),
@@ -98,22 +104,21 @@ def _text(tokens: Tokens, generated: int = 0) -> dict[str, Any]:
 
 
 def method_rows(tokens: Tokens) -> Iterator[Row]:
-    """rtn needs no tokens; what `LKD` starts from is the row gptq; only rows that end in `lkd` have generated
-    windows."""
-    start, text, written = LKD[0], _text(tokens), _text(tokens, tokens.generated)
+    """rtn needs no tokens; only rows that end in `lkd` have generated windows."""
+    text, written = _text(tokens), _text(tokens, tokens.generated)
+    smooth: Steps = [{"smoothquant": {"alpha": 0.5}}]
+    nearest: Steps = [{"rtn": {"scale": "mse"}}]
     for scheme in SCHEMES:
         table: list[tuple[str, Steps, dict[str, Any]]] = [
-            ("rtn", [{"rtn": {"scale": "mse"}}], {"source": "none"}),
-            ("gptq", [start], text),
-            ("awq", [{"awq": {"scale": "absmax"}}, {"rtn": {"scale": "mse"}}], text),
+            ("rtn", nearest, {"source": "none"}),
+            ("gptq", START, text),
+            ("awq", AWQ + nearest, text),
         ]
         if SCHEMES[scheme][1]:  # outliers of the activations are what smoothing moves
             table += [
-                ("smoothquant", [{"smoothquant": {"alpha": 0.5}}, {"rtn": {"scale": "mse"}}], text),
-                ("smoothquant, gptq", [{"smoothquant": {"alpha": 0.5}}, start], text),
-                ("awq, gptq", [{"awq": {"scale": "absmax"}}, start], text),
-                ("smoothquant, lkd", [{"smoothquant": {"alpha": 0.5}}, *LKD], written),
-                ("awq, lkd", [{"awq": {"scale": "absmax"}}, *LKD], written),
+                ("smoothquant", smooth + nearest, text),
+                ("smoothquant, gptq", smooth + START, text),
+                ("awq, gptq", AWQ + START, text),
             ]
         table += [
             ("lkd as published", [{"lkd": "classic"}], text),
@@ -140,9 +145,14 @@ def ablation_rows(tokens: Tokens, scheme: str) -> Iterator[Row]:
         count = round(share * tokens.generated)
         yield row(f"generated {count}", LKD, count)
     yield row("generated only", LKD, tokens.samples + tokens.generated, "none")
-    yield row("start rtn", [{"rtn": {"scale": "mse-signed"}}, *LKD[1:]])
-    yield row("gptq only", [step for step in LKD if "lkd" not in step])
-    yield row("awq before", [{"awq": {"scale": "absmax"}}, *LKD])
+    without = {name: [step for step in LKD if name not in step] for name in ("awq", "lkd")}
+    yield row("start rtn", [step if "gptq" not in step else {"rtn": {"scale": "mse-signed"}} for step in LKD])
+    yield row("no lkd", without["lkd"])
+    if SCHEMES[scheme][1]:
+        yield row("no awq", without["awq"])
+        yield row("smoothquant for awq", [{"smoothquant": {"alpha": 0.5}}, *without["awq"]])
+    else:
+        yield row("awq before", AWQ + without["awq"])
     yield row("rotate before", [{"rotate": {}}, *LKD])
 
 

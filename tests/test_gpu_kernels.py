@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP8, FP16, activations, gemm_calls, quant_calls
 from zq.errors import ZqError
+from zq.kernels import ops  # noqa: F401  (registers the operators)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +45,6 @@ def poison() -> None:
 
 
 def outputs(name: str, args: tuple) -> list[Tensor]:
-
     made = getattr(torch.ops.zq, name)(*args)
     return list(made) if isinstance(made, tuple) else [made]
 

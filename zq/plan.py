@@ -31,7 +31,7 @@ from zq.models.find import find_arch, load_config
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.sampling import CACHE_BYTES
 from zq.models.skeleton import Skeleton, build_skeleton
-from zq.quantizers.links import may_change, without_scale
+from zq.quantizers.links import at_work, may_change, without_scale
 from zq.quantizers.method import Method
 from zq.quantizers.view import View
 from zq.recipe import Recipe
@@ -206,6 +206,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
     layers = [_with_stored(layer, steps, recipe) for layer in layers]
     if recipe.format != "auto":
         layers = _adapted(layers, recipe.format, notes)
+    steps = at_work(steps, [layer.scheme for layer in layers if layer.scheme])
     notes += without_scale(skeleton, {layer.name for layer in layers if layer.scheme}, steps)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, view.index, layers)

@@ -153,3 +153,31 @@ def test_where_nothing_is_better_nothing_changes(tmp_path: Path, monkeypatch: py
         files.append((tmp_path / str(i) / "model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert report["changed"] == {}
+
+
+def test_only_where_activations_are_quantized(tmp_path: Path) -> None:
+    """Links to the attention alone: the plan promises their norms, and no others change."""
+    save_tiny("llama", tmp_path / "model", torch.bfloat16)
+    rules = f"{{match: '@attention', weights: 'int3:g32', activations: 'int8:token'}}, {W3}"
+    plans = [
+        make_plan(tmp_path / "model", recipe(rules, f"{{awq: {{where: {where}}}}}, {{rtn: {{}}}}"))
+        for where in ("all", "activations")
+    ]
+    assert set(plans[1].may_change) < set(plans[0].may_change)
+    assert all("input_layernorm" in name for name in plans[1].may_change)
+    report = quantize(plans[1], tmp_path / "out").report
+    found = {link["producer"].split(".")[-1] for links in report["smoothing"].values() for link in links}
+    assert found == {"input_layernorm", "v_proj"}
+
+
+def test_it_is_left_out_where_no_activations_are_quantized(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", torch.bfloat16)
+    steps = "{awq: {where: activations}}, {gptq: {}}"
+    plan = make_plan(tmp_path / "model", recipe(W3, steps))
+    assert [method.name for method, _ in plan.steps] == ["gptq"]
+    assert plan.may_change == {}
+    assert not [note for note in plan.notes if "awq" in note]
+    quantize(plan, tmp_path / "a")
+    quantize(make_plan(tmp_path / "model", recipe(W3, "{gptq: {}}")), tmp_path / "b")
+    a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
+    assert a == b

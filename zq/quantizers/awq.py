@@ -7,11 +7,15 @@ for every link of the block, normalised by sqrt(max s min s), with the r that le
 block's output (quantizers/search.py) on at most `windows` calibration windows. r = 0 is no change, and `duo`
 may choose none either, so on these windows the result is never worse. Weights are measured as rounded to
 nearest by their own scheme, activations quantized where the scheme quantizes them.
+
+`where: activations` leaves links alone that lead to a layer whose activations stay in 16 bits: before learned
+rounding the scales are worth it for the outliers of activations only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -29,6 +33,7 @@ class Options:
     scale: str = field(default="mse", metadata={"allowed": tuple(SCALES)})
     windows: int = field(default=8, metadata={"range": (1, 1 << 20)})
     duo: bool = False
+    where: str = field(default="all", metadata={"allowed": ("all", "activations")})
 
     @property
     def tries(self) -> int:
@@ -45,11 +50,12 @@ def protect(inputs: Tensor, weights: Tensor | None, ratio: float) -> Tensor:
 
 def run(block: Block, options: Options) -> None:
     """Choose and fold the scales of one link after the other, in the order in which the block computes."""
-    if not block.links:
+    wanted = [options.where == "all" or link.rounds for link in block.links]
+    if not any(wanted):
         return
     magnitudes = input_magnitudes(block)
     trial = Trial(block, options.windows, options.scale)
-    for link, (_, inputs) in zip(block.links, magnitudes, strict=True):
+    for link, (_, inputs) in compress(zip(block.links, magnitudes, strict=True), wanted):
         inputs = shared(inputs, link)
         weights = shared(weight_magnitudes(link)[1], link) if options.duo else None
         ratios = GRID if options.duo else GRID[1:]
@@ -60,7 +66,7 @@ def run(block: Block, options: Options) -> None:
 
 
 def needs(options: Options) -> Needs:
-    return Needs.INPUTS | Needs.LINKS
+    return Needs.INPUTS | Needs.LINKS | (Needs.ROUNDED if options.where == "activations" else Needs.NOTHING)
 
 
 METHOD = Method(name="awq", options=Options, needs=needs, run=run)

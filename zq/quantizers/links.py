@@ -7,7 +7,7 @@ recipe skips): the plan names them before the work begins, and the audit lets no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from zq.models.arch import Link, producer_channels
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.skeleton import Skeleton
 from zq.quantizers.method import BlockLink, Layer, Method, Needs
+from zq.spec import Scheme
 
 Steps = Iterable[tuple[Method, Any]]
 
@@ -37,8 +38,15 @@ def usable_links(skeleton: Skeleton, i: int, quantized: Container[str]) -> list[
     ]
 
 
-def may_change(skeleton: Skeleton, quantized: Container[str], steps: Steps) -> dict[str, str]:
-    """Parameters that these steps may change beside quantized weights: full name -> names of the steps."""
+def at_work(steps: list[tuple[Method, Any]], schemes: Collection[Scheme]) -> list[tuple[Method, Any]]:
+    """The steps without those for rounded activations, where no scheme quantizes activations."""
+    rounding = any(scheme.activations for scheme in schemes)
+    return [(m, options) for m, options in steps if rounding or Needs.ROUNDED not in m.needs(options)]
+
+
+def may_change(skeleton: Skeleton, quantized: Mapping[str, Scheme], steps: Steps) -> dict[str, str]:
+    """Parameters that these steps may change beside quantized weights (full name -> scheme): full name ->
+    names of the steps."""
     found: dict[str, list[str]] = {}
     for method, options in steps:
         for i in range(skeleton.n_blocks):
@@ -48,7 +56,7 @@ def may_change(skeleton: Skeleton, quantized: Container[str], steps: Steps) -> d
     return {name: " and ".join(dict.fromkeys(names)) for name, names in found.items()}
 
 
-def _changed(skeleton: Skeleton, i: int, quantized: Container[str], needs: Needs) -> Iterator[str]:
+def _changed(skeleton: Skeleton, i: int, quantized: Mapping[str, Scheme], needs: Needs) -> Iterator[str]:
     """Full names of the parameters of block i that a step of these needs may change."""
     prefix = skeleton.block_prefix(i)
     if Needs.PARAMETERS in needs:
@@ -56,7 +64,8 @@ def _changed(skeleton: Skeleton, i: int, quantized: Container[str], needs: Needs
     elif Needs.NORMS in needs:
         yield from (f"{prefix}.{path}.weight" for path in skeleton.norms(i))
     elif Needs.LINKS in needs:
-        for link in usable_links(skeleton, i, quantized):
+        names = {n for n, scheme in quantized.items() if scheme.activations or Needs.ROUNDED not in needs}
+        for link in usable_links(skeleton, i, names):
             yield from (f"{prefix}.{link.producer}.{leaf}" for leaf in ("weight", "bias"))
 
 

@@ -35,6 +35,7 @@ class Needs(enum.Flag):
     NORMS = enum.auto()  # to change the weights of the block's norms
     SPREADS = enum.auto()  # how widely the weights are spread that feed each input; before any step quantizes
     LINKS = enum.auto()  # the links along which a step may move scales; it runs before any quantizes
+    ROUNDED = enum.auto()  # with LINKS: only of those links all of whose consumers quantize activations
 
 
 @dataclass
@@ -111,6 +112,11 @@ class BlockLink:
     consumers: tuple[Layer, ...]
     channels: Tensor
     stored: dict[str, torch.dtype]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether every consumer quantizes its activations."""
+        return all(layer.scheme.activations for layer in self.consumers)
 
 
 @dataclass
