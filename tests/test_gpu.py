@@ -99,6 +99,7 @@ STEPS = {
     "smooth": "{smoothquant: {}}, {awq: {windows: 4}}, {gptq: {}}",
     "classic": "{lkd-classic: {iterations: 3, batch: 4}}",
     "lorc": "{gptq: {asymmetry: 0.5}}, {lorc: {rank: 4}}",
+    "small": "{gptq: {asymmetry: 0.5}}, {lkd: {iterations: 2, batch: 1, lookahead: 1}}",
 }
 LONG = """
 rules: [{match: '*', weights: 'int4:g32', activations: 'int8:token'}]
@@ -137,6 +138,19 @@ def test_a_recorded_step_is_the_step(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lkd, "recorded", lambda step, device: step)
         _run_on_gpu("llama", tmp_path / "b", STEPS["lkd"].replace("LOOK", "0"))
+    a, b = ((tmp_path / x / "out" / "model.safetensors").read_bytes() for x in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_recorded_passes_are_the_passes(family: str, tmp_path: Path) -> None:
+    """Twelve batches and more, one recording, as many plain runs: the same bytes."""
+    from zq.models import replay
+
+    _run_on_gpu(family, tmp_path / "a", STEPS["small"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "FEWEST", 1000)
+        _run_on_gpu(family, tmp_path / "b", STEPS["small"])
     a, b = ((tmp_path / x / "out" / "model.safetensors").read_bytes() for x in "ab")
     assert a == b
 

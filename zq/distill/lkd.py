@@ -31,8 +31,9 @@ from torch import Tensor
 from zq.distill.gains import LearnedGain
 from zq.distill.integer import Precision, integer_gradients
 from zq.distill.rounding import LearnedRounding, learnable
-from zq.distill.student import Course, recorded
+from zq.distill.student import Course
 from zq.errors import ZqError
+from zq.models.replay import recorded
 from zq.quantizers.method import Block, Method, Needs
 
 

@@ -1,14 +1,15 @@
-"""What a block learns from, and one step of learning as one CUDA graph."""
+"""What a block learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zq.distill.losses import divergence, token_weights, weighted_mse
 from zq.models.capture import Call, run_block
+from zq.models.replay import on_each
 from zq.quantizers.method import Block, quantized_inputs
 
 KL_TOKENS = 2048  # logits of more tokens at once would take gigabytes
@@ -26,7 +27,7 @@ class Course:
         self.block = block
         self.size = block.inputs[0].shape[0]
         self.inputs = torch.cat(block.inputs if inputs == "quantized" else block.teacher_inputs)
-        self.targets = torch.cat([_ahead(block, y, i) for i, y in enumerate(block.targets)])
+        self.targets = torch.cat(_all_ahead(block))
         self.weights = token_weights(self.targets, loss)
 
     def distance(self, outputs: Tensor, chosen: Tensor | slice, index: int) -> Tensor:
@@ -62,33 +63,18 @@ class Course:
         return total / len(batches)
 
 
+def _all_ahead(block: Block) -> list[Tensor]:
+    """The targets as `_ahead` has them."""
+    if not block.ahead:
+        return block.targets
+    which = range(len(block.targets))
+    calls = [[each[i] for _, each in block.ahead] for i in which]
+    return list(on_each(partial(_ahead, block), block.targets, which, calls))
+
+
 def _ahead(block: Block, hidden: Tensor, index: int) -> Tensor:
     """The output of the block, further on through the float blocks that it looks ahead to."""
     for module, calls in block.ahead:
         call: Call = calls[index]
         hidden = run_block(module, hidden, call)
     return hidden
-
-
-def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """`step`, recorded as a CUDA graph, so that its many small kernels cost no launches; itself on a CPU.
-
-    It runs three times while it is recorded: what it changes must not depend on that.
-    """
-    if device.type != "cuda":
-        return step
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay

@@ -12,12 +12,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zq.models.capture import Call, run_block
+from zq.models.replay import on_each
 from zq.models.skeleton import Skeleton
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
 from zq.quantizers.view import View
@@ -165,7 +167,7 @@ class Block:
 
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:
         """The block as it is now on every batch."""
-        return [self.run(h, i) for i, h in enumerate(hidden)]
+        return list(on_each(self.run, hidden, range(len(hidden)), self.calls))
 
     def run(self, hidden: Tensor, index: int) -> Tensor:
         """The block as it is now on one batch; activations quantized inside `quantized_inputs`."""
@@ -189,19 +191,25 @@ class Block:
         k = first.weight.shape[1]
         hessian = torch.zeros(k, k, device=first.weight.device)
         cross = torch.zeros_like(hessian) if with_cross else None
-        for index in self.batches(windows):
-            hidden = self.inputs[index]
+        chosen = self.batches(windows)
+
+        def site_input(hidden: Tensor, index: int) -> Tensor:
             with quantized_inputs(self.layers):
-                seen = _site_input(first.module, lambda i=index, h=hidden: self.run(h, i))
-            seen = seen.reshape(-1, k)
-            _add_gram(hessian, seen)
-            if cross is not None:
-                x = seen.float()
-                teacher, call, clean = self.teacher, self.calls[index], self.teacher_inputs[index]
-                assert teacher is not None
-                same = twin(self.module, teacher, first.module)
-                wanted = _site_input(same, lambda t=teacher, c=call, h=clean: run_block(t, h, c))
-                cross.addmm_((wanted.reshape(-1, k).float() - x).T, x)
+                return _site_input(first.module, lambda: self.run(hidden, index)).reshape(-1, k)
+
+        def clean_input(hidden: Tensor, index: int) -> Tensor:
+            assert self.teacher is not None
+            teacher, same = self.teacher, twin(self.module, self.teacher, first.module)
+            found = _site_input(same, lambda: run_block(teacher, hidden, self.calls[index]))
+            return found.reshape(-1, k)
+
+        seen = on_each(site_input, self.inputs, chosen, self.calls)
+        clean = on_each(clean_input, self.teacher_inputs, chosen, self.calls) if with_cross else repeat(None)
+        for x, wanted in zip(seen, clean, strict=False):
+            _add_gram(hessian, x)
+            if cross is not None and wanted is not None:
+                x = x.float()
+                cross.addmm_((wanted.float() - x).T, x)
         return hessian, cross
 
 
