@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from kernel_peers import installed, peer_rows
 from kernel_rows import SHAPES, Row, activation_rows, product_rows
 from kernel_tables import markdown, plot
 from protocol import commit_of, environment
@@ -109,6 +110,8 @@ def rows(args: argparse.Namespace, arch: int) -> Iterator[Row]:
         shapes = {shape: None for model in args.shapes.split(",") for shape in SHAPES[model].values()}
         for n, k in shapes:
             yield from product_rows(ms, n, k, "cuda", arch)
+            for package in installed() if args.peers else ():
+                yield from peer_rows(package, ms, n, k)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096", help="values of M")
     parser.add_argument("--shapes", default="target", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--only", default="activations,products")
+    parser.add_argument("--peers", action="store_true", help="also humming-kernels and gemlite, if installed")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--commit", help="to note in the results, where there is no git")
     parser.add_argument("--markdown", type=Path, metavar="JSON", help="print the tables of these results")
