@@ -65,12 +65,12 @@ def test_the_key_has_all_that_a_cubin_depends_on(monkeypatch):
     keys.add(nvrtc.key(replace(UNIT, defines=(*UNIT.defines, ("MORE", "1"))), "sm_90a", "13.0"))
     keys.add(nvrtc.key(replace(UNIT, options=("--use_fast_math",)), "sm_90a", "13.0"))
     texts = nvrtc.texts(UNIT.source)
-    assert set(texts) == {"quant.cu", "common.cuh"}
+    assert set(texts) == {"quant.cu", "common.cuh", "floats.cuh"}
     for name in texts:
         changed = texts | {name: texts[name] + "\n"}
         monkeypatch.setattr(nvrtc, "texts", lambda source, changed=changed: changed)
         keys.add(nvrtc.key(UNIT, "sm_90a", "13.0"))
-    assert len(keys) == 7
+    assert len(keys) == 8
     monkeypatch.undo()
     assert nvrtc.key(replace(UNIT, name="other", ops=()), "sm_90a", "13.0") in keys
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zq.errors import ZqError
+from zq.optim import fused
 from zq.optim.config import BITS, FLOAT, States, states
 from zq.optim.storage import Factored, Full, Quantized, State, fill, new, packed
 
@@ -20,12 +21,18 @@ Given = Mapping[str, Any] | str | Path | None
 
 class StoredOptimizer(torch.optim.Optimizer, ABC):
     """`bits` and `states` can differ between parameter groups, and `bits` between parameters (`override`, or
-    the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored."""
+    the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored.
+
+    fused: with zq's CUDA kernel where it can (None), never (False), or a ZqError where it cannot (True).
+    unfused: why parameters of the last step went without the kernel, and how many.
+    """
 
     names: tuple[str, ...]
+    update_name: str  # of the kernel
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], fused: bool | None = None) -> None:
         self._overrides: dict[Tensor, int] = {}
+        self.fused, self.unfused = fused, {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -35,35 +42,66 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_overrides": self._overrides}
+        own = {name: getattr(self, name) for name in ("_overrides", "fused", "unfused")}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; `closure` computes the loss again, as in torch."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise ZqError(
+                "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and the "
+                "number of this step; capture the forward and backward pass, and call step() after each replay"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise ZqError(
-                        "a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))"
-                    )
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    for name in self.wanted(group):
-                        state[name] = self._new(param, group, name)
-                state["step"] += 1
+        todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for param, group in todo:
+            if param.grad.is_sparse:
+                raise ZqError(
+                    "a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))"
+                )
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros(())
+                for name in self.wanted(group):
+                    state[name] = self._new(param, group, name)
+        self.unfused = {}
+        reasons = [self._why_not(param, group) for param, group in todo]
+        steps = []
+        for (param, group), reason in zip(todo, reasons, strict=True):
+            state = self.state[param]
+            state["step"] += 1
+            if reason is None:
+                kept = tuple(state[name] for name in self.wanted(group))
+                numbers = self.numbers(group, int(state["step"]))
+                steps.append(fused.Step(self.update_name, param, param.grad, kept, numbers))
+            else:
+                self.unfused[reason] = self.unfused.get(reason, 0) + 1
                 self.update(param, state, group)
+        fused.run(steps)
         return loss
 
     @abstractmethod
     def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """One step of one parameter, whose states are there."""
+        """One step of one parameter, whose states are there, in torch operations."""
+
+    @abstractmethod
+    def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
+        """What the kernel has to know of a group (Numbers of optim.cu)."""
+
+    def _why_not(self, param: Tensor, group: dict[str, Any]) -> str | None:
+        """Raises ZqError where there must not be a reason."""
+        if self.fused is False:
+            return "fused=False"
+        kept = tuple(self.state[param][name] for name in self.wanted(group))
+        reason = "there is no state" if not kept else None
+        reason = reason or fused.why_not(self.update_name, param, param.grad, kept)
+        if self.fused and reason:
+            raise ZqError(f"fused=True is not possible: {reason}; give fused=None")
+        return reason
 
     def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that a group needs."""

@@ -1,4 +1,4 @@
-// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu on a CPU, one block at a time.
+// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu and optim.cu on a CPU, one block at a time.
 //
 // A thread of the block is a fiber; fibers take turns, one turn up to the next shuffle or barrier. All threads meet
 // the same shuffles and barriers, so after a turn of everyone every value is there. Two buffers, used in turn, keep
@@ -16,7 +16,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 using u8 = unsigned char;
@@ -29,7 +29,7 @@ using std::min;
 struct Index {
   int x;
 };
-static Index threadIdx, blockIdx, blockDim;
+static Index threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
@@ -67,6 +67,7 @@ static void begin() {
 static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
   body = kernel;
   blockDim.x = threads;
+  gridDim.x = blocks;
   std::vector<std::vector<char>> stacks(threads, std::vector<char>(1 << 16));
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     fibers.assign(threads, Fiber());
@@ -86,7 +87,10 @@ static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
   }
 }
 
+template <class A> void atomicMax(A *place, A value) { *place = std::max(*place, value); }
+
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fsqrt_rn(float a) { return std::sqrt(a); }
 static float __frcp_rn(float a) { return 1.0f / a; }
 static int __float2int_rn(float x) {  // saturates, NaN gives 0
   if (std::isnan(x)) return 0;
@@ -106,6 +110,8 @@ static float of_bits(u32 bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+static u32 __float_as_uint(float x) { return bits_of(x); }
+static float __uint_as_float(u32 bits) { return of_bits(bits); }
 static u16 to_bf16(float x) {
   const u32 bits = bits_of(x);
   return std::isnan(x) ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
