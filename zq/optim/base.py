@@ -50,8 +50,8 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         """One step; `closure` computes the loss again, as in torch."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ZqError(
-                "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and the "
-                "number of this step; capture the forward and backward pass, and call step() after each replay"
+                "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and number "
+                "of this step; capture the forward and backward pass, and call step() after each replay"
             )
         loss = None
         if closure is not None:
@@ -97,8 +97,8 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         if self.fused is False:
             return "fused=False"
         kept = tuple(self.state[param][name] for name in self.wanted(group))
-        reason = "there is no state" if not kept else None
-        reason = reason or fused.why_not(self.update_name, param, param.grad, kept)
+        assert param.grad is not None
+        reason = fused.why_not(self.update_name, param, param.grad, kept) if kept else "there is no state"
         if self.fused and reason:
             raise ZqError(f"fused=True is not possible: {reason}; give fused=None")
         return reason

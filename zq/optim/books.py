@@ -1,9 +1,9 @@
-"""Tables with which a kernel decodes and encodes a format (`Book` and `Format` of zq/kernels/src/states.cuh).
+"""Tables with which a kernel decodes and encodes a format (`Book`, `Format` of zq/kernels/src/states.cuh).
 
-To round q, its sign, exponent and first bits of the mantissa name a bucket: floats between two neighbours of so
-few bits. No bucket holds more than one midpoint between values of the format, so the number of midpoints below
-the bucket leaves two candidates, as in zq.numerics.codebook. Buckets begin below the least midpoint that is not
-zero, and the last one reaches to infinity; negative ones follow where a midpoint is negative.
+To round q, its sign, exponent and first bits of the mantissa name a bucket: floats between two neighbours of
+so few bits. No bucket holds more than one midpoint between values of the format, so the number of midpoints
+below the bucket leaves two candidates, as in zq.numerics.codebook. Buckets begin below the least midpoint that
+is not zero, and the last one reaches to infinity; negative ones follow where a midpoint is negative.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MANTISSA = 23  # bits of float32
 
 @dataclass(frozen=True)
 class Search:
-    """bucket = (bits of |q| >> shift) - base, inside 0 .. count - 1; negative q: `count` behind, if `negative`.
+    """bucket = (bits of |q| >> shift) - base, inside 0 .. count - 1; with `negative`, those of negative q lie
+    `count` behind.
 
     plain: the code of a value is its number. below: the code of the greatest negative value.
     """

@@ -1,7 +1,8 @@
 """Steps of many parameters as a few launches of zq's own kernel (zq/kernels/src/optim.cu).
 
-Parameters whose step is computed alike (same kinds of states, dtypes, rate and number of the step) go together,
-up to 40 to a launch: their addresses travel in the kernel's parameters, so nothing is copied to the device before.
+Parameters whose step is computed alike (same kinds of states, dtypes, rate and number of the step) go
+together, up to 40 to a launch: their addresses travel in the kernel's parameters, so nothing is copied to the
+device before.
 Where blocks share scales (tensor, rank1) a launch of `maxima` goes before, and one of `scales` behind.
 """
 

@@ -83,7 +83,7 @@ class SGD(StoredOptimizer):
     names = ("momentum_buffer",)
     update_name = "sgd"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         params: Any,
         lr: float | Tensor = 1e-3,

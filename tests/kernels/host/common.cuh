@@ -1,9 +1,10 @@
 // In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu and optim.cu on a CPU, one block at a time.
 //
-// A thread of the block is a fiber; fibers take turns, one turn up to the next shuffle or barrier. All threads meet
+// A thread of the block is a fiber (switched by _longjmp, which asks the system nothing); fibers take turns, one turn up to the next shuffle or barrier. All threads meet
 // the same shuffles and barriers, so after a turn of everyone every value is there. Two buffers, used in turn, keep
 // a fast thread from overwriting what a slow one still reads.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -35,17 +36,22 @@ struct alignas(16) uint4 {
 };
 
 struct Fiber {
+  std::vector<char> stack = std::vector<char>(1 << 16);
   ucontext_t context;
+  jmp_buf place;
   int turn = 0;
-  bool ended = false;
+  bool begun = false, ended = false;
 };
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static std::vector<Fiber> fibers(1024);
+static jmp_buf scheduler;
 static u64 exchanged[2][1024];
 
+static void let_others() {
+  if (!_setjmp(fibers[threadIdx.x].place)) _longjmp(scheduler, 1);
+}
 static int next_turn() {
-  const int self = threadIdx.x, turn = fibers[self].turn++;
-  swapcontext(&fibers[self].context, &scheduler);
+  const int turn = fibers[threadIdx.x].turn++;
+  let_others();
   return turn;
 }
 static void __syncthreads() { next_turn(); }
@@ -58,30 +64,35 @@ template <class A> A __shfl_xor_sync(u32, A value, int step) {
 }
 
 static std::function<void()> body;
-static void begin() {
-  body();
-  fibers[threadIdx.x].ended = true;
-  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+static void run_fiber() {
+  for (;;) {
+    body();
+    fibers[threadIdx.x].ended = true;
+    let_others();
+  }
+}
+static void resume(Fiber &fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.context, run_fiber, 0);
+  setcontext(&fiber.context);
 }
 // Runs `kernel` as blocks of `threads` threads, one after the other.
 static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
   body = kernel;
   blockDim.x = threads;
   gridDim.x = blocks;
-  std::vector<std::vector<char>> stacks(threads, std::vector<char>(1 << 16));
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    fibers.assign(threads, Fiber());
-    for (int t = 0; t < threads; ++t) {
-      getcontext(&fibers[t].context);
-      fibers[t].context.uc_stack.ss_sp = stacks[t].data();
-      fibers[t].context.uc_stack.ss_size = stacks[t].size();
-      makecontext(&fibers[t].context, begin, 0);
-    }
+    for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].ended = false;
     for (int left = threads; left > 0;)
       for (int t = 0; t < threads; ++t)
         if (!fibers[t].ended) {
           threadIdx.x = t;
-          swapcontext(&scheduler, &fibers[t].context);
+          resume(fibers[t]);
           left -= fibers[t].ended;
         }
   }
