@@ -1,4 +1,4 @@
-"""The kernel's tables, searched as the kernel does, give the codes of zq.numerics.codebook for every format."""
+"""The kernel's tables, searched as it does, give the codes of zq.numerics.codebook for every format."""
 
 from __future__ import annotations
 

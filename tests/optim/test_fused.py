@@ -1,7 +1,7 @@
 """The kernel gives what torch's operations give, to the bit: parameters, codes and scales.
 
-The kernel runs on the CPU here (tests/optim/emulated.py), and its pointwise operations round as torch's do there;
-how those of a GPU differ is a test of its own.
+The kernel runs on the CPU here (tests/optim/emulated.py), and its pointwise operations round as torch's do
+there; how those of a GPU differ is a test of its own.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         """One step; `closure` computes the loss again, as in torch."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ZqError(
-                "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and number "
-                "of this step; capture the forward and backward pass, and call step() after each replay"
+                "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and "
+                "number of this step; capture the forward and backward pass, and call step() after each replay"
             )
         loss = None
         if closure is not None:

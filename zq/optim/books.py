@@ -2,8 +2,8 @@
 
 To round q, its sign, exponent and first bits of the mantissa name a bucket: floats between two neighbours of
 so few bits. No bucket holds more than one midpoint between values of the format, so the number of midpoints
-below the bucket leaves two candidates, as in zq.numerics.codebook. Buckets begin below the least midpoint that
-is not zero, and the last one reaches to infinity; negative ones follow where a midpoint is negative.
+below the bucket leaves two candidates, as in zq.numerics.codebook. Buckets begin below the least midpoint
+that is not zero, and the last one reaches to infinity; negative ones follow where a midpoint is negative.
 """
 
 from __future__ import annotations
