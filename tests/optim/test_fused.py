@@ -301,10 +301,13 @@ def test_a_cpu_has_no_kernel_and_other_memory_neither(monkeypatch: pytest.Monkey
     assert not torch.equal(param, before)
     monkeypatch.setattr(fused, "place", lambda param: 0)
     state = (Full(param), Factored(param))
-    assert "not contiguous" in str(fused.why_not("adamw", param, param.grad, state))
-    whole = param.detach().contiguous().double()
-    assert "float32, bfloat16 and float16" in str(fused.why_not("adamw", whole, whole, state))
-    assert "empty" in str(fused.why_not("adamw", torch.zeros(0), torch.zeros(0), state))
+    whole = param.detach().contiguous()
+    assert "not contiguous" in str(fused.entry("adamw", param, state))
+    assert "float64; the kernel takes float32, bf" in str(fused.entry("adamw", whole.double(), state))
+    assert "empty" in str(fused.entry("adamw", torch.zeros(0), state))
+    assert "a gradient is torch.float64" in str(fused.refused(whole.double()))
+    assert "a gradient is not contiguous" in str(fused.refused(param))
+    assert fused.refused(whole) is None
 
 
 def test_a_machine_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

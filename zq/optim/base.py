@@ -32,6 +32,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, params: Any, defaults: dict[str, Any], fused: bool | None = None) -> None:
         self._overrides: dict[Tensor, int] = {}
+        self._entries: dict[Tensor, fused.Entry] = {}
         self.fused, self.unfused = fused, {}
         super().__init__(params, defaults)
 
@@ -45,43 +46,42 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         own = {name: getattr(self, name) for name in ("_overrides", "fused", "unfused")}
         return {**super().__getstate__(), **own}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._entries = {}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; `closure` computes the loss again, as in torch."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ZqError(
                 "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and "
-                "number of this step; capture the forward and backward pass, and call step() after each replay"
+                "number of this step; capture forward and backward passes, and call step() after each replay"
             )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for param, group in todo:
-            if param.grad.is_sparse:
-                raise ZqError(
-                    "a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))"
-                )
-            state = self.state[param]
-            if not state:
-                state["step"] = torch.zeros(())
-                for name in self.wanted(group):
-                    state[name] = self._new(param, group, name)
+        given = [(*each, group) for group in self.param_groups for each in _given(group)]
+        todo = [(param, grad, self._state(param, grad, group), group) for param, grad, group in given]
         self.unfused = {}
-        reasons = [self._why_not(param, group) for param, group in todo]
-        steps = []
-        for (param, group), reason in zip(todo, reasons, strict=True):
-            state = self.state[param]
-            state["step"] += 1
-            if reason is None:
-                kept = tuple(state[name] for name in self.wanted(group))
-                numbers = self.numbers(group, int(state["step"]))
-                steps.append(fused.Step(self.update_name, param, param.grad, kept, numbers))
-            else:
-                self.unfused[reason] = self.unfused.get(reason, 0) + 1
+        entries = [self._entry(*each) for each in todo]
+        if todo:
+            torch._foreach_add_([state["step"] for _, _, state, _ in todo], 1)  # type: ignore[attr-defined]
+        batches: dict[Any, fused.Batch] = {}
+        for (param, grad, state, group), entry in zip(todo, entries, strict=True):
+            if isinstance(entry, str):
+                self.unfused[entry] = self.unfused.get(entry, 0) + 1
+                self._entries.pop(param, None)  # the states may come to lie elsewhere
                 self.update(param, state, group)
-        fused.run(steps)
+                continue
+            number = int(state["step"].item())
+            key = (entry.alike, grad.dtype, id(group), number)
+            if key not in batches:
+                batches[key] = fused.Batch(self.numbers(group, number), [])
+            batches[key].entries.append((entry, grad))
+        for batch in batches.values():
+            fused.run(batch)
         return loss
 
     @abstractmethod
@@ -92,16 +92,34 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
     def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
         """What the kernel has to know of a group (Numbers of optim.cu)."""
 
-    def _why_not(self, param: Tensor, group: dict[str, Any]) -> str | None:
-        """Raises ZqError where there must not be a reason."""
+    def _state(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Of a parameter; zeros at first."""
+        if grad.is_sparse:
+            raise ZqError("a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))")
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(())
+            for name in self.wanted(group):
+                state[name] = self._new(param, group, name)
+        return state
+
+    def _entry(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> fused.Entry | str:
+        """For the kernel, or why not. Raises ZqError where there must not be a reason."""
         if self.fused is False:
             return "fused=False"
-        kept = tuple(self.state[param][name] for name in self.wanted(group))
-        assert param.grad is not None
-        reason = fused.why_not(self.update_name, param, param.grad, kept) if kept else "there is no state"
-        if self.fused and reason:
-            raise ZqError(f"fused=True is not possible: {reason}; give fused=None")
-        return reason
+        kept = tuple([state[name] for name in self.wanted(group)])
+        found: fused.Entry | str | None = self._entries.get(param)
+        if found is None or not found.holds(param, kept):
+            found = fused.entry(self.update_name, param, kept) if kept else "there is no state"
+            if not isinstance(found, str):
+                self._entries[param] = found
+        if not isinstance(found, str):
+            found = fused.refused(grad) or found
+        if self.fused and isinstance(found, str):
+            raise ZqError(f"fused=True is not possible: {found}; give fused=None")
+        return found
 
     def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that a group needs."""
@@ -213,6 +231,12 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         for name, tensor in state.tensors().items():
             tensor.copy_(value[name])
         return state
+
+
+def _given(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters with their gradients."""
+    both = [(param, param.grad) for param in group["params"]]
+    return [(param, grad) for param, grad in both if grad is not None]
 
 
 def _padded(state: State) -> Callable[[int, int], Tensor]:

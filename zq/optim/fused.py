@@ -8,7 +8,7 @@ Where blocks share scales (tensor, rank1) a launch of `maxima` goes before, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -33,51 +33,75 @@ WORKSPACE = 1 << 16  # bytes, at least
 
 
 @dataclass(frozen=True)
-class Step:
-    """One parameter: `update` is adamw or sgd, `numbers` are the fields of Numbers that are not 0."""
+class Entry:
+    """One parameter as the kernel knows it, without its gradient.
 
-    update: str
-    param: Tensor
-    grad: Tensor
+    alike   what parameters of one launch have in common, but for the gradient's dtype and the numbers
+    wide    bytes from which the kernel reckons new scales of each state, see `_wide`
+    blocks  of each pass: maxima, step, scales
+    """
+
     states: tuple[State, ...]
+    unit: str
+    alike: tuple[Any, ...]
+    item: layout.Item
+    wide: tuple[int, ...]
+    blocks: tuple[int, int, int]
+
+    def holds(self, param: Tensor, states: tuple[State, ...]) -> bool:
+        """Whether it is still about this memory."""
+        return self.item.param == param.data_ptr() and self.states == states
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parameters that are stepped alike, with their gradients. numbers: fields of Numbers that are not 0."""
+
     numbers: Mapping[str, float]
-
-    @property
-    def unit(self) -> str:
-        return unit_name(self.update, tuple(_bits(state) for state in self.states))
-
-    def alike(self) -> tuple[Any, ...]:
-        """What parameters of one launch have in common."""
-        kinds = tuple(_kind(state) for state in self.states)
-        dtypes = self.param.dtype, self.grad.dtype
-        return (self.update, place(self.param), *dtypes, kinds, tuple(self.numbers.items()))
+    entries: list[tuple[Entry, Tensor]]
 
 
-def why_not(update: str, param: Tensor, grad: Tensor, states: tuple[State, ...]) -> str | None:
-    """Why the kernel cannot take this step; None: it can."""
+def entry(update: str, param: Tensor, states: tuple[State, ...]) -> Entry | str:
+    """The parameter for the kernel, or why it cannot take it. update: adamw or sgd."""
     index = place(param)
     if index is None:
         return f"the parameter is on {param.device}; the kernel runs on CUDA"
-    if param.dtype not in DTYPES or grad.dtype not in DTYPES:
-        return "the kernel takes parameters and gradients of float32, bfloat16 and float16"
-    if not (param.is_contiguous() and grad.is_contiguous()):
-        return "a parameter or its gradient is not contiguous"
+    if param.dtype not in DTYPES:
+        return f"the parameter is {param.dtype}; the kernel takes float32, bfloat16 and float16"
+    if not param.is_contiguous():
+        return "the parameter is not contiguous"
     if not 0 < param.numel() < LARGEST:
         return "the parameter is empty or has 2^31 elements or more"
-    reason = next(filter(None, map(_why_not, states)), None)
+    unit = unit_name(update, tuple(_bits(state) for state in states))
+    reason = next(filter(None, map(_why_not, states)), None) or _missing(index, unit)
     if reason is not None:
         return reason
-    return _missing(index, unit_name(update, tuple(_bits(state) for state in states)))
+    columns = _columns(param, states)
+    item = layout.Item(param=param.data_ptr(), count=param.numel(), columns=columns)
+    for side, state in zip((item.first, item.second), states, strict=False):
+        _point(side, state)
+    rows = -(-param.numel() // columns)
+    shared = sum(sum(map(len, s.scale)) for s in states if isinstance(s, Quantized) and s.shared)
+    blocks = (
+        -(-rows // layout.ROWS) * -(-columns // layout.COLUMNS),
+        -(-param.numel() // layout.TILE),
+        -(-shared // layout.THREADS),
+    )
+    alike = (index, param.device, DTYPES[param.dtype], unit, *map(_kind, states))
+    return Entry(states, unit, alike, item, tuple(_wide(param, state) for state in states), blocks)
 
 
-def run(steps: list[Step]) -> None:
-    """All steps, none of which `why_not` refuses. Raises ZqError when CUDA fails."""
-    groups: dict[tuple[Any, ...], list[Step]] = {}
-    for step in steps:
-        groups.setdefault(step.alike(), []).append(step)
-    for group in groups.values():
-        for i in range(0, len(group), layout.ITEMS):
-            _launch(group[i : i + layout.ITEMS])
+def refused(grad: Tensor) -> str | None:
+    """Why the kernel cannot take a gradient."""
+    if grad.dtype not in DTYPES:
+        return f"a gradient is {grad.dtype}; the kernel takes float32, bfloat16 and float16"
+    return None if grad.is_contiguous() else "a gradient is not contiguous"
+
+
+def run(batch: Batch) -> None:
+    """A step of every parameter. Raises ZqError when CUDA fails."""
+    for i in range(0, len(batch.entries), layout.ITEMS):
+        _launch(batch.numbers, batch.entries[i : i + layout.ITEMS])
 
 
 def place(param: Tensor) -> int | None:
@@ -85,87 +109,72 @@ def place(param: Tensor) -> int | None:
     return param.device.index if param.is_cuda else None
 
 
-def _launch(steps: list[Step]) -> None:
-    first, count = steps[0], len(steps)
-    index = place(first.param)
-    assert index is not None
+def _launch(numbers: Mapping[str, float], entries: list[tuple[Entry, Tensor]]) -> None:
+    first, grad = entries[0]
+    index, on, dtype = first.alike[:3]
     device = cuda.describe(index)
-    args = layout.Args(items=count, param=DTYPES[first.param.dtype], grad=DTYPES[first.grad.dtype])
-    for name, value in first.numbers.items():
+    args = layout.Args(items=len(entries), param=dtype, grad=DTYPES[grad.dtype])
+    for name, value in numbers.items():
         setattr(args.numbers, name, value)
     for side, state in zip((args.first, args.second), first.states, strict=False):
         if isinstance(state, Quantized):
-            _format(state.parsed, state.signed, state.how.keep_sign, str(first.param.device)).fill(side)
-    counts = [_shared(step) for step in steps]
-    scratch = _workspace(device, counts)
-    at = 0 if scratch is None else scratch.data_ptr()
-    for item, step, shared in zip(args.item, steps, counts, strict=False):
-        item.param, item.grad = step.param.data_ptr(), step.grad.data_ptr()
-        item.count, item.columns = step.param.numel(), _columns(step)
-        for side, state, size in zip((item.first, item.second), step.states, shared, strict=False):
-            _point(side, state, at if size else 0)
-            at += _padded(size)
+            _format(state.parsed, state.signed, state.how.keep_sign, str(on)).fill(side)
+    items = args.item
+    for i, (each, grad) in enumerate(entries):
+        each.item.grad = grad.data_ptr()
+        items[i] = each.item
 
-    def launch(entry: str, blocks: Iterator[int], each: int) -> None:
+    def launch(entry: str, which: int, on_each: int) -> None:
         total = 0
-        for item, more in zip(args.item, blocks, strict=False):
-            total += more
-            item.end = total
+        for i, (each, _) in enumerate(entries):
+            total += each.blocks[which]
+            items[i].end = total
         args.blocks = total
-        cuda.launch(device, first.unit, entry, (min(total, device.sms * each), 1, 1), layout.THREADS, [args])
+        grid = (min(total, device.sms * on_each), 1, 1)
+        cuda.launch(device, first.unit, entry, grid, layout.THREADS, [args])
 
-    if scratch is not None:
-        launch("maxima", (_maxima_blocks(step) for step in steps), 3)
-    launch("step", (-(-step.param.numel() // layout.TILE) for step in steps), 4)
-    if scratch is not None:
-        launch("scales", (-(-_scales(step) // layout.THREADS) for step in steps), 8)
+    if not any(first.wide):
+        launch("step", 1, 4)
+        return
+    scratch = _workspace(device, sum(sum(each.wide) for each, _ in entries))
+    at = scratch.data_ptr()
+    for i, (each, _) in enumerate(entries):
+        for side, size in zip((items[i].first, items[i].second), each.wide, strict=False):
+            side.wide = at
+            at += size
+    launch("maxima", 0, 3)
+    launch("step", 1, 4)
+    launch("scales", 2, 8)
 
 
-def _point(side: layout.State, state: State, wide: int) -> None:
+def _point(side: layout.State, state: State) -> None:
     if isinstance(state, Full):
         side.values = state.values.data_ptr()
         return
     assert isinstance(state, Quantized)
-    side.values, side.scale, side.wide = state.codes.data_ptr(), state.scale[0].data_ptr(), wide
+    side.values, side.scale = state.codes.data_ptr(), state.scale[0].data_ptr()
     side.columns = state.scale[1].data_ptr() if len(state.scale) > 1 else 0
 
 
-def _shared(step: Step) -> list[int]:
-    """Bytes of what the kernel reckons new scales from: u32 per row and column, u64 per tensor."""
-    kinds = [state.parsed.layout.kind if isinstance(state, Quantized) else "" for state in step.states]
-    return [4 * sum(step.param.shape) if kind == "rank1" else 8 if kind == "tensor" else 0 for kind in kinds]
-
-
-def _scales(step: Step) -> int:
-    """Scales that blocks share."""
-    return sum(
-        sum(map(len, state.scale)) for state in step.states if isinstance(state, Quantized) and state.shared
-    )
-
-
-def _columns(step: Step) -> int:
-    """Of a row in the kernel; any where no state is rank 1."""
-    rank1 = any(isinstance(s, Quantized) and s.parsed.layout.kind == "rank1" for s in step.states)
-    return step.param.shape[1] if rank1 else layout.COLUMNS
-
-
-def _maxima_blocks(step: Step) -> int:
-    columns = _columns(step)
-    rows = -(-step.param.numel() // columns)
-    return -(-rows // layout.ROWS) * -(-columns // layout.COLUMNS)
-
-
-def _workspace(device: cuda.Device, counts: list[list[int]]) -> Tensor | None:
-    """Zeros, which the kernel leaves zeros. Its sizes are powers of two, so that there are few."""
-    total = sum(_padded(size) for sizes in counts for size in sizes)
-    if not total:
-        return None
-    size = max(WORKSPACE, 1 << (total - 1).bit_length())
-    return cuda.workspace(device, size, size)
-
-
-def _padded(size: int) -> int:
+def _wide(param: Tensor, state: State) -> int:
+    """u32 for each row and column, or u64 for the tensor, as bytes; 0 where no blocks share scales."""
+    kind = state.parsed.layout.kind if isinstance(state, Quantized) else ""
+    size = {"rank1": 4 * sum(param.shape), "tensor": 8}.get(kind, 0)
     return -(-size // 8) * 8
+
+
+def _columns(param: Tensor, states: tuple[State, ...]) -> int:
+    """Of a row in the kernel; any where no state is rank 1."""
+    rank1 = any(isinstance(s, Quantized) and s.parsed.layout.kind == "rank1" for s in states)
+    return param.shape[1] if rank1 else layout.COLUMNS
+
+
+def _workspace(device: cuda.Device, total: int) -> Tensor:
+    """Zeros, which the kernel leaves zeros. Sizes are powers of two, so that there are few."""
+    size = max(WORKSPACE, 1 << (total - 1).bit_length())
+    scratch = cuda.workspace(device, size, size)
+    assert scratch is not None
+    return scratch
 
 
 def _bits(state: State) -> int:
