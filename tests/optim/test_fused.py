@@ -49,6 +49,10 @@ SGDS: dict[str, dict[str, Any]] = {
 }
 
 
+class Other(Tensor):
+    """Not plain."""
+
+
 def small(options: dict[str, Any]) -> dict[str, Any]:
     """The same with small tensors quantized too."""
     if options["bits"] == 32:
@@ -308,6 +312,9 @@ def test_a_cpu_has_no_kernel_and_other_memory_neither(monkeypatch: pytest.Monkey
     assert "a gradient is torch.float64" in str(fused.refused(whole.double()))
     assert "a gradient is not contiguous" in str(fused.refused(param))
     assert fused.refused(whole) is None
+    other = whole.as_subclass(Other)
+    assert fused.entry("adamw", other, state) == "the parameter is a Other; the kernel takes plain tensors"
+    assert fused.refused(other) == "a gradient is a Other; the kernel takes plain tensors"
 
 
 def test_a_machine_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from zq.optim.storage import TINY, Factored, Full, Quantized, State
 from zq.spec import TensorSpec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Kind of optim.cu
+PLAIN = (Tensor, torch.nn.Parameter)  # others, such as DTensor, need not have an address
 LAYOUTS = {"block": 0, "tensor": 1, "rank1": 2}
 LARGEST = 1 << 31  # elements
 WORKSPACE = 1 << 16  # bytes, at least
@@ -66,6 +67,8 @@ def entry(update: str, param: Tensor, states: tuple[State, ...]) -> Entry | str:
     index = place(param)
     if index is None:
         return f"the parameter is on {param.device}; the kernel runs on CUDA"
+    if type(param) not in PLAIN:
+        return f"the parameter is a {type(param).__name__}; the kernel takes plain tensors"
     if param.dtype not in DTYPES:
         return f"the parameter is {param.dtype}; the kernel takes float32, bfloat16 and float16"
     if not param.is_contiguous():
@@ -93,6 +96,8 @@ def entry(update: str, param: Tensor, states: tuple[State, ...]) -> Entry | str:
 
 def refused(grad: Tensor) -> str | None:
     """Why the kernel cannot take a gradient."""
+    if type(grad) not in PLAIN:
+        return f"a gradient is a {type(grad).__name__}; the kernel takes plain tensors"
     if grad.dtype not in DTYPES:
         return f"a gradient is {grad.dtype}; the kernel takes float32, bfloat16 and float16"
     return None if grad.is_contiguous() else "a gradient is not contiguous"
@@ -224,6 +229,7 @@ def _format(spec: TensorSpec, signed: bool, keep_sign: bool, device: str) -> lay
         "empty": 1.0 if spec.info.zero and kind != "rank1" else TINY,
         "layout": LAYOUTS[kind],
         "block": spec.layout.size or 0,
+        "power": (spec.layout.size or 1).bit_length() - 1,
         "sign": int(signed),
         "shift": found.shift,
         "base": found.base,

@@ -24,7 +24,7 @@ class Format(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, "book"),
         *_fields(ctypes.c_float, "top empty"),
-        *_fields(ctypes.c_int, "layout block sign shift base count negative plain below"),
+        *_fields(ctypes.c_int, "layout block power sign shift base count negative plain below"),
     )
 
 

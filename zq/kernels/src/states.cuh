@@ -14,7 +14,8 @@ struct Format {
   const uint4 *book;
   float top;               // a magnitude of top * scale lands on the last value
   float empty;             // the scale of what is all zero
-  int layout, block;       // elements of a block: a power of two, 8 to 2048
+  int layout;
+  int block, power;        // elements of a block: 2^power, 8 to 2048
   int sign;                // the scale has the sign of the largest magnitude
   int shift, base, count;  // of the search: bucket = (bits of |q| >> shift) - base, inside 0 .. count - 1
   int negative;            // 1: negative values have buckets of their own behind these
@@ -162,7 +163,7 @@ template <int Bits> struct Codes {
           if (++column == k) column = 0, ++row;
         }
     } else {
-      const float step = s.scale[f.layout == BLOCK ? start / f.block : 0];
+      const float step = s.scale[f.layout == BLOCK ? start >> f.power : 0];
 #pragma unroll
       for (int i = 0; i < EACH; ++i) x[i] *= step;
     }
@@ -219,7 +220,7 @@ template <int Bits> struct Codes {
       widest = __uint_as_float(largest(size, f.block / EACH, reinterpret_cast<u32 *>(kept.part)));
     }
     const float step = stored(widest, f);
-    if (left > 0 && start % f.block == 0) s.scale[start / f.block] = step;
+    if (left > 0 && (start & (f.block - 1)) == 0) s.scale[start >> f.power] = step;
     return step;
   }
 
