@@ -199,6 +199,39 @@ def optim(document: dict[str, Any]) -> str:
     return f"{markdown(header, lines)}\n{_settings(document)}"
 
 
+def optim_speed(document: dict[str, Any]) -> str:
+    """Time of an optimizer step (benchmarks/optim_speed.py)."""
+    header = ["parameters", "optimizer", "µs per step", "of it host", "GB/s", "B/param of states"]
+    lines = [
+        [
+            row["scheme"],
+            row["method"],
+            f"{row['us']:.0f}",
+            f"{row['host_us']:.0f}",
+            f"{row['moved_bytes'] / row['us'] / 1e3:.0f}",
+            f"{row['state_bytes'] / row['parameters']:.3f}",
+        ]
+        for row in document["rows"]
+        if row["table"] == "optim-speed"
+    ]
+    return f"{markdown(header, lines)}\n{where(document)}\n"
+
+
+def optim_block(document: dict[str, Any]) -> str:
+    """Peak memory of two optimizer steps of one large block (benchmarks/optim_speed.py --block)."""
+    header = ["optimizer", "parameters", "states", "GPU, peak", "beyond parameters, gradients and states"]
+    lines = [
+        [
+            row["method"],
+            f"{row['parameters'] / 1e6:.0f} M",
+            *(megabytes(row[key]) for key in ("state_bytes", "peak_gpu_bytes", "over_bytes")),
+        ]
+        for row in document["rows"]
+        if row["table"] == "optim-block"
+    ]
+    return f"{markdown(header, lines)}\n{where(document)}\n"
+
+
 def integer(document: dict[str, Any]) -> str:
     """Training with integer products (benchmarks/integer.py), as `optim`."""
     by_name = _by_seed(document, "integer")
@@ -269,6 +302,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "encoder": encoder,
     "engines": engines,
     "optim": optim,
+    "optim-speed": optim_speed,
+    "optim-block": optim_block,
     "integer": integer,
     "variance": variance,
 }

@@ -1,4 +1,4 @@
-"""The division of quant.cu (struct Divisor) step by step in exact arithmetic: it is IEEE's."""
+"""The division of floats.cuh (struct Divisor) step by step in exact arithmetic: it is IEEE's."""
 
 from __future__ import annotations
 

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.conftest import ARCHS, GEMMS, chosen, resources
+from tests.kernels.conftest import ARCHS, chosen, resources
 from zq.errors import ZqError
 from zq.kernels import nvrtc
 from zq.kernels.table import QUANT_UNITS, UNITS
+from zq.kernels.table_optim import OPTIM_UNITS
 from zq.kernels.unit import ARCHS as ALL
 from zq.kernels.unit import Unit, arch_number, arch_of, parse_archs
 
 UNIT = UNITS["plain_int8_bf16"]
+QUANTS, OPTIMS = ({unit.name for unit in units} for units in (QUANT_UNITS, OPTIM_UNITS))
 
 
 @pytest.mark.parametrize(("name", "arch"), chosen())
@@ -28,16 +30,23 @@ def test_compiles(name, arch, compiled):
     assert "serialized" not in made.log  # products that wait for each other
 
 
-@pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair not in GEMMS])
+@pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair[0] in QUANTS])
 def test_a_row_stays_in_registers(name, arch, compiled):
     for registers, spills in resources(compiled[name, arch].log).values():
         assert registers <= 64, "1024 threads cannot have more"
         assert spills == 0
 
 
+@pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair[0] in OPTIMS])
+def test_a_step_stays_in_registers(name, arch, compiled):
+    found = resources(compiled[name, arch].log)
+    assert found["step"][0] <= 64, "four blocks of 256 threads on a multiprocessor"
+    assert {spills for _, spills in found.values()} == {0}
+
+
 def test_every_architecture_is_compiled_for():
     assert {arch for _, arch in chosen()} == set(ARCHS)
-    assert {name for name, _ in chosen()} >= {unit.name for unit in QUANT_UNITS}
+    assert {name for name, _ in chosen()} >= QUANTS | OPTIMS
     assert {UNITS[name].source for name, _ in chosen()} == {unit.source for unit in UNITS.values()}
 
 
@@ -65,12 +74,12 @@ def test_the_key_has_all_that_a_cubin_depends_on(monkeypatch):
     keys.add(nvrtc.key(replace(UNIT, defines=(*UNIT.defines, ("MORE", "1"))), "sm_90a", "13.0"))
     keys.add(nvrtc.key(replace(UNIT, options=("--use_fast_math",)), "sm_90a", "13.0"))
     texts = nvrtc.texts(UNIT.source)
-    assert set(texts) == {"quant.cu", "common.cuh"}
+    assert set(texts) == {"quant.cu", "common.cuh", "floats.cuh"}
     for name in texts:
         changed = texts | {name: texts[name] + "\n"}
         monkeypatch.setattr(nvrtc, "texts", lambda source, changed=changed: changed)
         keys.add(nvrtc.key(UNIT, "sm_90a", "13.0"))
-    assert len(keys) == 7
+    assert len(keys) == 8
     monkeypatch.undo()
     assert nvrtc.key(replace(UNIT, name="other", ops=()), "sm_90a", "13.0") in keys
 

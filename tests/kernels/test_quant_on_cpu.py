@@ -49,6 +49,7 @@ def host(tmp_path_factory):
                 "-w",
                 "-DZQ_ARCH=90",
                 f"-I{HOST}",
+                f"-I{nvrtc.SOURCES}",
                 *macros,
             ]
             command += ["-shared", "-fPIC", "-o", str(folder / f"{name}.so"), str(folder / "quant.cpp")]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zq.errors import ZqError
+from zq.optim import fused
 from zq.optim.config import BITS, FLOAT, States, states
 from zq.optim.storage import Factored, Full, Quantized, State, fill, new, packed
 
@@ -20,12 +21,19 @@ Given = Mapping[str, Any] | str | Path | None
 
 class StoredOptimizer(torch.optim.Optimizer, ABC):
     """`bits` and `states` can differ between parameter groups, and `bits` between parameters (`override`, or
-    the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored."""
+    the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored.
+
+    fused: with zq's CUDA kernel where it can (None), never (False), or a ZqError where it cannot (True).
+    unfused: why parameters of the last step went without the kernel, and how many.
+    """
 
     names: tuple[str, ...]
+    update_name: str  # of the kernel
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], fused: bool | None = None) -> None:
         self._overrides: dict[Tensor, int] = {}
+        self._entries: dict[Tensor, fused.Entry] = {}
+        self.fused, self.unfused = fused, {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -35,35 +43,83 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_overrides": self._overrides}
+        own = {name: getattr(self, name) for name in ("_overrides", "fused", "unfused")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._entries = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; `closure` computes the loss again, as in torch."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise ZqError(
+                "an optimizer step cannot be captured into a CUDA graph, which would repeat the rate and "
+                "number of this step; capture forward and backward passes, and call step() after each replay"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise ZqError(
-                        "a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))"
-                    )
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    for name in self.wanted(group):
-                        state[name] = self._new(param, group, name)
-                state["step"] += 1
+        given = [(*each, group) for group in self.param_groups for each in _given(group)]
+        todo = [(param, grad, self._state(param, grad, group), group) for param, grad, group in given]
+        self.unfused = {}
+        entries = [self._entry(*each) for each in todo]
+        if todo:
+            torch._foreach_add_([state["step"] for _, _, state, _ in todo], 1)  # type: ignore[attr-defined]
+        batches: dict[Any, fused.Batch] = {}
+        for (param, grad, state, group), entry in zip(todo, entries, strict=True):
+            if isinstance(entry, str):
+                self.unfused[entry] = self.unfused.get(entry, 0) + 1
+                self._entries.pop(param, None)  # the states may come to lie elsewhere
                 self.update(param, state, group)
+                continue
+            number = int(state["step"].item())
+            key = (entry.alike, grad.dtype, id(group), number)
+            if key not in batches:
+                batches[key] = fused.Batch(self.numbers(group, number), [])
+            batches[key].entries.append((entry, grad))
+        for batch in batches.values():
+            fused.run(batch)
         return loss
 
     @abstractmethod
     def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """One step of one parameter, whose states are there."""
+        """One step of one parameter, whose states are there, in torch operations."""
+
+    @abstractmethod
+    def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
+        """What the kernel has to know of a group (Numbers of optim.cu)."""
+
+    def _state(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Of a parameter; zeros at first."""
+        if grad.is_sparse:
+            raise ZqError("a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))")
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros(())
+            for name in self.wanted(group):
+                state[name] = self._new(param, group, name)
+        return state
+
+    def _entry(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> fused.Entry | str:
+        """For the kernel, or why not. Raises ZqError where there must not be a reason."""
+        if self.fused is False:
+            return "fused=False"
+        kept = tuple([state[name] for name in self.wanted(group)])
+        found: fused.Entry | str | None = self._entries.get(param)
+        if found is None or not found.holds(param, kept):
+            found = fused.entry(self.update_name, param, kept) if kept else "there is no state"
+            if not isinstance(found, str):
+                self._entries[param] = found
+        if not isinstance(found, str):
+            found = fused.refused(grad) or found
+        if self.fused and isinstance(found, str):
+            raise ZqError(f"fused=True is not possible: {found}; give fused=None")
+        return found
 
     def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that a group needs."""
@@ -175,6 +231,12 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         for name, tensor in state.tensors().items():
             tensor.copy_(value[name])
         return state
+
+
+def _given(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters with their gradients."""
+    both = [(param, param.grad) for param in group["params"]]
+    return [(param, grad) for param, grad in both if grad is not None]
 
 
 def _padded(state: State) -> Callable[[int, int], Tensor]:

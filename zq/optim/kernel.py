@@ -1,4 +1,4 @@
-"""One step of AdamW or SGD for one parameter: the place where a fused kernel can take over.
+"""One step of AdamW or SGD for one parameter in torch operations; zq/optim/fused.py gives the same on CUDA.
 
     AdamW    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
              p = p (1 - lr wd) - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)

@@ -26,6 +26,7 @@ class AdamW(StoredOptimizer):
     """
 
     names = ("exp_avg", "exp_avg_sq")
+    update_name = "adamw"
 
     def __init__(
         self,
@@ -37,12 +38,26 @@ class AdamW(StoredOptimizer):
         *,
         bits: int = 32,
         states: Given = None,
+        fused: bool | None = None,
     ) -> None:
         _positive(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ZqError(f"betas={betas} are not allowed; allowed: from 0 to below 1")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "bits": bits, "states": states})
+        super().__init__(params, {**defaults, "bits": bits, "states": states}, fused)
+
+    def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
+        """As `adamw_step_` has them."""
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        return {
+            "rate": -lr / (1 - beta1**step),
+            "decay": 1 - lr * group["weight_decay"],
+            "keep": beta2,
+            "add": 1 - beta2,
+            "lerp": 1 - beta1,
+            "root": (1 - beta2**step) ** 0.5,
+            "eps": group["eps"],
+        }
 
     def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of one parameter."""
@@ -66,8 +81,9 @@ class SGD(StoredOptimizer):
     """
 
     names = ("momentum_buffer",)
+    update_name = "sgd"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
@@ -78,17 +94,24 @@ class SGD(StoredOptimizer):
         *,
         bits: int = 32,
         states: Given = None,
+        fused: bool | None = None,
     ) -> None:
         _positive(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ZqError("nesterov=True needs momentum and no dampening; give momentum=0.9, dampening=0")
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
         defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {**defaults, "bits": bits, "states": states})
+        super().__init__(params, {**defaults, "bits": bits, "states": states}, fused)
 
     def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Nothing without momentum."""
         return self.names if group["momentum"] else ()
+
+    def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
+        """As `sgd_step_` has them."""
+        found = {"rate": -float(group["lr"]), "decay": group["weight_decay"], "keep": group["momentum"]}
+        more = {"nesterov": int(group["nesterov"]), "fresh": int(step == 1)}
+        return {**found, "add": 1 - group["dampening"], **more}
 
     def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of one parameter."""

@@ -1,9 +1,10 @@
-// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu on a CPU, one block at a time.
+// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu and optim.cu on a CPU, one block at a time.
 //
-// A thread of the block is a fiber; fibers take turns, one turn up to the next shuffle or barrier. All threads meet
+// A thread of the block is a fiber (switched by _longjmp, which asks the system nothing); fibers take turns, one turn up to the next shuffle or barrier. All threads meet
 // the same shuffles and barriers, so after a turn of everyone every value is there. Two buffers, used in turn, keep
 // a fast thread from overwriting what a slow one still reads.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -16,7 +17,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 using u8 = unsigned char;
@@ -29,23 +30,28 @@ using std::min;
 struct Index {
   int x;
 };
-static Index threadIdx, blockIdx, blockDim;
+static Index threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
 
 struct Fiber {
+  std::vector<char> stack = std::vector<char>(1 << 16);
   ucontext_t context;
+  jmp_buf place;
   int turn = 0;
-  bool ended = false;
+  bool begun = false, ended = false;
 };
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static std::vector<Fiber> fibers(1024);
+static jmp_buf scheduler;
 static u64 exchanged[2][1024];
 
+static void let_others() {
+  if (!_setjmp(fibers[threadIdx.x].place)) _longjmp(scheduler, 1);
+}
 static int next_turn() {
-  const int self = threadIdx.x, turn = fibers[self].turn++;
-  swapcontext(&fibers[self].context, &scheduler);
+  const int turn = fibers[threadIdx.x].turn++;
+  let_others();
   return turn;
 }
 static void __syncthreads() { next_turn(); }
@@ -58,35 +64,44 @@ template <class A> A __shfl_xor_sync(u32, A value, int step) {
 }
 
 static std::function<void()> body;
-static void begin() {
-  body();
-  fibers[threadIdx.x].ended = true;
-  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+static void run_fiber() {
+  for (;;) {
+    body();
+    fibers[threadIdx.x].ended = true;
+    let_others();
+  }
+}
+static void resume(Fiber &fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.context, run_fiber, 0);
+  setcontext(&fiber.context);
 }
 // Runs `kernel` as blocks of `threads` threads, one after the other.
 static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
   body = kernel;
   blockDim.x = threads;
-  std::vector<std::vector<char>> stacks(threads, std::vector<char>(1 << 16));
+  gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    fibers.assign(threads, Fiber());
-    for (int t = 0; t < threads; ++t) {
-      getcontext(&fibers[t].context);
-      fibers[t].context.uc_stack.ss_sp = stacks[t].data();
-      fibers[t].context.uc_stack.ss_size = stacks[t].size();
-      makecontext(&fibers[t].context, begin, 0);
-    }
+    for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].ended = false;
     for (int left = threads; left > 0;)
       for (int t = 0; t < threads; ++t)
         if (!fibers[t].ended) {
           threadIdx.x = t;
-          swapcontext(&scheduler, &fibers[t].context);
+          resume(fibers[t]);
           left -= fibers[t].ended;
         }
   }
 }
 
+template <class A> void atomicMax(A *place, A value) { *place = std::max(*place, value); }
+
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fsqrt_rn(float a) { return std::sqrt(a); }
 static float __frcp_rn(float a) { return 1.0f / a; }
 static int __float2int_rn(float x) {  // saturates, NaN gives 0
   if (std::isnan(x)) return 0;
@@ -106,6 +121,8 @@ static float of_bits(u32 bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+static u32 __float_as_uint(float x) { return bits_of(x); }
+static float __uint_as_float(u32 bits) { return of_bits(bits); }
 static u16 to_bf16(float x) {
   const u32 bits = bits_of(x);
   return std::isnan(x) ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
