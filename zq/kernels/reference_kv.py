@@ -36,7 +36,7 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
         scores = scores + (slopes[:, None] * (place - first)[:, None, :]).to(q.dtype).double()
     chances = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     chances = chances.masked_fill(~seen[:, None], 0)  # a row without any is NaN
-    out = chances.view(rows, kv_heads, -1, length) @ values
+    out = chances.view(rows, kv_heads, heads // kv_heads, length) @ values
     return out.reshape(rows, heads, channels).to(q.dtype)
 
 
@@ -73,7 +73,7 @@ def store_kv(  # noqa: PLR0913
     eps: float = 1e-6,
 ) -> Tensor:
     rows, channels = qkv.shape[0], k.shape[3]
-    q, key, value = qkv.view(rows, -1, channels).split((heads, kv_heads, kv_heads), 1)
+    q, key, value = qkv.view(rows, heads + 2 * kv_heads, channels).split((heads, kv_heads, kv_heads), 1)
     q = q if q_norm is None else rms_norm(q, q_norm, eps)
     key = key if k_norm is None else rms_norm(key, k_norm, eps)
     if cos is not None and sin is not None:
