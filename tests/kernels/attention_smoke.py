@@ -1,11 +1,12 @@
 # ruff: noqa: T201 (a script)
 """decode_attention and store_kv on a GPU, without pytest, for a machine that is there for minutes only.
 
-    python -m tests.kernels.attention_smoke check           right or wrong: every head size, cache, span, batch
-    python -m tests.kernels.attention_smoke time [--quick]  microseconds at the heads of Llama-8B, beside torch
+    python -m tests.kernels.attention_smoke check           right or wrong: every head size and cache
+    python -m tests.kernels.attention_smoke time [--quick]  microseconds at the heads of Llama-8B
 
-`time` replays CUDA graphs over as many caches as exceed the L2 cache; `floor` is what the bytes of K, V and scales
-need at the rate of a copy, measured first. torch: the fastest of scaled_dot_product_attention's ways, on 16 bits.
+`time` replays CUDA graphs over as many caches as exceed the L2 cache; `floor` is what the bytes of K, V and
+scales need at the rate of a copy, measured first. torch: the ways of scaled_dot_product_attention, on 16
+bits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,13 @@ SHAPES = [
 def cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for seed, (shape, kv, dtype) in enumerate(itertools.product(SHAPES, CACHES, (BF16, FP16))):
         length = shape[3]
-        ends = [(0, length - 1), (length // 3, length - 2), (7, 7), (1, length // 2), (length - 1, length - 1)]
+        ends = [
+            (0, length - 1),
+            (length // 3, length - 2),
+            (7, 7),
+            (1, length // 2),
+            (length - 1, length - 1),
+        ]
         spans = [ends[row % len(ends)] for row in range(shape[0])]
         args = attention_args(shape, kv, dtype, spans, alibi=seed % 3 == 0, seed=seed, size=(1, 4)[seed % 2])
         yield f"{shape} {kv} {dtype}", args
@@ -99,14 +106,18 @@ def check() -> int:
         far = worst(found, here)
         bad = far > 1 or not same
         failures += bad
-        print(f"{'FAIL' if bad else 'ok'} {name}: {far:.2f} of what is allowed{'' if same else ', not the same twice'}")
+        twice = "" if same else ", not the same twice"
+        print(f"{'FAIL' if bad else 'ok'} {name}: {far:.2f} of what is allowed{twice}", flush=True)
     ropes = (("half", None), ("half", 24), ("interleaved", 16), ("none", None))
     for (rope, rotary), kv, dtype in itertools.product(ropes, CACHES, (BF16, FP16)):
         for shape in ((5, 32, 8, 40, 128), (3, 4, 4, 9, 80), (300, 2, 1, 7, 64)):
             args = store_args(shape, kv, dtype, rope, rotary, wide=dtype == BF16)
             here = moved(args)
             found, wanted = Z.store_kv(*here).cpu(), Z.store_kv(*args)
-            pairs = [(found, wanted), *((x.cpu(), y) for x, y in zip(here[1:5], args[1:5], strict=True) if y is not None)]
+            pairs = [
+                (found, wanted),
+                *((x.cpu(), y) for x, y in zip(here[1:5], args[1:5], strict=True) if y is not None),
+            ]
             bad = not all(torch.equal(x.float().nan_to_num(3), y.float().nan_to_num(3)) for x, y in pairs)
             failures += bad
             if bad:
@@ -173,15 +184,16 @@ def timing(quick: bool) -> None:
                     others += f"  {name} {replay(calls):.1f}"
                 except RuntimeError as error:
                     others += f"  {name} ({str(error).splitlines()[0][:30]})"
-            print(
-                f"{batch:3} {length:6} {kv or '16 bit':>6} {us:8.1f} {floor:8.1f} {100 * floor / us:5.0f}%{others}",
-                flush=True,
-            )
+            times = f"{us:8.1f} {floor:8.1f} {100 * floor / us:5.0f}%"
+            print(f"{batch:3} {length:6} {kv or '16 bit':>6} {times}{others}", flush=True)
             del sets, first
             torch.cuda.empty_cache()
     for batch, kv in itertools.product(BATCHES, CACHES):
         args = moved(store_args((batch, HEADS, KV_HEADS, 512, CHANNELS), kv))
-        print(f"store_kv B={batch} {kv or '16 bit'}: {replay([partial(Z.store_kv, *args)] * 20):.1f}", flush=True)
+        print(
+            f"store_kv B={batch} {kv or '16 bit'}: {replay([partial(Z.store_kv, *args)] * 20):.1f}",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""A kernel's own source as a library of the CPU: `common.cuh` and `mma16.cuh` of tests/kernels/host stand for those of
-zq/kernels/src, all other headers are zq's."""
+"""A kernel's own source as a library of the CPU: `common.cuh` and `mma16.cuh` of tests/kernels/host stand for
+those of zq/kernels/src, all other headers are zq's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ HOST = Path(__file__).parent / "host"
 
 
 class Sources:
-    """compile(unit, run) -> the library; `run`: C++ that is added to the source, `edits`: {text: other text}."""
+    """compile(unit, run) -> the library; `run`: C++ that is added to the source, `edits`: {text: other
+    text}."""
 
     def __init__(self, folder: Path) -> None:
         found = shutil.which("g++")

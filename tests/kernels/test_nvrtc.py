@@ -31,7 +31,9 @@ def test_compiles(name, arch, compiled):
 
 @pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair not in GEMMS])
 def test_a_row_stays_in_registers(name, arch, compiled):
-    threads = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256}[UNITS[name].source]  # with a neighbour
+    threads = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256}[
+        UNITS[name].source
+    ]  # with a neighbour
     for registers, spills in resources(compiled[name, arch].log).values():
         assert registers <= min(65536 // threads, 255)
         assert spills == 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as rotate_neox
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as rotate_gptj
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_llama
@@ -15,15 +15,22 @@ from tests.kernels.inputs import BF16, FP8, FP16, normal
 from tests.kernels.inputs_kv import attention_args, store_args
 from tests.tiny import build_tiny
 from zq.errors import ZqError
-from zq.kernels import reference, reference_kv
+from zq.kernels import ops, reference, reference_kv
 from zq.kernels.table_kv import KV_UNITS, kv_units
 
 Z = torch.ops.zq
 CALLS = [
-    *(("decode_attention", attention_args((2, 4, 2, 9, 32), kv, alibi=kv is None)) for kv in (None, "int8", "fp8")),
+    *(
+        ("decode_attention", attention_args((2, 4, 2, 9, 32), kv, alibi=kv is None))
+        for kv in (None, "int8", "fp8")
+    ),
     *(("store_kv", store_args((3, 4, 2, 9, 32), kv, norms=kv is None)) for kv in (None, "int8", "fp8")),
     ("store_kv", store_args((3, 4, 2, 9, 32), None, rope="none")[:11]),
 ]
+
+
+def test_every_operator_is_called_here():
+    assert {name for name, _ in CALLS} == set(ops.KV_OPS)
 
 
 def plain(args: tuple) -> tuple:
@@ -71,7 +78,9 @@ def oracle(args: tuple) -> Tensor:
             total, weights = torch.zeros(q.shape[2], dtype=torch.float64), 0.0
             scores = []
             for at in range(int(first[row]), int(last[row]) + 1):
-                key = k[row, head // group, at].double() * (1 if ks is None else ks[row, head // group, at].double())
+                key = k[row, head // group, at].double() * (
+                    1 if ks is None else ks[row, head // group, at].double()
+                )
                 bias = 0.0 if slopes is None else float((slopes[head] * (at - int(first[row]))).to(q.dtype))
                 scores.append(float(q[row, head].double() @ key) * scale + bias)
             for at, score in enumerate(scores, int(first[row])):
@@ -106,7 +115,11 @@ def test_equal_keys_give_the_mean_of_the_values():
 def test_rotary_embeddings_are_those_of_transformers(dtype):
     rows, heads, d = 5, 3, 32
     x = normal(rows, heads, d, seed=1, dtype=dtype)
-    for rope, rotary, theirs in (("half", 32, rotate_llama), ("half", 12, rotate_neox), ("interleaved", 16, rotate_gptj)):
+    for rope, rotary, theirs in (
+        ("half", 32, rotate_llama),
+        ("half", 12, rotate_neox),
+        ("interleaved", 16, rotate_gptj),
+    ):
         angle = normal(rows, rotary // 2, seed=2) * 3
         whole = torch.cat((angle, angle), -1) if rope == "half" else angle.repeat_interleave(2, -1)
         ours = reference_kv.rotate(x, whole.cos().to(dtype), whole.sin().to(dtype), rope)
@@ -154,7 +167,7 @@ def test_bloom_with_padding_on_the_left():
     attention.dense.register_forward_pre_hook(lambda module, args: seen.update(context=args[0]))
     attention(hidden, torch.zeros_like(hidden), alibi, blocked)
     q, k, v = attention.query_key_value(hidden).view(2, length, 4, 3, 16).unbind(3)
-    slopes = transformers.models.bloom.modeling_bloom._get_alibi_slopes(4, hidden.device)
+    slopes = build_alibi_tensor(torch.ones(1, 2), 4, torch.float32)[:, 0, 1].contiguous()
     first, last = torch.tensor(padding, dtype=torch.int32), torch.tensor([length - 1] * 2, dtype=torch.int32)
     k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
     found = Z.decode_attention(q[:, -1].contiguous(), k, v, None, None, first, last, 0.25, slopes)
@@ -167,35 +180,83 @@ def test_bloom_with_padding_on_the_left():
 Q = torch.zeros(2, 4, 32, dtype=BF16)
 K = torch.zeros(2, 2, 5, 32, dtype=BF16)
 K8, S = K.to(torch.int8), torch.ones(2, 2, 5)
-I = torch.zeros(2, dtype=torch.int32)
+NULL = torch.zeros(2, dtype=torch.int32)
 QKV, COS = torch.zeros(2, 8 * 32, dtype=BF16), torch.zeros(2, 32, dtype=BF16)
 ATTEND, STORE = "decode_attention", "store_kv"
 MISUSES = [
-    (ATTEND, (Q[0], K, K, None, None, I, I, 1.0, None), r"q has shape \[4, 32\] and k \[2, 2, 5, 32\], expected"),
-    (ATTEND, (Q.float(), K, K, None, None, I, I, 1.0, None), "q is float32; allowed: bfloat16, float16"),
-    (ATTEND, (Q[:, :3].contiguous(), K, K, None, None, I, I, 1.0, None), "3 query heads cannot share 2"),
-    (ATTEND, (Q, K.half(), K, None, None, I, I, 1.0, None), "k is float16; allowed: bfloat16, int8"),
-    (ATTEND, (Q, K8, K, S, S, I, I, 1.0, None), "k is int8 and v is bfloat16; give both in one type"),
-    (ATTEND, (Q, K8, K8, S, None, I, I, 1.0, None), "v_scale is missing"),
-    (ATTEND, (Q, K, K, S, None, I, I, 1.0, None), "k_scale is given, but k and v are no codes"),
-    (ATTEND, (Q, K8, K8, S[:1], S, I, I, 1.0, None), r"k_scale is float32 of shape \[1, 2, 5\], expected float32 \[2,"),
-    (ATTEND, (Q, K, K[:, :, :4], None, None, I, I, 1.0, None), r"v has shape \[2, 2, 4, 32\], expected"),
-    (ATTEND, (Q, K.transpose(2, 3), K, None, None, I, I, 1.0, None), r"k has shape \[2, 2, 32, 5\]"),
-    (ATTEND, (Q, K, K, None, None, I.long(), I, 1.0, None), "first is int64; allowed: int32"),
-    (ATTEND, (Q, K, K, None, None, I, I[:1], 1.0, None), r"last has shape \[1\], expected \[2\]"),
-    (ATTEND, (Q, K, K, None, None, I, I, 1.0, S[0, 0]), r"slopes has shape \[5\], expected \[4\]"),
-    (ATTEND, (Q, K.to("meta"), K, None, None, I, I, 1.0, None), "k is on meta, the input on cpu"),
-    (ATTEND, (Q[..., :20].contiguous(), K[..., :20], K[..., :20], None, None, I, I, 1.0, None), "heads have 20 channels"),
-    (STORE, (QKV[0], K, K, None, None, I, COS, COS, 4, 2, "half"), r"qkv has shape \[256\] and k"),
-    (STORE, (QKV, K, K, None, None, I, COS, COS, 4, 2, "llama"), "rope is llama; allowed: none, half, interleaved"),
-    (STORE, (QKV, K, K, None, None, I, COS, COS, 4, 2, "none"), "rope is none; give cos and sin"),
-    (STORE, (QKV, K, K, None, None, I, COS, None, 4, 2, "half"), "give cos and sin both"),
-    (STORE, (QKV, K, K, None, None, I, COS[:, :7], COS[:, :7], 4, 2, "half"), "cos rotates 7 of 32 channels"),
-    (STORE, (QKV, K, K, None, None, I, COS.float(), COS, 4, 2, "half"), "cos is float32; allowed: bfloat16"),
-    (STORE, (QKV, K, K, None, None, I, COS, COS, 5, 2, "half"), "5 query heads cannot share 2"),
-    (STORE, (QKV, K, K, None, None, I, COS, COS, 6, 2, "half"), r"qkv has shape \[2, 256\], expected \[2, 320\]"),
-    (STORE, (QKV, K8, K8, S, S, I.short(), COS, COS, 4, 2, "half"), "position is int16; allowed: int32, int64"),
-    (STORE, (QKV, K, K, None, None, I, COS, COS, 4, 2, "half", COS), r"q_norm has shape \[2, 32\], expected \[32\]"),
+    (
+        ATTEND,
+        (Q[0], K, K, None, None, NULL, NULL, 1.0, None),
+        r"q has shape \[4, 32\] and k \[2, 2, 5, 32\], expected",
+    ),
+    (
+        ATTEND,
+        (Q.float(), K, K, None, None, NULL, NULL, 1.0, None),
+        "q is float32; allowed: bfloat16, float16",
+    ),
+    (
+        ATTEND,
+        (Q[:, :3].contiguous(), K, K, None, None, NULL, NULL, 1.0, None),
+        "3 query heads cannot share 2",
+    ),
+    (ATTEND, (Q, K.half(), K, None, None, NULL, NULL, 1.0, None), "k is float16; allowed: bfloat16, int8"),
+    (ATTEND, (Q, K8, K, S, S, NULL, NULL, 1.0, None), "k is int8 and v is bfloat16; give both in one type"),
+    (ATTEND, (Q, K8, K8, S, None, NULL, NULL, 1.0, None), "v_scale is missing"),
+    (ATTEND, (Q, K, K, S, None, NULL, NULL, 1.0, None), "k_scale is given, but k and v are no codes"),
+    (
+        ATTEND,
+        (Q, K8, K8, S[:1], S, NULL, NULL, 1.0, None),
+        r"k_scale is float32 of shape \[1, 2, 5\], expected float32 \[2,",
+    ),
+    (
+        ATTEND,
+        (Q, K, K[:, :, :4], None, None, NULL, NULL, 1.0, None),
+        r"v has shape \[2, 2, 4, 32\], expected",
+    ),
+    (ATTEND, (Q, K.transpose(2, 3), K, None, None, NULL, NULL, 1.0, None), r"k has shape \[2, 2, 32, 5\]"),
+    (ATTEND, (Q, K, K, None, None, NULL.long(), NULL, 1.0, None), "first is int64; allowed: int32"),
+    (ATTEND, (Q, K, K, None, None, NULL, NULL[:1], 1.0, None), r"last has shape \[1\], expected \[2\]"),
+    (ATTEND, (Q, K, K, None, None, NULL, NULL, 1.0, S[0, 0]), r"slopes has shape \[5\], expected \[4\]"),
+    (ATTEND, (Q, K.to("meta"), K, None, None, NULL, NULL, 1.0, None), "k is on meta, the input on cpu"),
+    (
+        ATTEND,
+        (Q[..., :20].contiguous(), K[..., :20], K[..., :20], None, None, NULL, NULL, 1.0, None),
+        "heads have 20 channels",
+    ),
+    (STORE, (QKV[0], K, K, None, None, NULL, COS, COS, 4, 2, "half"), r"qkv has shape \[256\] and k"),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "llama"),
+        "rope is llama; allowed: none, half, interleaved",
+    ),
+    (STORE, (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "none"), "rope is none; give cos and sin"),
+    (STORE, (QKV, K, K, None, None, NULL, COS, None, 4, 2, "half"), "give cos and sin both"),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS[:, :7], COS[:, :7], 4, 2, "half"),
+        "cos rotates 7 of 32 channels",
+    ),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS.float(), COS, 4, 2, "half"),
+        "cos is float32; allowed: bfloat16",
+    ),
+    (STORE, (QKV, K, K, None, None, NULL, COS, COS, 5, 2, "half"), "5 query heads cannot share 2"),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 6, 2, "half"),
+        r"qkv has shape \[2, 256\], expected \[2, 320\]",
+    ),
+    (
+        STORE,
+        (QKV, K8, K8, S, S, NULL.short(), COS, COS, 4, 2, "half"),
+        "position is int16; allowed: int32, int64",
+    ),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "half", COS),
+        r"q_norm has shape \[2, 32\], expected \[32\]",
+    ),
 ]
 
 
@@ -211,17 +272,19 @@ def test_misuse(name, args, message):
 def test_a_cache_whose_rows_are_not_aligned_is_refused():
     k = torch.zeros(2, 2, 5, 36, dtype=BF16)[..., :32]
     with pytest.raises(ZqError, match=r"k has strides \[360, 180, 36, 1\]; the last must be 1"):
-        Z.decode_attention(Q, k, k, None, None, I, I, 1.0, None)
+        Z.decode_attention(Q, k, k, None, None, NULL, NULL, 1.0, None)
 
 
 def test_no_rows():
-    none = (x[:0] for x in (Q, K8, K8, S, S, I, I))
+    none = (x[:0] for x in (Q, K8, K8, S, S, NULL, NULL))
     assert Z.decode_attention(*none, 1.0, None).shape == (0, 4, 32)
-    none = (x[:0] for x in (QKV, K8, K8, S, S, I, COS, COS))
+    none = (x[:0] for x in (QKV, K8, K8, S, S, NULL, COS, COS))
     assert Z.store_kv(*none, 4, 2, "half").shape == (0, 4, 32)
 
 
 def test_units_of_a_model():
     names = {unit.name for unit in KV_UNITS}
     assert kv_units("bf16", "int8") == ("attention_int8_bf16", "store_kv_int8_bf16")
-    assert {name for kind in ("bf16", "fp16") for kv in (None, "int8", "fp8") for name in kv_units(kind, kv)} == names
+    assert {
+        name for kind in ("bf16", "fp16") for kv in (None, "int8", "fp8") for name in kv_units(kind, kv)
+    } == names

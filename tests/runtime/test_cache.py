@@ -51,8 +51,8 @@ def test_generate_with_16_bits_is_generate(name):
 @pytest.mark.parametrize("kv", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "mistral", "bloom"])
 def test_generate_with_a_quantized_cache_is_near(name, kv):
-    """Logits of the first token, in units of their spread: INT8 within 5 %, FP8 within 20 %. And all tokens are those
-    of attention over rounded keys and values, but where sums in another order moved a code across a boundary."""
+    """Logits of the first token, in units of their spread: INT8 within 5 %, FP8 within 20 %. And all tokens
+    are those of attention over rounded keys and values, but where sums in another order moved a code."""
     model = build_tiny(name)
     ids = token_ids(2, 10)
     _, logits = generated(model, DynamicCache(config=model.config), ids, tokens=1)
@@ -73,7 +73,10 @@ def test_codes_are_those_of_every_token_and_head(kv):
     for some in (slice(0, 3), slice(3, 4), slice(4, 5)):
         back, _ = layer.update(keys[:, :, some], values[:, :, some])
     assert int(layer.get_seq_length()) == 5
-    for wide, codes, scale in ((keys, layer.keys, layer.key_scale), (values, layer.values, layer.value_scale)):
+    for wide, codes, scale in (
+        (keys, layer.keys, layer.key_scale),
+        (values, layer.values, layer.value_scale),
+    ):
         wanted, steps = reference.quantize(wide.reshape(-1, 32), CODES[kv])
         assert codes.dtype == CODES[kv]
         assert torch.equal(codes[:, :, :5].float(), wanted.view(wide.shape).float())

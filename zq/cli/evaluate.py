@@ -126,7 +126,10 @@ def measure(  # noqa: PLR0913 (what the command line can say)
     tokens = evaluation_windows(content, tokenizer, windows, length, start, vocab_size=vocabulary)
     steps = progress(-(-windows // batch))
     if original is None:
-        return {"kind": "perplexity", **perplexity(decoder_logits(candidate, kv), tokens, batch, steps).to_dict()}
+        return {
+            "kind": "perplexity",
+            **perplexity(decoder_logits(candidate, kv), tokens, batch, steps).to_dict(),
+        }
     report = divergence(decoder_logits(original), decoder_logits(candidate, kv), tokens, batch, steps)
     return {"kind": "divergence", **report.to_dict()}
 

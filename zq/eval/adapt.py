@@ -17,8 +17,8 @@ from zq.runtime.cache import check_kv, rounding_cache
 def decoder_logits(model: Any, kv: str | None = None) -> Logits:
     """input_ids [B, L] -> logits [B, L, V] of a causal language model, on its device, no gradient.
 
-    Sets the model to evaluation mode. No mask is passed: the windows hold no padding. kv: int8 or fp8, keys and
-    values rounded as a cache of these rounds them, all else as without it. Raises ZqError for another kv.
+    Sets the model to evaluation mode. No mask is passed: the windows hold no padding. kv: int8 or fp8, keys
+    and values rounded as a cache of these rounds them, all else as without it. Raises ZqError for another kv.
     """
     model.eval()
     if kv is not None:

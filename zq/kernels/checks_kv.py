@@ -16,7 +16,8 @@ ALIGNED = 16  # bytes, of every row of a cache
 
 
 def cache(op: str, name: str, x: Tensor, shape: tuple[Any, ...], like: Tensor) -> None:
-    """x [B, Hkv, L, D] is a cache of 16 bits (in the dtype of `like`) or of codes, of any strides but the last."""
+    """x [B, Hkv, L, D] is a cache of 16 bits (in the dtype of `like`) or of codes, of any strides but the
+    last."""
     if x.dtype not in (like.dtype, INT8, FP8):
         allowed = ", ".join(str(each).removeprefix("torch.") for each in (like.dtype, INT8, FP8))
         raise ZqError(f"zq::{op}: {name} is {str(x.dtype).removeprefix('torch.')}; allowed: {allowed}")
@@ -26,8 +27,8 @@ def cache(op: str, name: str, x: Tensor, shape: tuple[Any, ...], like: Tensor) -
         raise ZqError(f"zq::{op}: {name} is on {x.device}, the input on {like.device}; move one of them")
     if x.stride(3) != 1 or any(s * x.element_size() % ALIGNED for s in x.stride()[:3]):
         raise ZqError(
-            f"zq::{op}: {name} has strides {list(x.stride())}; the last must be 1 and the others multiples of "
-            f"{ALIGNED} bytes"
+            f"zq::{op}: {name} has strides {list(x.stride())}; the last must be 1 and the others multiples "
+            f"of {ALIGNED} bytes"
         )
 
 
@@ -47,24 +48,28 @@ def caches(
         raise ZqError(f"zq::{op}: k is {kinds[0]} and v is {kinds[1]}; give both in one type")
     for name, scale in scales.items():
         if (scale is None) != (k.dtype == like.dtype):
-            what = "is missing; give float32 scales" if scale is None else "is given, but k and v are no codes"
+            what = (
+                "is missing; give float32 scales" if scale is None else "is given, but k and v are no codes"
+            )
             raise ZqError(f"zq::{op}: {name} {what}")
         if scale is None:
             continue
         if scale.dtype != F32 or tuple(scale.shape) != shape[:3] or scale.stride(2) != 1:
             raise ZqError(
-                f"zq::{op}: {name} is {str(scale.dtype).removeprefix('torch.')} of shape {list(scale.shape)}, "
-                f"expected float32 {list(shape[:3])} with neighbouring positions side by side"
+                f"zq::{op}: {name} is {str(scale.dtype).removeprefix('torch.')} of shape "
+                f"{list(scale.shape)}, expected float32 {list(shape[:3])} with positions side by side"
             )
         if scale.device != like.device:
-            raise ZqError(f"zq::{op}: {name} is on {scale.device}, the input on {like.device}; move one of them")
+            raise ZqError(
+                f"zq::{op}: {name} is on {scale.device}, the input on {like.device}; move one of them"
+            )
 
 
 def heads_of(op: str, heads: Any, kv_heads: Any) -> None:
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ZqError(
-            f"zq::{op}: {heads} query heads cannot share {kv_heads} key-value heads; the first must be a multiple "
-            "of the second"
+            f"zq::{op}: {heads} query heads cannot share {kv_heads} key-value heads; the first must be a "
+            "multiple of the second"
         )
 
 
@@ -82,7 +87,8 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
     op = "decode_attention"
     if q.dim() != 3 or k.dim() != 4:
         raise ZqError(
-            f"zq::{op}: q has shape {list(q.shape)} and k {list(k.shape)}, expected [B, Hq, D] and [B, Hkv, L, D]"
+            f"zq::{op}: q has shape {list(q.shape)} and k {list(k.shape)}, expected [B, Hq, D] and "
+            "[B, Hkv, L, D]"
         )
     rows, heads, channels = q.shape
     tensor(op, "q", q, HALVES, (rows, heads, channels), q)
@@ -114,8 +120,8 @@ def store_kv(  # noqa: PLR0913
     op = "store_kv"
     if qkv.dim() != 2 or k.dim() != 4:
         raise ZqError(
-            f"zq::{op}: qkv has shape {list(qkv.shape)} and k {list(k.shape)}, expected [B, (Hq + 2 Hkv) D] and "
-            "[B, Hkv, L, D]"
+            f"zq::{op}: qkv has shape {list(qkv.shape)} and k {list(k.shape)}, expected "
+            "[B, (Hq + 2 Hkv) D] and [B, Hkv, L, D]"
         )
     rows, channels = qkv.shape[0], k.shape[3]
     heads_of(op, heads, kv_heads)
@@ -124,11 +130,15 @@ def store_kv(  # noqa: PLR0913
     tensor(op, "position", position, (torch.int32, torch.int64), (rows,), qkv)
     choice(op, "rope", rope, ROPES)
     if (rope == "none") != (cos is None) or (cos is None) != (sin is None):
-        raise ZqError(f"zq::{op}: rope is {rope}; give cos and sin both with half and interleaved, else neither")
+        raise ZqError(
+            f"zq::{op}: rope is {rope}; give cos and sin both with half and interleaved, else neither"
+        )
     if cos is not None and sin is not None:
         rotary = cos.shape[-1]
         if rotary % 2 or rotary > channels or rotary == 0:
-            raise ZqError(f"zq::{op}: cos rotates {rotary} of {channels} channels; give an even number of them")
+            raise ZqError(
+                f"zq::{op}: cos rotates {rotary} of {channels} channels; give an even number of them"
+            )
         tensor(op, "cos", cos, (qkv.dtype,), (rows, rotary), qkv)
         tensor(op, "sin", sin, (qkv.dtype,), (rows, rotary), qkv)
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):

@@ -17,7 +17,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 THREADS, WARPS, QUERIES = 128, 4, 8
 RESIDENT = 2  # blocks of attention.cu that a multiprocessor holds
-ROUNDS = 16  # of resident blocks; a block takes several chunks where there are more
+ROUNDS = 4  # of resident blocks, at most; where there are more chunks, a block takes several of them
 STRIDES = ("k_batch", "k_head", "k_position", "v_batch", "v_head", "v_position")
 SCALE_STRIDES = ("ks_batch", "ks_head", "vs_batch", "vs_head")
 
@@ -63,18 +63,20 @@ def _cache(
 
 
 def most_chunks(length: int, pieces: int) -> int:
-    """Chunks that a row of up to `length` positions can have: attention.cu makes them of 128 positions at least,
-    of 256 from 1024 positions on, and so long that there are not more than `pieces`."""
+    """Chunks that a row of up to `length` positions can have: attention.cu makes them of 128 positions at
+    least, of 256 from 1024 positions on, and so long that there are not more than `pieces`."""
     short = min(-(-min(length, 1023) // 128), pieces)
     return max(short, min(-(-length // 256), pieces) if length >= 1024 else 1)
 
 
 def attention_grid(rows: int, groups: int, length: int, sms: int) -> tuple[int, int, int]:
-    """(pieces, most chunks of a row, blocks that share them). groups: key-value heads, times the tiles of eight
-    query heads that each has. Only the last depends on the rows, and no result depends on it."""
+    """(pieces, most chunks of a row, blocks that share them). groups: key-value heads, times the tiles of
+    eight query heads that each has. Only the last depends on the rows, and no result depends on it."""
     pieces = max(1, RESIDENT * sms // groups)
     most = most_chunks(length, pieces)
-    return pieces, most, min(most, max(1, -(-ROUNDS * sms // (rows * groups))))
+    slots = RESIDENT * sms
+    whole = rows * groups * most <= ROUNDS * slots
+    return pieces, most, most if whole else max(1, ROUNDS // 2 * slots // (rows * groups))
 
 
 def decode_attention(  # noqa: PLR0913 (the operator's arguments)
@@ -109,10 +111,14 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
     scratch = cuda.workspace(device, counters + sums + partial if most > 1 else 0, counters)
     if scratch is not None:
         begin = scratch.data_ptr()
-        arguments.counters, arguments.sums, arguments.partial = begin, begin + counters, begin + counters + sums
+        arguments.counters, arguments.sums, arguments.partial = (
+            begin,
+            begin + counters,
+            begin + counters + sums,
+        )
     entry = f"attention_{min(size for size in HEADS if size >= d)}"
     unit = kv_units(KINDS[q.dtype], kind)[0]
-    cuda.launch(device, unit, entry, (blocks, groups, rows), THREADS, [arguments], pdl=True)
+    cuda.launch(device, unit, entry, (groups, rows, blocks), THREADS, [arguments], pdl=True)
 
 
 def store_kv(  # noqa: PLR0913

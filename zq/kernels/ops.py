@@ -57,8 +57,8 @@ SCHEMAS = {
     "w4a8_fp8": f"(Tensor x, Tensor sx, Tensor w, {GEMM}, int group, ScalarType out) -> Tensor",
     "w4a16": f"(Tensor x, Tensor w, Tensor? ws, {GEMM}, int group, bool asym) -> Tensor",
     "w8a16": f"(Tensor x, Tensor w, Tensor ws, {GEMM}) -> Tensor",
-    "decode_attention": "(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor first, Tensor last, "
-    "float scale, Tensor? slopes) -> Tensor",
+    "decode_attention": "(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor first, "
+    "Tensor last, float scale, Tensor? slopes) -> Tensor",
     "store_kv": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
     "Tensor position, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm=None, "
     "Tensor? k_norm=None, float eps=1e-6) -> Tensor",

@@ -1,7 +1,7 @@
 """What decode_attention and store_kv compute, in plain torch; see zq.kernels.reference.
 
-Attention: scores and probabilities in float64, one rounding at the end. The bias of ALiBi is rounded to the dtype of
-q, as transformers' BLOOM does, and counts positions from `first`, as its mask does.
+Attention: scores and probabilities in float64, one rounding at the end. The bias of ALiBi is rounded to the
+dtype of q, as transformers' BLOOM does, and counts positions from `first`, as its mask does.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ HEADS = (64, 96, 128, 256)  # channels of a head are padded to one of these
 
 
 def kv_units(kind: str, kv: str | None) -> tuple[str, str]:
-    """Names of the units that decode_attention and store_kv need in a model of `kind` (bf16, fp16) with a cache
-    of `kv` (int8, fp8, None: 16 bits): load them before a CUDA graph is captured."""
+    """Names of the units that decode_attention and store_kv need in a model of `kind` (bf16, fp16) with a
+    cache of `kv` (int8, fp8, None: 16 bits): load them before a CUDA graph is captured."""
     cache = "" if kv is None else f"_{kv}"
     return f"attention{cache}_{kind}", f"store_kv{cache}_{kind}"
 

@@ -1,9 +1,10 @@
 """The cache of keys and values, in 16 bits or in INT8 / FP8 with a scale for each token of each head.
 
-A static cache for transformers' generate() and for kernels: memory for all tokens at once, written in place. What
-transformers' attention gets from a quantized layer is dequantized; `torch.ops.zq.store_kv` and `decode_attention` work
-on its codes and scales (`keys`, `values`, `key_scale`, `value_scale`) themselves. Keys are stored after the rotary
-embedding. Codes and scales are those of zq's token-wise activations: absmax / 127.5, absmax / 448.
+A static cache for transformers' generate() and for kernels: memory for all tokens at once, written in place.
+What transformers' attention gets from a quantized layer is dequantized; `torch.ops.zq.store_kv` and
+`decode_attention` work on its codes and scales (`keys`, `values`, `key_scale`, `value_scale`) themselves.
+Keys are stored after the rotary embedding. Codes and scales are those of zq's token-wise activations: absmax
+/ 127.5, absmax / 448.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticLayer
 
 import zq.kernels.ops  # noqa: F401 (defines torch.ops.zq)
 from zq.errors import ZqError
@@ -43,7 +44,8 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class QuantizedStaticLayer(StaticLayer):
-    """A layer of `make_cache`: keys, values [B, H, L, D] int8 or e4m3; key_scale, value_scale [B, H, L] float32."""
+    """A layer of `make_cache`: keys, values [B, H, L, D] int8 or e4m3; key_scale, value_scale [B, H, L]
+    float32."""
 
     is_croppable = True
 
@@ -56,9 +58,13 @@ class QuantizedStaticLayer(StaticLayer):
         self.value_scale: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states[:, :, :0].to(CODES[self.kv]), value_states[:, :, :0].to(CODES[self.kv]))
+        super().lazy_initialization(
+            key_states[:, :, :0].to(CODES[self.kv]), value_states[:, :, :0].to(CODES[self.kv])
+        )
         self.dtype = key_states.dtype
-        self.key_scale, self.value_scale = (torch.ones(x.shape[:3], device=x.device) for x in (self.keys, self.values))
+        self.key_scale, self.value_scale = (
+            torch.ones(x.shape[:3], device=x.device) for x in (self.keys, self.values)
+        )
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.key_scale)
             torch._dynamo.mark_static_address(self.value_scale)
@@ -68,7 +74,9 @@ class QuantizedStaticLayer(StaticLayer):
         raw = torch.uint8
         return self.keys.view(raw), self.values.view(raw), self.key_scale, self.value_scale
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Quantize any number of tokens into the next places; returns all L keys and values, dequantized."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -101,20 +109,23 @@ class QuantizedStaticLayer(StaticLayer):
         """Forget the last -tokens_to_remove tokens. Raises ZqError when it is positive."""
         if tokens_to_remove > 0:
             raise ZqError(
-                f"a cache cannot be cropped to {tokens_to_remove} tokens; give the number of tokens to remove, negative"
+                f"a cache cannot be cropped to {tokens_to_remove} tokens; give the number of tokens to "
+                "remove, negative"
             )
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
 
 class RoundedLayer(DynamicLayer):
-    """A growing layer in the dtype of the model whose keys and values are rounded as a quantized cache rounds them:
-    for measuring, since attention runs as it does without a cache."""
+    """A growing layer in the dtype of the model whose keys and values are rounded as a quantized cache rounds
+    them: for measuring, since attention runs as it does without a cache."""
 
     def __init__(self, kv: str) -> None:
         super().__init__()
         self.kv = kv
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """[B, H, T, D] each -> all tokens so far."""
         return super().update(*(rounded(x, self.kv) for x in (key_states, value_states)), *args, **kwargs)
 
@@ -124,11 +135,11 @@ def rounded(x: Tensor, kv: str) -> Tensor:
     return dequantize(*quantize(x, kv), x.dtype)
 
 
-class KVCache(Cache):
+class KVCache(StaticCache):
     """What `make_cache` makes: `kv` is int8, fp8 or None (16 bits)."""
 
-    def __init__(self, layers: list[Any], kv: str | None) -> None:
-        super().__init__(layers=layers)
+    def __init__(self, layers: list[StaticLayer], kv: str | None) -> None:
+        Cache.__init__(self, layers=list(layers))  # StaticCache chooses layers itself
         self.kv = kv
 
     @property
@@ -149,9 +160,9 @@ def make_cache(
 ) -> KVCache:
     """Memory for `length` tokens of `batch` rows in a decoder of this transformers config.
 
-    dtype: of the model, and of what is stored when kv is None. Layers with a sliding window keep all tokens, and
-    attention masks those outside. Raises ZqError for an encoder, a kv that is not int8, fp8 or None, heads of a size
-    that no kernel reads, and sizes below 1.
+    dtype: of the model, and of what is stored when kv is None. Layers with a sliding window keep all tokens,
+    and attention masks those outside. Raises ZqError for an encoder, a kv that is not int8, fp8 or None,
+    heads of a size that no kernel reads, and sizes below 1.
     """
     check_kv(kv, config)
     if batch < 1 or length < 1:
@@ -161,7 +172,8 @@ def make_cache(
     channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if kv and channels % MULTIPLE:
         raise ZqError(
-            f"heads have {channels} channels, and a quantized cache needs a multiple of {MULTIPLE}; use 16 bits"
+            f"heads have {channels} channels, and a quantized cache needs a multiple of {MULTIPLE}; use 16 "
+            "bits"
         )
     layers = [
         QuantizedStaticLayer(length, kv) if kv else StaticLayer(length) for _ in range(text.num_hidden_layers)
@@ -171,11 +183,11 @@ def make_cache(
     return cache
 
 
-def rounding_cache(config: Any, kv: str) -> KVCache:
+def rounding_cache(config: Any, kv: str) -> Cache:
     """An empty cache of `RoundedLayer`s for one forward pass. Raises ZqError as `make_cache` does."""
     check_kv(kv, config)
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    return KVCache([RoundedLayer(kv) for _ in range(layers)], kv)
+    return Cache(layers=[RoundedLayer(kv) for _ in range(layers)])
 
 
 def check_kv(kv: str | None, config: Any) -> None:
@@ -184,4 +196,6 @@ def check_kv(kv: str | None, config: Any) -> None:
         raise ZqError(f"a cache of {kv} is unknown; allowed: {', '.join(CODES)}, or none of them for 16 bits")
     family = FAMILIES.get(config.model_type)
     if family is not None and family.encoder:
-        raise ZqError(f"a {config.model_type} model is an encoder and keeps no keys and values; use a decoder")
+        raise ZqError(
+            f"a {config.model_type} model is an encoder and keeps no keys and values; use a decoder"
+        )

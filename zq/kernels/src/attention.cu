@@ -13,7 +13,7 @@
 // multiplies its score and that of a value its probability. q is then brought near 2^14 by a power of two (exact too).
 //
 // A row's positions are cut into chunks, whose size depends on their number, the heads and the device, but not on the
-// other rows: a block takes a chunk, then the next one that no block has; its four warps take tiles of it in turn.
+// other rows: a block takes every n-th chunk; its four warps take tiles of it in turn. Blocks that have none come last.
 // Sums of a chunk go to a workspace, and the block of a row and head that ends last adds them in order. That is
 // one launch, and there is no kernel between this one and the next product.
 #include "mma16.cuh"
@@ -333,7 +333,7 @@ template <int D> struct Merged {
 
 // A warp adds the chunks of one query head, in their order. A thread has four neighbouring channels at a time.
 template <int D> __device__ __forceinline__ void combine(const float *partial, const float2 *sums, int chunks, int d, IN *out) {
-  constexpr int SETS = (D + 127) / 128, AHEAD = 8;
+  constexpr int SETS = (D + 127) / 128, AHEAD = 16;
   const int lane = threadIdx.x % 32;
   float largest = NONE, total = 0;
   for (int c = lane; c < chunks; c += 32) largest = fmaxf(largest, __ldcg(sums + c).x);
@@ -385,21 +385,21 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   pdl_launch();
   const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
   const int group = a.heads / a.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
-  const int row = blockIdx.z, kv = blockIdx.y / tiles, head = kv * group + blockIdx.y % tiles * QUERIES;
+  const int row = blockIdx.y, kv = blockIdx.x / tiles, head = kv * group + blockIdx.x % tiles * QUERIES;
   const int queries = min(QUERIES, (kv + 1) * group - head);
   const u64 at = (u64)row * a.heads + head;  // of the first query head
   IN *out = reinterpret_cast<IN *>(a.out) + at * a.d;
 
   const int first = max(a.first[row], 0), end = min(a.last[row], a.length - 1) + 1, seen = end - first;
   if (seen <= 0) {
-    if (blockIdx.x == 0)
+    if (blockIdx.z == 0)
       for (int i = threadIdx.x; i < queries * a.d; i += blockDim.x) out[i] = from_float<IN>(0.0f);
     return;
   }
   constexpr int step = WARPS * Shape<D>::tile;
   const int chunk = (max(seen < 1024 ? 128 : 256, (seen + a.pieces - 1) / a.pieces) + step - 1) / step * step;
-  const int chunks = (seen + chunk - 1) / chunk, blocks = min(chunks, (int)gridDim.x);
-  if ((int)blockIdx.x >= blocks) return;
+  const int chunks = (seen + chunk - 1) / chunk, blocks = min(chunks, (int)gridDim.z);
+  if ((int)blockIdx.z >= blocks) return;
 
   Query<D> q;
   q.read(a, reinterpret_cast<const IN *>(a.q) + at * a.d, queries);
@@ -413,7 +413,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   const float *k_scale = a.k_scale + row * a.ks_batch + kv * a.ks_head;
   const float *v_scale = a.v_scale + row * a.vs_batch + kv * a.vs_head;
 
-  for (int c = blockIdx.x; c < chunks; c += gridDim.x) {
+  for (int c = blockIdx.z; c < chunks; c += gridDim.z) {
     const int begin = first + c * chunk, until = min(begin + chunk, end);
     Sums<D> own;
     own.clear();
@@ -439,7 +439,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
 
   __threadfence();
   __syncthreads();
-  int *counter = a.counters + (u64)row * gridDim.y + blockIdx.y;
+  int *counter = a.counters + (u64)row * gridDim.x + blockIdx.x;
   if (threadIdx.x == 0) arrived = atomicAdd(counter, 1);
   __syncthreads();
   if (arrived != blocks - 1) return;
