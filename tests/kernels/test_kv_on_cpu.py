@@ -117,6 +117,7 @@ SHAPES = [
     (2, 2, 1, 33, 256),
     (1, 9, 1, 41, 16),
     (1, 20, 1, 17, 48),
+    (1, 18, 2, 23, 32),
 ]
 
 
@@ -144,6 +145,19 @@ def test_chunks_of_several_blocks(kv, backwards, sms, device):
     spans = [(0, 2099), (5, 5), (1300, 2000), (7, 1034), (2, 128)]
     args = attention_args((5, 2, 1, 2100, 16), kv, spans=spans)
     near(attend(device, args), args)
+
+
+def test_more_chunks_than_a_warp_adds_at_once(device):
+    args = attention_args((2, 1, 1, 9400, 16), None, spans=[(0, 9399), (100, 9000)])
+    near(attend(device, args), args)
+    assert device.grids == [(1, 2, 37)]
+
+
+def test_the_bias_is_rounded_as_bloom_rounds_it(device):
+    """Far from the first position, where bfloat16 has steps of 4."""
+    args = list(attention_args((1, 2, 1, 1500, 16), None, spans=[(200, 1499)]))
+    args[8] = torch.tensor([0.71, 0.5])
+    near(attend(device, tuple(args)), tuple(args))
 
 
 def test_a_row_does_not_depend_on_the_others(device):
