@@ -390,7 +390,15 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   const u64 at = (u64)row * a.heads + head;  // of the first query head
   IN *out = reinterpret_cast<IN *>(a.out) + at * a.d;
 
-  const int first = max(a.first[row], 0), end = min(a.last[row], a.length - 1) + 1, seen = end - first;
+  const int given_first = a.first[row], given_last = a.last[row];
+  Query<D> q;  // before anything waits for the positions
+  q.read(a, reinterpret_cast<const IN *>(a.q) + at * a.d, queries);
+  float slope[2] = {0, 0};
+  if (a.slopes) {
+    if (2 * t < queries) slope[0] = a.slopes[head + 2 * t];
+    if (2 * t + 1 < queries) slope[1] = a.slopes[head + 2 * t + 1];
+  }
+  const int first = max(given_first, 0), end = min(given_last, a.length - 1) + 1, seen = end - first;
   if (seen <= 0) {
     if (blockIdx.z == 0)
       for (int i = threadIdx.x; i < queries * a.d; i += blockDim.x) out[i] = from_float<IN>(0.0f);
@@ -401,13 +409,6 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   const int chunks = (seen + chunk - 1) / chunk, blocks = min(chunks, (int)gridDim.z);
   if ((int)blockIdx.z >= blocks) return;
 
-  Query<D> q;
-  q.read(a, reinterpret_cast<const IN *>(a.q) + at * a.d, queries);
-  float slope[2] = {0, 0};
-  if (a.slopes) {
-    if (2 * t < queries) slope[0] = a.slopes[head + 2 * t];
-    if (2 * t + 1 < queries) slope[1] = a.slopes[head + 2 * t + 1];
-  }
   const u8 *k = reinterpret_cast<const u8 *>(a.k) + row * a.k_batch + kv * a.k_head;
   const u8 *v = reinterpret_cast<const u8 *>(a.v) + row * a.v_batch + kv * a.v_head;
   const float *k_scale = a.k_scale + row * a.ks_batch + kv * a.ks_head;
