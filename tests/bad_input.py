@@ -184,7 +184,7 @@ def situation(
     *("kernels-arch", "kernels-arch-quantize", "kernels-not-quantized", "kernels-output"),
     *("sweep-no-output", "sweep-bits", "sweep-types", "sweep-blocks", "sweep-nothing", "sweep-seeds"),
     *("sweep-twice", "sweep-length", "sweep-device"),
-    *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template"),
+    *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template", "bad-kv"),
 )
 def healthy(model: Model) -> None:
     """The input is fine; the command is not, or the place."""
@@ -378,7 +378,7 @@ def output_is_file(model: Model) -> None:
     Path("OUT").write_text("mine")
 
 
-@situation("encoder-eval", "encoder-generate", "sweep-encoder")
+@situation("encoder-eval", "encoder-generate", "sweep-encoder", "encoder-kv")
 def encoder(model: Model) -> None:
     shutil.rmtree(model.folder)
     save_model(model.folder, "bert")

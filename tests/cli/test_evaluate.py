@@ -13,7 +13,7 @@ from tests.command import run
 
 WINDOWS, LENGTH = 3, 32
 PERPLEXITY = {"nll", "nll_standard_error", "ppl", "tokens", "windows", "length", "conventions"}
-COMMON = {"checkpoint", "against", "text", "kind"}
+COMMON = {"checkpoint", "against", "text", "kind", "kv"}
 
 
 @pytest.fixture(scope="module")

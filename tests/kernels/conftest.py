@@ -1,7 +1,8 @@
 """One cache of cubins for all tests of a run, and kernels compiled once.
 
-All for all architectures take minutes (`make kernels`). Here every unit of quant.cu and optim.cu is compiled
-for one architecture, and the matrix kernels with the schemes of the recipes, each by both of their sources.
+All for all architectures take minutes (`make kernels`). Here every unit of quant.cu, of optim.cu and of the cache
+is compiled for one architecture, and the matrix kernels with the schemes of the recipes, each by both of their
+sources.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 
 from zq.kernels import nvrtc
 from zq.kernels.table import QUANT_UNITS, UNITS
+from zq.kernels.table_kv import KV_UNITS
 from zq.kernels.table_optim import OPTIM_UNITS
 
 ARCHS = ("sm_80", "sm_90a", "sm_120")  # the oldest, the one with kernels of its own, the newest
@@ -36,7 +38,7 @@ def chosen() -> list[tuple[str, str]]:
     """(unit, architecture) of what is compiled."""
     archs = itertools.cycle(ARCHS)
     found = []
-    for unit in (*QUANT_UNITS, *OPTIM_UNITS):
+    for unit in (*QUANT_UNITS, *KV_UNITS, *OPTIM_UNITS):
         found.append((unit.name, next(arch for arch in archs if arch in unit.archs)))
     return [*found, *GEMMS]
 

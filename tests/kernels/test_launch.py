@@ -11,8 +11,9 @@ import torch
 
 from tests.kernels.inputs import gemm_calls
 from zq.errors import ZqError
-from zq.kernels import checks, nvrtc, ops
+from zq.kernels import checks, checks_kv, launch_kv, nvrtc, ops
 from zq.kernels.table import UNITS
+from zq.kernels.table_optim import OPTIM_UNITS
 
 launch = pytest.importorskip("zq.kernels.launch")
 
@@ -30,23 +31,35 @@ def test_every_piece_has_a_thread(pieces):
         assert threads * each >= pieces > (threads - 32) * each
 
 
-def test_the_arguments_are_those_of_the_kernel():
-    """Names in the same order and, with natural alignment, at the same offsets."""
-    text = nvrtc.texts("quant.cu")["quant.cu"]
+STRUCTURES = {
+    "quant.cu": launch.QuantArguments,
+    "attention.cu": launch_kv.AttentionArguments,
+    "store_kv.cu": launch_kv.StoreArguments,
+}
+TYPES = {"u64": ctypes.c_uint64, "int": ctypes.c_int, "float": ctypes.c_float}
+
+
+@pytest.mark.parametrize("source", STRUCTURES)
+def test_the_arguments_are_those_of_the_kernel(source):
+    """Names in the same order, of the same types, and so, with natural alignment, at the same offsets."""
+    structure = STRUCTURES[source]
+    text = nvrtc.texts(source)[source]
     body = re.search(r"struct Args \{(.*?)\};", text, re.DOTALL)
     assert body
-    declared = re.findall(r"([\w ]+?)\s*(\*?)(\w+);", body[1])
-    assert [name for _, _, name in declared] == [name for name, *_ in launch.QuantArguments._fields_]
-    for (_, star, name), (_, kind) in zip(declared, launch.QuantArguments._fields_, strict=True):
-        assert (kind is ctypes.c_void_p) == bool(star), name
-    assert ctypes.sizeof(launch.QuantArguments) == 8 * 8 + 2 * 4
+    declared = re.findall(r"^\s*([\w ]+?)\s*(\*?)(\w+);", body[1], re.MULTILINE)
+    assert [name for _, _, name in declared] == [name for name, *_ in structure._fields_]
+    for (kind, star, name), (_, type_) in zip(declared, structure._fields_, strict=True):
+        assert type_ is (ctypes.c_void_p if star else TYPES[kind]), name
+    sizes = sum(8 if star or kind == "u64" else 4 for kind, star, _ in declared)
+    assert ctypes.sizeof(structure) == -(-sizes // 8) * 8
 
 
 def test_every_operator_has_a_launch_and_every_unit_an_operator():
     assert set(launch.LAUNCH) == set(ops.SCHEMAS)
-    assert {op for unit in UNITS.values() for op in unit.ops} >= set(ops.QUANT_OPS)
+    steps = {op for unit in OPTIM_UNITS for op in unit.ops}
+    assert {op for unit in UNITS.values() for op in unit.ops} - steps == set(ops.SCHEMAS)
     for op in ops.SCHEMAS:
-        assert callable(getattr(checks, op))
+        assert callable(getattr(checks_kv if op in ops.KV_OPS else checks, op))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls
-from zq.kernels import checks, launch, nvrtc, reference
+from tests.kernels.on_cpu import Sources, aligned
+from zq.kernels import checks, launch, reference
 from zq.kernels.table import UNITS
 
-HOST = Path(__file__).parent / "host"
 EXACT = {"quant_int8", "quant_fp8", "quant_fp8_block128"}
 RUN = """
 extern "C" void run(const Args *a, int entry, int blocks, int threads) {
@@ -28,36 +25,9 @@ extern "C" void run(const Args *a, int entry, int blocks, int threads) {
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """name of a unit -> its `run`, compiled when it is asked for."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("host")
-    made: dict[str, ctypes.CDLL] = {}
-    dynamic = "extern __shared__ uint4 long_row[];"
-    text = nvrtc.texts("quant.cu")["quant.cu"]
-    assert text.count(dynamic) == 1
-    (folder / "quant.cpp").write_text(text.replace(dynamic, "static uint4 long_row[16384];") + RUN)
-
-    def library(name: str) -> ctypes.CDLL:
-        if name not in made:
-            macros = [f"-D{key}={value}" for key, value in UNITS[name].defines]
-            command = [
-                compiler,
-                "-std=c++17",
-                "-O0",
-                "-ffp-contract=off",
-                "-w",
-                "-DZQ_ARCH=90",
-                f"-I{HOST}",
-                f"-I{nvrtc.SOURCES}",
-                *macros,
-            ]
-            command += ["-shared", "-fPIC", "-o", str(folder / f"{name}.so"), str(folder / "quant.cpp")]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made[name] = ctypes.CDLL(str(folder / f"{name}.so"))
-        return made[name]
-
-    return library
+    sources = Sources(tmp_path_factory.mktemp("host"))
+    edits = {"extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];"}
+    return lambda name: sources.compile(UNITS[name], RUN, edits)
 
 
 @pytest.fixture
@@ -75,14 +45,6 @@ def on_host(host, monkeypatch):
 
     monkeypatch.setattr(launch.cuda, "launch", run)
     return launched
-
-
-def aligned(x: Tensor) -> Tensor:
-    """The same in memory that begins at a multiple of 16 bytes, as on a GPU."""
-    memory = torch.full((x.numel() * x.element_size() + 16,), 0xFF, dtype=torch.uint8)
-    begin = -memory.data_ptr() % 16
-    place = memory[begin : begin + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
-    return place.copy_(x)
 
 
 def compare(name: str, args: tuple) -> None:

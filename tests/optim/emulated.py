@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import test_quant_on_cpu
+from tests.kernels.on_cpu import HOST
 from zq.kernels import nvrtc
 from zq.kernels.cuda import Device
 from zq.kernels.table import UNITS
 from zq.optim import fused
 
-HOST = test_quant_on_cpu.HOST
 ENTRIES = ("step", "maxima", "scales")
 RUN = """
 extern "C" void run(const Args *a, int entry, int blocks, int threads) {

@@ -27,13 +27,17 @@ def evaluate(  # noqa: PLR0913 (a command line is its options)
     length: Annotated[int, typer.Option("--length", help="Tokens per window; for encoders, at most.")] = 512,
     start: Annotated[float, typer.Option("--start", help="Fraction of the text to skip, 0 to 1.")] = 0.0,
     batch: Annotated[int, typer.Option("--batch", help="Windows per forward pass.")] = 1,
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Round keys and values as a cache of int8 or fp8 does.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of a model, and with --against how far it is from the original.
 
     Decoders: KL(P_original || P_quantized) per token, top-1 agreement, both perplexities. Encoders: cosine
-    of the last hidden state. Windows are independent, consecutive, and get no BOS token.
+    of the last hidden state. Windows are independent, consecutive, and get no BOS token. --kv concerns
+    the model, not the original: `zq eval M --against M --kv int8` is the cost of the cache alone.
     """
     with command(json):
         from zq.source import resolve
@@ -46,8 +50,9 @@ def evaluate(  # noqa: PLR0913 (a command line is its options)
         folder = resolve(checkpoint, note)
         reference = resolve(against, note) if against else None
         options = {"windows": windows, "length": length, "start": start, "batch": batch, "quiet": json}
-        result = measure(folder, reference, text, place, **options)
-        result = {"checkpoint": str(folder), "against": reference and str(reference), "text": text, **result}
+        result = measure(folder, reference, text, place, kv=kv, **options)
+        asked = {"checkpoint": str(folder), "against": reference and str(reference), "text": text, "kv": kv}
+        result = asked | result
         if json:
             return print_json(result)
         out.print(_table(result))
@@ -63,11 +68,13 @@ def measure(  # noqa: PLR0913 (what the command line can say)
     length: int,
     start: float,
     batch: int,
+    kv: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load, run, and return the report of zq.eval as a dict with its kind."""
     from zq.data import load_text
     from zq.models.find import find_family, find_positions, load_tokenizer
+    from zq.runtime.cache import CODES
     from zq.runtime.load import load, load_decoder
 
     encoder = find_family(folder).encoder
@@ -75,6 +82,10 @@ def measure(  # noqa: PLR0913 (what the command line can say)
         raise ZqError(f"{folder} and {reference} are not the same kind of model; check --against")
     if encoder and reference is None:
         raise ZqError(f"{folder} is an encoder, which has no perplexity; give the original with --against")
+    if kv is not None and kv not in CODES:
+        raise ZqError(f"--kv {kv} is unknown; allowed: {', '.join(CODES)}")
+    if kv is not None and encoder:
+        raise ZqError(f"{folder} is an encoder, which keeps no keys and values; leave out --kv")
     limit = min(find_positions(f) or length for f in (folder, reference or folder))
     if length > limit and not encoder:
         raise ZqError(
@@ -115,8 +126,11 @@ def measure(  # noqa: PLR0913 (what the command line can say)
     tokens = evaluation_windows(content, tokenizer, windows, length, start, vocab_size=vocabulary)
     steps = progress(-(-windows // batch))
     if original is None:
-        return {"kind": "perplexity", **perplexity(decoder_logits(candidate), tokens, batch, steps).to_dict()}
-    report = divergence(decoder_logits(original), decoder_logits(candidate), tokens, batch, steps)
+        return {
+            "kind": "perplexity",
+            **perplexity(decoder_logits(candidate, kv), tokens, batch, steps).to_dict(),
+        }
+    report = divergence(decoder_logits(original), decoder_logits(candidate, kv), tokens, batch, steps)
     return {"kind": "divergence", **report.to_dict()}
 
 
@@ -146,5 +160,7 @@ def _table(result: dict[str, Any]) -> Table:
         else f"{source['windows']} windows of {source['length']}"
     )
     table.add_row("on", f"{result['text']}: {count}")
+    if result["kv"]:
+        table.add_row("keys and values", f"{result['kv']}, a scale for each token of each head")
     table.add_row("conventions", result["conventions"])
     return table

@@ -11,18 +11,26 @@ from torch import Tensor
 from zq.errors import ZqError
 from zq.eval.encoder import States
 from zq.eval.perplexity import Logits
+from zq.runtime.cache import check_kv, rounding_cache
 
 
-def decoder_logits(model: Any) -> Logits:
+def decoder_logits(model: Any, kv: str | None = None) -> Logits:
     """input_ids [B, L] -> logits [B, L, V] of a causal language model, on its device, no gradient.
 
-    Sets the model to evaluation mode. No mask is passed: the windows hold no padding.
+    Sets the model to evaluation mode. No mask is passed: the windows hold no padding. kv: int8 or fp8, keys
+    and values rounded as a cache of these rounds them, all else as without it. Raises ZqError for another kv.
     """
     model.eval()
+    if kv is not None:
+        check_kv(kv, model.config)
 
     def logits(input_ids: Tensor) -> Tensor:
         with torch.inference_mode():
-            return model(input_ids=input_ids.to(model.device), use_cache=False).logits
+            ids = input_ids.to(model.device)
+            if kv is None:
+                return model(input_ids=ids, use_cache=False).logits
+            cache = rounding_cache(model.config, kv)
+            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
     return logits
 

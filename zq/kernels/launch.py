@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zq.errors import ZqError
-from zq.kernels import cuda, tiles
+from zq.kernels import cuda, launch_kv, tiles
 from zq.kernels.cuda import pointer
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -201,4 +201,5 @@ LAUNCH: dict[str, Callable[..., None]] = {
     "w4a8_fp8": _fp8_group,
     "w4a16": _w4a16,
     "w8a16": _w8a16,
+    **launch_kv.LAUNCH,
 }

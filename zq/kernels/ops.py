@@ -1,4 +1,5 @@
-"""The operators: `torch.ops.zq.NAME`, after `import zq.kernels.ops`. All are functional: new tensors out.
+"""The operators: `torch.ops.zq.NAME`, after `import zq.kernels.ops`. All are functional, new tensors out, but
+store_kv, which also writes into the cache.
 
 x is [M, K] with K a multiple of 16; flatten leading dimensions. Weights are packed by zq.kernels.layout, n is
 the number of outputs N (the packed weight is padded). On a CPU an operator is its reference
@@ -17,6 +18,8 @@ torch.float8_e4m3fn, `out` is torch.bfloat16 or torch.float16. Wrong shapes, dty
     w4a8_int8                       weight = ws (q s + o - 128), two-level; rowsum of quant_int8
     w4a8_int8_group, w4a8_fp8       weight = s (q - 8), a float scale per group; group 0: ws per channel
     w4a16, w8a16                    weight = s (q - zero) and 16-bit activations; output in the dtype of x
+    store_kv                        one new token per row: q of the fused product, k and v into the cache
+    decode_attention                its attention over the cache (zq.kernels.checks_kv)
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zq.kernels import checks, reference
+from zq.kernels import checks, checks_kv, reference, reference_kv
 
 QUANTIZED = "(Tensor q, Tensor scale, Tensor rowsum)"
 QUANTIZED_ADD = "(Tensor q, Tensor scale, Tensor rowsum, Tensor sum)"
@@ -54,14 +57,20 @@ SCHEMAS = {
     "w4a8_fp8": f"(Tensor x, Tensor sx, Tensor w, {GEMM}, int group, ScalarType out) -> Tensor",
     "w4a16": f"(Tensor x, Tensor w, Tensor? ws, {GEMM}, int group, bool asym) -> Tensor",
     "w8a16": f"(Tensor x, Tensor w, Tensor ws, {GEMM}) -> Tensor",
+    "decode_attention": "(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor first, "
+    "Tensor last, float scale, Tensor? slopes) -> Tensor",
+    "store_kv": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
+    "Tensor position, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm=None, "
+    "Tensor? k_norm=None, float eps=1e-6) -> Tensor",
 }
 QUANT_OPS = tuple(name for name in SCHEMAS if "quant" in name)
-GEMM_OPS = tuple(name for name in SCHEMAS if name not in QUANT_OPS)
+KV_OPS = ("decode_attention", "store_kv")
+GEMM_OPS = tuple(name for name in SCHEMAS if name not in (*QUANT_OPS, *KV_OPS))
 
 
 def _define(library: Any, name: str) -> None:
-    check: Callable[..., checks.Outputs] = getattr(checks, name)
-    compute: Callable[..., Any] = getattr(reference, name)
+    check: Callable[..., checks.Outputs] = getattr(checks_kv if name in KV_OPS else checks, name)
+    compute: Callable[..., Any] = getattr(reference_kv if name in KV_OPS else reference, name)
 
     def outputs(args: tuple[Any, ...]) -> list[Tensor]:
         return [args[0].new_empty(shape, dtype=dtype) for shape, dtype in check(*args)]

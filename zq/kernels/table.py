@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zq.kernels.table_gemm import GEMM_UNITS
+from zq.kernels.table_kv import KV_UNITS
 from zq.kernels.table_optim import OPTIM_UNITS
 from zq.kernels.unit import ARCHS, Unit
 
@@ -37,4 +38,4 @@ QUANT_UNITS = (
     *(_quant("Plain", "float", out) for out in OUTPUTS),
     *(_quant("Plain", kind, "E4m3", "Block128") for kind in ("bf16", "fp16", "float")),
 )
-UNITS: dict[str, Unit] = {unit.name: unit for unit in (*QUANT_UNITS, *GEMM_UNITS, *OPTIM_UNITS)}
+UNITS: dict[str, Unit] = {unit.name: unit for unit in (*QUANT_UNITS, *GEMM_UNITS, *KV_UNITS, *OPTIM_UNITS)}

@@ -1,8 +1,9 @@
-// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu and optim.cu on a CPU, one block at a time.
+// In place of zq/kernels/src/common.cuh: enough of CUDA to run quant.cu, optim.cu, attention.cu and store_kv.cu on a CPU,
+// one block at a time.
 //
-// A thread of the block is a fiber (switched by _longjmp, which asks the system nothing); fibers take turns, one turn up to the next shuffle or barrier. All threads meet
-// the same shuffles and barriers, so after a turn of everyone every value is there. Two buffers, used in turn, keep
-// a fast thread from overwriting what a slow one still reads.
+// A thread of the block is a fiber (switched by _longjmp, which asks the system nothing); fibers take turns, one turn up
+// to the next shuffle or barrier. The threads of a warp meet the same shuffles, so after a turn of everyone every value
+// is there. Two buffers, used in turn, keep a fast thread from overwriting what a slow one still reads.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -28,11 +29,20 @@ using std::max;
 using std::min;
 
 struct Index {
-  int x;
+  int x, y, z;
 };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) uint4 {
   u32 x, y, z, w;
+};
+struct alignas(8) uint2 {
+  u32 x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 
 struct Fiber {
@@ -44,7 +54,10 @@ struct Fiber {
 };
 static std::vector<Fiber> fibers(1024);
 static jmp_buf scheduler;
-static u64 exchanged[2][1024];
+struct Exchange {
+  u32 words[6];
+};
+static Exchange exchanged[2][1024];
 
 static void let_others() {
   if (!_setjmp(fibers[threadIdx.x].place)) _longjmp(scheduler, 1);
@@ -54,14 +67,31 @@ static int next_turn() {
   let_others();
   return turn;
 }
-static void __syncthreads() { next_turn(); }
-template <class A> A __shfl_xor_sync(u32, A value, int step) {
-  std::memcpy(&exchanged[fibers[threadIdx.x].turn % 2][threadIdx.x], &value, sizeof value);
-  const int turn = next_turn();
-  A other;
-  std::memcpy(&other, &exchanged[turn % 2][threadIdx.x ^ step], sizeof other);
-  return other;
+static void __syncwarp() { next_turn(); }
+static int arrived_threads, barriers;
+static void __syncthreads() {
+  const int barrier = barriers;
+  if (++arrived_threads == blockDim.x) arrived_threads = 0, ++barriers;
+  while (barrier == barriers) let_others();
 }
+// What every thread of the block gave; the caller reads those of its own warp.
+template <class A> const Exchange *exchange(const A &value) {
+  static_assert(sizeof value <= sizeof(Exchange));
+  std::memcpy(&exchanged[fibers[threadIdx.x].turn % 2][threadIdx.x], &value, sizeof value);
+  return exchanged[next_turn() % 2];
+}
+template <class A> A taken(const Exchange *all, int thread) {
+  A value;
+  std::memcpy(&value, &all[thread], sizeof value);
+  return value;
+}
+template <class A> A __shfl_xor_sync(u32, A value, int step) { return taken<A>(exchange(value), threadIdx.x ^ step); }
+template <class A> A __shfl_sync(u32, A value, int lane) {
+  return taken<A>(exchange(value), threadIdx.x / 32 * 32 + lane % 32);
+}
+static void __threadfence() {}
+static int atomicAdd(int *to, int value) { return *to += value, *to - value; }
+template <class A> A __ldcg(const A *from) { return *from; }
 
 static std::function<void()> body;
 static void run_fiber() {
@@ -81,12 +111,13 @@ static void resume(Fiber &fiber) {
   makecontext(&fiber.context, run_fiber, 0);
   setcontext(&fiber.context);
 }
-// Runs `kernel` as blocks of `threads` threads, one after the other.
-static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
+// Runs `kernel` as a grid of blocks of `threads` threads, one block after the other, the last ones first if `backwards`.
+static void run_grid(Index grid, int threads, std::function<void()> kernel, bool backwards = false) {
   body = kernel;
-  blockDim.x = threads;
-  gridDim.x = blocks;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+  blockDim.x = threads, gridDim = grid;
+  for (int i = 0, all = grid.x * grid.y * grid.z; i < all; ++i) {
+    const int block = backwards ? all - 1 - i : i;
+    blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
     for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].ended = false;
     for (int left = threads; left > 0;)
       for (int t = 0; t < threads; ++t)
@@ -96,6 +127,9 @@ static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
           left -= fibers[t].ended;
         }
   }
+}
+static void run_blocks(int blocks, int threads, std::function<void()> kernel) {
+  run_grid({blocks, 1, 1}, threads, kernel);
 }
 
 template <class A> void atomicMax(A *place, A value) { *place = std::max(*place, value); }
@@ -122,7 +156,13 @@ static float of_bits(u32 bits) {
   return x;
 }
 static u32 __float_as_uint(float x) { return bits_of(x); }
-static float __uint_as_float(u32 bits) { return of_bits(bits); }
+static float __uint_as_float(u32 x) { return of_bits(x); }
+static u32 __byte_perm(u32 a, u32 b, u32 pick) {
+  const u64 both = (u64)b << 32 | a;
+  u32 y = 0;
+  for (int i = 0; i < 4; ++i) y |= (u32)(both >> 8 * (pick >> 4 * i & 7) & 255) << 8 * i;
+  return y;
+}
 static u16 to_bf16(float x) {
   const u32 bits = bits_of(x);
   return std::isnan(x) ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -140,6 +180,7 @@ static float from_half(u16 x) {
   return (float)y;
 }
 static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); }
+#if ZQ_ARCH >= 89
 static u8 to_e4m3(float x) {
   const u8 sign = std::signbit(x) ? 0x80 : 0;
   if (std::isnan(x)) return 0x7f;
@@ -149,5 +190,6 @@ static u8 to_e4m3(float x) {
   return sign | std::min(steps + 8 * (exponent + 6), 0x7e);
 }
 static u16 to_e4m3x2(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
+#endif
 static void pdl_wait() {}
 static void pdl_launch() {}

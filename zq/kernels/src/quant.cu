@@ -9,8 +9,7 @@
 //     q     = round(y / scale)    to nearest even; y / scale is rounded once, as IEEE 754 asks
 //
 // top is 127.5 for int8, 448 for e4m3.
-#include "common.cuh"
-#include "floats.cuh"
+#include "round8.cuh"
 
 struct Args {
   const void *x;         // [rows, k]; SiluMul: [rows, 2 k], gate then up
@@ -213,33 +212,6 @@ template <class Function> struct Apply {  // T(f(x))
 };
 using Gelu = Apply<GeluErf>;
 using GeluNew = Apply<GeluTanh>;
-
-// ---- 8-bit codes, four in a word ----
-struct Int8 {
-  static constexpr float top = 127.5f;
-  static constexpr bool sums = true;
-  static __device__ __forceinline__ u32 code(float x) {
-    return (u32)min(max(__float2int_rn(x), -128), 127) & 0xffu;  // NaN gives 0
-  }
-  static __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
-    return code(a) | code(b) << 8 | code(c) << 16 | code(d) << 24;
-  }
-};
-#if ZQ_ARCH >= 89
-struct E4m3 {
-  static constexpr float top = 448.0f;
-  static constexpr bool sums = false;
-  static __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
-    return (u32)to_e4m3x2(a, b) | (u32)to_e4m3x2(c, d) << 16;
-  }
-};
-#endif
-
-__device__ __forceinline__ float scale_of(float largest, float top) {
-  const float scale = __fdiv_rn(largest, top);
-  if (scale == 0.0f) return 1.0f;
-  return scale < TINY ? TINY : scale > HUGE_ ? HUGE_ : scale;  // NaN stays
-}
 
 template <class T> __device__ __forceinline__ float magnitude(const Piece<T> &piece) {
   float largest = 0;

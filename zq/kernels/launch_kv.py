@@ -1,0 +1,159 @@
+"""Launches of decode_attention and store_kv: which kernel, how many blocks, which arguments."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zq.kernels import cuda
+from zq.kernels.cuda import pointer
+from zq.kernels.table_kv import HEADS, kv_units
+
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+THREADS, WARPS, QUERIES = 128, 4, 8
+RESIDENT = 2  # blocks of attention.cu that a multiprocessor holds
+ROUNDS = 4  # of resident blocks, at most; where there are more chunks, a block takes several of them
+STRIDES = ("k_batch", "k_head", "k_position", "v_batch", "v_head", "v_position")
+SCALE_STRIDES = ("ks_batch", "ks_head", "vs_batch", "vs_head")
+
+
+def _structure(pointers: str, integers: str, last: str) -> Any:
+    fields = [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_uint64) for name in (*STRIDES, *SCALE_STRIDES)]
+    fields += [(name, ctypes.c_int) for name in integers.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, (last, ctypes.c_float)]})
+
+
+# `Args` of attention.cu and of store_kv.cu
+AttentionArguments = _structure(
+    "q k v k_scale v_scale first last slopes out counters partial sums",
+    "heads kv_heads length d most pieces",
+    "scale",
+)
+StoreArguments = _structure(
+    "qkv k v k_scale v_scale position cos sin q_norm k_norm q",
+    "heads kv_heads length d rotary interleaved wide",
+    "eps",
+)
+
+
+def address(x: Tensor | None) -> int | None:
+    """Of what a kernel reads one value at a time."""
+    return None if x is None else x.data_ptr()
+
+
+def _cache(
+    arguments: Any, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> str | None:
+    """Fill in what both kernels want to know of the cache; returns its kind."""
+    arguments.k, arguments.v = pointer(k), pointer(v)
+    arguments.k_scale, arguments.v_scale = address(k_scale), address(v_scale)
+    for name, stride in zip(STRIDES, (*k.stride()[:3], *v.stride()[:3]), strict=True):
+        setattr(arguments, name, stride * k.element_size())
+    if k_scale is not None and v_scale is not None:
+        for name, stride in zip(SCALE_STRIDES, (*k_scale.stride()[:2], *v_scale.stride()[:2]), strict=True):
+            setattr(arguments, name, stride)
+    arguments.kv_heads, arguments.length, arguments.d = k.shape[1:]
+    return CODES.get(k.dtype)
+
+
+def most_chunks(length: int, pieces: int) -> int:
+    """Chunks that a row of up to `length` positions can have: attention.cu makes them of 128 positions at
+    least, of 256 from 1024 positions on, and so long that there are not more than `pieces`."""
+    short = min(-(-min(length, 1023) // 128), pieces)
+    return max(short, min(-(-length // 256), pieces) if length >= 1024 else 1)
+
+
+def attention_grid(rows: int, groups: int, length: int, sms: int) -> tuple[int, int, int]:
+    """(pieces, most chunks of a row, blocks that share them). groups: key-value heads, times the tiles of
+    eight query heads that each has. Only the last depends on the rows, and no result depends on it."""
+    pieces = max(1, RESIDENT * sms // groups)
+    most = most_chunks(length, pieces)
+    slots = RESIDENT * sms
+    whole = rows * groups * most <= ROUNDS * slots
+    return pieces, most, most if whole else max(1, ROUNDS // 2 * slots // (rows * groups))
+
+
+def decode_attention(  # noqa: PLR0913 (the operator's arguments)
+    op: str,
+    outputs: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    first: Tensor,
+    last: Tensor,
+    scale: float,
+    slopes: Tensor | None,
+) -> None:
+    (out,) = outputs
+    rows, heads, d = q.shape
+    if rows == 0:
+        return
+    device = cuda.describe(q.device.index)
+    arguments = AttentionArguments(heads=heads, scale=scale)
+    kind = _cache(arguments, k, v, k_scale, v_scale)
+    kv_heads = k.shape[1]
+    groups = kv_heads * -(-heads // kv_heads // QUERIES)
+    pieces, most, blocks = attention_grid(rows, groups, k.shape[2], device.sms)
+    arguments.pieces, arguments.most = pieces, most
+    arguments.q, arguments.out = pointer(q), pointer(out)
+    arguments.first, arguments.last, arguments.slopes = address(first), address(last), address(slopes)
+    counters = -(-rows * groups * 4 // 256) * 256
+    sums, partial = rows * heads * most * 8, rows * heads * most * d * 4
+    sums = -(-sums // 256) * 256
+    scratch = cuda.workspace(device, counters + sums + partial if most > 1 else 0, counters)
+    if scratch is not None:
+        begin = scratch.data_ptr()
+        arguments.counters, arguments.sums, arguments.partial = (
+            begin,
+            begin + counters,
+            begin + counters + sums,
+        )
+    entry = f"attention_{min(size for size in HEADS if size >= d)}"
+    unit = kv_units(KINDS[q.dtype], kind)[0]
+    cuda.launch(device, unit, entry, (groups, rows, blocks), THREADS, [arguments], pdl=True)
+
+
+def store_kv(  # noqa: PLR0913
+    op: str,
+    outputs: list[Tensor],
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    position: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rope: str,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    (q,) = outputs
+    rows = qkv.shape[0]
+    if rows == 0:
+        return
+    arguments = StoreArguments(heads=heads, eps=eps)
+    kind = _cache(arguments, k, v, k_scale, v_scale)
+    for name, value in {"qkv": qkv, "position": position, "cos": cos, "sin": sin, "q": q}.items():
+        setattr(arguments, name, address(value))
+    arguments.q_norm, arguments.k_norm = address(q_norm), address(k_norm)
+    arguments.rotary = 0 if cos is None else cos.shape[1]
+    arguments.interleaved, arguments.wide = rope == "interleaved", position.dtype == torch.int64
+    grid = (-(-(heads + 2 * kv_heads) // WARPS), rows, 1)
+    unit = kv_units(KINDS[qkv.dtype], kind)[1]
+    device = cuda.describe(qkv.device.index)
+    cuda.launch(device, unit, "store_kv", grid, THREADS, [arguments], pdl=True)
+
+
+LAUNCH: dict[str, Callable[..., None]] = {"decode_attention": decode_attention, "store_kv": store_kv}

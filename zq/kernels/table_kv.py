@@ -1,0 +1,40 @@
+"""The compile units of attention for one new token and of the cache that it reads."""
+
+from __future__ import annotations
+
+from zq.kernels.unit import Unit
+
+KINDS = ("bf16", "fp16")
+CACHES = {None: ("Same", None), "int8": ("Int8Codes", "Int8"), "fp8": ("Fp8Codes", "E4m3")}
+HEADS = (64, 96, 128, 256)  # channels of a head are padded to one of these
+
+
+def kv_units(kind: str, kv: str | None) -> tuple[str, str]:
+    """Names of the units that decode_attention and store_kv need in a model of `kind` (bf16, fp16) with a
+    cache of `kv` (int8, fp8, None: 16 bits): load them before a CUDA graph is captured."""
+    cache = "" if kv is None else f"_{kv}"
+    return f"attention{cache}_{kind}", f"store_kv{cache}_{kind}"
+
+
+def _units(kind: str, kv: str | None) -> tuple[Unit, Unit]:
+    attention, store = kv_units(kind, kv)
+    cache, out = CACHES[kv]
+    return (
+        Unit(
+            name=attention,
+            source="attention.cu",
+            entries=tuple(f"attention_{d}" for d in HEADS),
+            ops=("decode_attention",),
+            defines=(("IN", kind), ("CACHE", cache)),
+        ),
+        Unit(
+            name=store,
+            source="store_kv.cu",
+            entries=("store_kv",),
+            ops=("store_kv",),
+            defines=(("IN", kind), *((("OUT", out),) if out else ())),
+        ),
+    )
+
+
+KV_UNITS = tuple(unit for kind in KINDS for kv in CACHES for unit in _units(kind, kv))
