@@ -82,6 +82,8 @@ def _optimize(model: Any) -> Fused:
         block.attend.shared = shared
         block.attend.first = not any(isinstance(b, FusedBlock) for b in blocks if b is not block)
         _describe(found, block)
+    if blocks and found.fused["block"] == len(blocks):
+        shared.config = model.config
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1
     _left_linears(found, model, arch)

@@ -3,7 +3,8 @@ host. It can be run as it is, or captured and replayed (graphs.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Step:
         self.position: Tensor = length.reshape(1).clone()
         self._written: list[Tensor] = []
         self._first: Tensor | None = None
+        self._added: tuple[Tensor, Tensor] | None = None
 
     def write(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [B, H, 1, D] at the present position of one layer; returns its keys and values [B, H, L, D].
@@ -55,7 +57,17 @@ class Step:
         self._written.append(layer.cumulative_length)
         return layer.keys, layer.values
 
+    def added(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A mask to be added to the scores, out of a bool one; made once for all layers."""
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        if self._added is None or self._added[0] is not mask:
+            lowest = torch.finfo(dtype).min
+            self._added = mask, torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+        return self._added[1]
+
     def finish(self) -> None:
+        """Count the new token in every layer that was written."""
         if self._written:
             torch._foreach_add_(self._written, 1)
 
@@ -87,8 +99,7 @@ def static_step(
     """One token of each row: reads `buffers`, writes `cache`, returns what `forward` does. `shared.step` is set
     meanwhile. Makes no value known to the host."""
     step = Step(cache, buffers.mask)
-    shared.step = step
-    try:
+    with _during(step, shared):
         out = forward(
             input_ids=buffers.ids,
             attention_mask=buffers.mask,
@@ -97,7 +108,21 @@ def static_step(
             return_dict=True,
             **options,
         )
-    finally:
-        shared.step = None
     step.finish()
     return out
+
+
+@contextmanager
+def _during(step: Step, shared: Any) -> Iterator[None]:
+    """Fused blocks take bool masks; transformers makes those without copying a number from the host, which a
+    CUDA graph forbids, where the config says sdpa."""
+    config, name = shared.config, None if shared.config is None else shared.config._attn_implementation
+    shared.step = step
+    if name == "eager":
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        shared.step = None
+        if name == "eager":
+            config._attn_implementation = name

@@ -26,12 +26,16 @@ class Call(NamedTuple):
 
 
 class Shared:
-    """What the blocks of a model have in common: the rotation of the positions at hand, made by the first of
-    them, and the step that is being made (zq/runtime/step.py)."""
+    """What the blocks of a model have in common.
+
+    turn: cosine and sine of the positions at hand, made by the first of them. step: the step that is being made
+    (zq/runtime/step.py). config: of the model, where every block is fused.
+    """
 
     def __init__(self) -> None:
         self.turn: tuple[Tensor, Tensor] | None = None
         self.step: Step | None = None
+        self.config: Any = None
 
 
 class Attention(nn.Module):
@@ -77,7 +81,8 @@ class Attention(nn.Module):
     def _one(self, q: Tensor, k: Tensor, v: Tensor, call: Call, step: Step) -> Tensor:
         """A new token of each row, q [B, 1, Hq, D]: written to the static cache, then looked at."""
         keys, values = step.write(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
-        return decode(q[:, 0], keys, values, step, _bias(call), self.scaling)
+        mask = _bias(call, step.added(call.mask, q.dtype))
+        return decode(q[:, 0], keys, values, step, mask, self.scaling)
 
     def _scores(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         name = self.config._attn_implementation
@@ -86,7 +91,7 @@ class Attention(nn.Module):
             raise ZqError("a fused model has no attention weights to return; load it without zq.optimize")
         window = getattr(self.module, "sliding_window", getattr(self.config, "sliding_window", None))
         more = call.more if window is None else {**call.more, "sliding_window": window}
-        mask = _bias(call)
+        mask = _bias(call, call.mask)
         return function(self.module, q, k, v, mask, dropout=0.0, scaling=self.scaling, **more)[0]
 
     def _rotated(self, x: Tensor, call: Call) -> Tensor:
@@ -124,7 +129,7 @@ def decode(
     """One new token over a static cache: the place for a kernel of its own.
 
     q [B, Hq, D]; keys, values [B, Hkv, L, D], one layer of the cache, the new token already in it; mask
-    [B or 1, 1 or Hq, 1, L], bool or added to the scores. `step.first`, `step.last` int64 [B] are the first and
+    [B or 1, 1 or Hq, 1, L], added to the scores. `step.first`, `step.last` int64 [B] are the first and
     the last position that each row sees, where its mask is one run of ones (`step.mask` int64 [B, L]).
     Returns [B, Hq * D].
     """
@@ -136,9 +141,9 @@ def decode(
     return y.reshape(batch, queries * width)
 
 
-def _bias(call: Call) -> Tensor | None:
+def _bias(call: Call, mask: Tensor | None) -> Tensor | None:
     """The mask, with BLOOM's alibi [B * H, 1, L] added to it."""
     if call.alibi is None:
-        return call.mask
+        return mask
     alibi = call.alibi.view(call.batch, -1, 1, call.alibi.shape[-1])
-    return alibi if call.mask is None else alibi + call.mask
+    return alibi if mask is None else alibi + mask
