@@ -40,9 +40,9 @@ def load(
 ) -> Any:
     """A transformers model in eval mode on `device`, computing in `dtype` (default: as stored).
 
-    kernels: on a CUDA device, quantized layers are packed for zq's operators, which compute what was measured up
-    to the rounding of their outputs; such a model cannot be saved. False, and always on a CPU: the simulation
-    that zq's accuracy figures mean, from codes that can be saved again.
+    kernels: on a CUDA device, quantized layers are packed for zq's operators, which compute what was measured
+    up to the rounding of their outputs; such a model cannot be saved. False, and always on a CPU: the
+    simulation that zq's accuracy figures mean, from codes that can be saved again.
 
     Raises ZqError for an unreadable or foreign checkpoint, and when tensors are missing, left over or of
     another shape.

@@ -17,7 +17,7 @@ from zq.models.structure import structure_of
 from zq.runtime.blocks.attention import Shared
 from zq.runtime.blocks.block import FusedBlock
 from zq.runtime.blocks.build import fuse, obstacle
-from zq.runtime.graphs import attach
+from zq.runtime.generation import attach
 from zq.runtime.served import NAMES, capability
 from zq.runtime.serving import ServedLinear, serve_linears
 
@@ -41,7 +41,11 @@ class Fused:
         """One line for each kind."""
         lines = [
             f"{title}: " + ", ".join(f"{count} x {what}" for what, count in found.items())
-            for title, found in (("linears", self.linears), ("fused", self.fused), ("as they were", self.left))
+            for title, found in (
+                ("linears", self.linears),
+                ("fused", self.fused),
+                ("as they were", self.left),
+            )
             if found
         ]
         return "\n".join([*lines, f"CUDA graphs: {'yes' if self.graphs else 'no'}"])
@@ -52,8 +56,8 @@ def optimize(model: Any, *, report: bool = False) -> Any:
 
     Quantized linears are packed for the operators of their device, blocks run in fused operators, and on CUDA
     decode steps are captured (docs/runtime.md). Its weights cannot be saved afterwards. What was done is in
-    `model.zq_fused`; with `report` the function returns (model, that). A model that is optimized already stays
-    as it is. Raises ZqError for a model that is spread over devices or has no parameters.
+    `model.zq_fused`; with `report` the function returns (model, that). A model that is optimized already
+    stays as it is. Raises ZqError for a model that is spread over devices or has no parameters.
     """
     if getattr(model, "zq_fused", None) is None:
         model.zq_fused = _optimize(model)
@@ -79,10 +83,10 @@ def _optimize(model: Any) -> Fused:
             found.left[f"block: {reason}"] += 1
             continue
         fuse(block, arch, structure, model.config)
-        block.attend.shared = shared
-        block.attend.first = not any(isinstance(b, FusedBlock) for b in blocks if b is not block)
+        block.attend.shared, block.attend.first = shared, shared.fused == 0
+        shared.fused += 1
         _describe(found, block)
-    if blocks and found.fused["block"] == len(blocks):
+    if shared.fused == len(blocks):
         shared.config = model.config
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1

@@ -29,8 +29,8 @@ class CachePool:
         self.lent: Any = None  # a weak reference
 
     def lease(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> StaticCache | None:
-        """An empty static cache for `batch` rows of at least `length` positions, or None: for sliding windows,
-        and while the one before is in use."""
+        """An empty static cache for `batch` rows of at least `length` positions, or None: for sliding
+        windows, and while the one before is in use."""
         if self.lent is not None and self.lent() is not None:
             return None
         if self.held and (self.held[0][0].device, self.held[0][0].dtype) != (device, dtype):

@@ -1,16 +1,14 @@
-"""Linears of a model made ready for serving, one after the other, so that no weight is there twice for long."""
+"""Linears of a model made ready for serving, one after the other: no weight is there twice for long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zq.errors import ZqError
-from zq.numerics.qtensor import QTensor
 from zq.runtime.linear import QuantLinear
 from zq.runtime.served import serve
 
@@ -36,8 +34,8 @@ class ServedLinear(nn.Module):
 
 
 def served(linear: QuantLinear, dtype: torch.dtype, device: torch.device) -> ServedLinear:
-    """The same layer on `device`, for inputs of `dtype`. Its codes are copied there, packed and let go."""
-    q = _moved(linear.qtensor, device)
+    """The same layer on `device`, for inputs of `dtype`. Its codes move there and are packed."""
+    q = linear.to(device).qtensor
     bias = None if linear.bias is None else linear.bias.to(device, dtype)
     return ServedLinear(serve(q, linear.scheme.activations, dtype), bias, *q.shape)
 
@@ -73,8 +71,3 @@ def may_be_saved(quantizer: Any) -> bool:
             "zq.load(FOLDER, kernels=False), or copy the folder that it came from"
         )
     return True
-
-
-def _moved(q: QTensor, device: torch.device) -> QTensor:
-    tensors = {name: value.to(device) for name, value in vars(q).items() if torch.is_tensor(value)}
-    return replace(q, **tensors)

@@ -16,8 +16,7 @@ class Buffers:
     """What a step reads.
 
     ids, positions  int64 [B, 1]
-    mask            int64 [B, L]: 1 where a position of the cache may be seen; what lies behind the present one
-                    is never seen
+    mask            int64 [B, L]: 1 where a position of the cache may be seen, if it lies before the present
     """
 
     def __init__(self, batch: int, length: int, device: torch.device) -> None:
@@ -26,7 +25,7 @@ class Buffers:
         self.mask = torch.ones(batch, length, dtype=torch.int64, device=device)
 
     def fill(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> None:
-        """ids [B, 1]; positions [B or 1, 1] or None where the model takes none; mask [B, <= L] or None: all."""
+        """ids [B, 1]; positions [B or 1, 1], None where the model takes none; mask [B, <= L], None: all."""
         self.ids.copy_(ids)
         if positions is not None:
             self.positions.copy_(positions)
@@ -69,7 +68,7 @@ class Step:
     def finish(self) -> None:
         """Count the new token in every layer that was written."""
         if self._written:
-            torch._foreach_add_(self._written, 1)
+            torch._foreach_add_(self._written, 1)  # pyright: ignore[reportPrivateImportUsage]
 
     @property
     def first(self) -> Tensor:
@@ -96,8 +95,8 @@ def is_static(cache: Any) -> bool:
 def static_step(
     forward: Callable[..., Any], cache: StaticCache, buffers: Buffers, shared: Any, options: dict[str, Any]
 ) -> Any:
-    """One token of each row: reads `buffers`, writes `cache`, returns what `forward` does. `shared.step` is set
-    meanwhile. Makes no value known to the host."""
+    """One token of each row: reads `buffers`, writes `cache`, returns what `forward` does. `shared.step` is
+    set meanwhile. Makes no value known to the host."""
     step = Step(cache, buffers.mask)
     with _during(step, shared):
         out = forward(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from zq.errors import ZqError
 from zq.runtime.step import Step
 
 
@@ -28,13 +27,16 @@ class Call(NamedTuple):
 class Shared:
     """What the blocks of a model have in common.
 
-    turn: cosine and sine of the positions at hand, made by the first of them. step: the step that is being made
-    (zq/runtime/step.py). config: of the model, where every block is fused.
+    turn    cosine and sine of the positions at hand, made by the first of them
+    step    the step that is being made (zq/runtime/step.py)
+    fused   how many blocks are
+    config  of the model, where all are
     """
 
     def __init__(self) -> None:
         self.turn: tuple[Tensor, Tensor] | None = None
         self.step: Step | None = None
+        self.fused = 0
         self.config: Any = None
 
 
@@ -87,8 +89,6 @@ class Attention(nn.Module):
     def _scores(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         name = self.config._attn_implementation
         function: Any = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
-        if call.more.get("output_attentions"):
-            raise ZqError("a fused model has no attention weights to return; load it without zq.optimize")
         window = getattr(self.module, "sliding_window", getattr(self.config, "sliding_window", None))
         more = call.more if window is None else {**call.more, "sliding_window": window}
         mask = _bias(call, call.mask)

@@ -79,7 +79,7 @@ _classes: dict[type, type] = {}
 
 
 def fused_class(cls: type) -> type:
-    """A subclass of a block's class: hooks and checks of transformers that ask for the class go on working."""
+    """A subclass of a block's class, so that hooks of transformers, which ask for it, go on working."""
     if cls not in _classes:
         names = tuple(signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
         facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "parameters_of_class": names}

@@ -72,9 +72,7 @@ def fuse(block: Any, arch: Arch, structure: Structure, config: Any) -> None:
     block.__class__ = fused_class(type(block))
 
 
-def _readers(
-    order: str, sites: dict[str, Site], one_norm: bool
-) -> Sequence[torch.dtype | None]:
+def _readers(order: str, sites: dict[str, Site], one_norm: bool) -> Sequence[torch.dtype | None]:
     """What the readers of the first and the second norm take, where they agree."""
     first, second = sites["qkv"].takes, sites["up"].takes
     if order in POSTS:
