@@ -38,8 +38,8 @@ SCHEMES: dict[str, SchemeOf] = {
 
 
 def quantized(name: str, scheme: SchemeOf, dtype: torch.dtype = torch.bfloat16, model: Any = None) -> Any:
-    """`build_tiny(name)`, or `model`, with the linears of its blocks as QuantLinear. scheme: for all of them, or
-    by full name (None: as it is)."""
+    """`build_tiny(name)`, or `model`, with the linears of its blocks as QuantLinear. scheme: for all of them,
+    or by full name (None: as it is)."""
     model = build_tiny(name, dtype) if model is None else model
     for path in block_linears(model):
         text = scheme if isinstance(scheme, str) else scheme(path)

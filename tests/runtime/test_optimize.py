@@ -23,7 +23,7 @@ from tests.runtime.quantized import (
     quantized,
 )
 from tests.simulate import outputs, recipe
-from tests.tiny import TINY, random_model, save_tiny, token_ids
+from tests.tiny import TINY, build_tiny, random_model, save_tiny, token_ids
 from zq.errors import ZqError
 from zq.kernels.table import UNITS
 from zq.models.layout import is_linear
@@ -72,7 +72,9 @@ def test_the_cpus_own_way(name: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("text", [W8A16, "int4:g32:asym", "int4:channel @ int8:token", "int4:g64 @ e4m3fn:token"])
+@pytest.mark.parametrize(
+    "text", [W8A16, "int4:g32:asym", "int4:channel @ int8:token", "int4:g64 @ e4m3fn:token"]
+)
 def test_other_operators(name: str, text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     force_kernels(monkeypatch)
     model, ids = quantized(name, text, dtype), token_ids()
@@ -213,8 +215,6 @@ def test_a_checkpoint_is_not_saved_from_packed_codes(tmp_path: Path) -> None:
 
 
 def test_an_original_model_stays_what_it_is() -> None:
-    from tests.tiny import build_tiny
-
     model, ids = build_tiny("llama"), token_ids()
     wanted = outputs(model, ids)
     optimized, report = zq.optimize(model, report=True)

@@ -26,6 +26,23 @@ DECODE = {"past_key_values", "attention_mask", "position_ids", "use_cache", "ret
 ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
 
 
+class Place:
+    """A memory pool and a stream to capture on. What a kernel needs once on a stream (counters, workspaces)
+    is made by running there first, and is then no part of a graph."""
+
+    def __init__(self) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    def run(self, step: Callable[[], Any]) -> Any:
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            out = step()
+        here.wait_stream(self.stream)
+        return out
+
+
 class Captured:
     """A call that was seen: its static buffers; from its second time on, its graph and what that returns."""
 
@@ -36,25 +53,29 @@ class Captured:
         self.calls = 0
         self.failed = False
 
-    def run(self, step: Callable[[], Any], pool: Any, capture: bool) -> Any:
-        """`step` reads the buffers and returns a ModelOutput whose tensors are then new ones."""
+    def run(self, step: Callable[[], Any], place: Place | None) -> Any:
+        """`step` reads the buffers and returns a ModelOutput whose tensors are then new ones. place: where to
+        capture; None: nowhere."""
         self.calls += 1
-        if not capture or self.failed or self.calls == 1:
-            out = step()
+        if place is None or self.failed:
+            return step()
+        if self.calls == 1:
+            out = place.run(step)
             # Tuples are hidden states, where config.json asks for them.
-            self.failed |= not all(torch.is_tensor(x) for x in out.values())
-            return out
-        if self.graph is None and not self._capture(step, pool):
+            self.failed = not all(torch.is_tensor(x) for x in out.values())
+            return out if self.failed else _copied(out)
+        if self.graph is None and not self._capture(step, place):
             return step()
         graph: Any = self.graph
         graph.replay()
-        return type(self.out)(**{name: x.clone() for name, x in self.out.items()})
+        return _copied(self.out)
 
-    def _capture(self, step: Callable[[], Any], pool: Any) -> bool:
+    def _capture(self, step: Callable[[], Any], place: Place) -> bool:
         """Capturing runs nothing, so the caches are as before."""
         graph = torch.cuda.CUDAGraph()
+        given: dict[str, Any] = {"capture_error_mode": "thread_local"}  # other threads do as they like
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, **given):
                 self.out = step()
         except RuntimeError as error:
             self.failed = True
@@ -77,7 +98,7 @@ class Runner:
         self.on = self.capture = on
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
-        self.pool: Any = None
+        self.place: Place | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model captures graphs of its own."""
@@ -123,7 +144,7 @@ class Runner:
             # What is kept must not keep a cache alive.
             return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
 
-        out = seen.run(step, self._pool(), self.capture)
+        out = seen.run(step, self._place())
         out["past_key_values"] = cache
         return out
 
@@ -144,23 +165,30 @@ class Runner:
                 inputs["attention_mask"] = inputs["attention_mask"].bool()[:, None, None, :]
             return forward(**inputs, return_dict=True)
 
-        return seen.run(step, self._pool(), self.capture)
+        return seen.run(step, self._place())
 
     def _find(self, key: Hashable, make: Callable[[], Any]) -> Captured:
-        found = self.seen.pop(key, None) or Captured(make())
+        found = self.seen.pop(key, None)
+        if found is None:
+            with torch.inference_mode(False):  # else they could not be written outside of it
+                found = Captured(make())
         self.seen[key] = found
         while len(self.seen) > LIMIT:
             self.seen.popitem(last=False)
         return found
 
-    def _pool(self) -> Any:
-        if self.capture and self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        return self.pool
+    def _place(self) -> Place | None:
+        if self.capture and self.place is None:
+            self.place = Place()
+        return self.place if self.capture else None
 
 
 def _ordinary(given: dict[str, Any], allowed: set[str]) -> bool:
     return given.keys() <= allowed and given.get("use_cache", True) and given.get("return_dict", True)
+
+
+def _copied(out: Any) -> Any:
+    return type(out)(**{name: x.clone() for name, x in out.items()})
 
 
 def _capturing(x: Tensor) -> bool:

@@ -28,6 +28,8 @@ class CachePool:
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, values, length of each layer
         self.lent: Any = None  # a weak reference
 
+    @torch.inference_mode(False)  # else tensors could not be written outside of it
+    @torch.no_grad()
     def lease(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> StaticCache | None:
         """An empty static cache for `batch` rows of at least `length` positions, or None: for sliding
         windows, and while the one before is in use."""
