@@ -13,7 +13,7 @@ import zq
 from tests.runtime.quantized import W4A8, W8A8, force_kernels, quantized
 from tests.tiny import TINY, random_model, token_ids
 from zq.runtime import graphs
-from zq.runtime.pool import ROUND, CachePool
+from zq.runtime.pool import CachePool, bucket
 
 DECODERS = [name for name in TINY if "bert" not in name]
 SLIDING = ("mistral", "qwen2")  # as tests/tiny.py has them
@@ -204,13 +204,22 @@ def test_caches_stay_where_they_are() -> None:
     first.layers[0].cumulative_length.add_(7)
     assert lease(pool, 1, 5) is None, "in use"
     del first
-    second = lease(pool, 1, ROUND)
+    second = lease(pool, 1, 130)
     assert [layer.keys.data_ptr() for layer in second.layers] == places
-    assert tuple(second.layers[0].keys.shape) == (1, 2, ROUND, 16)
+    assert tuple(second.layers[0].keys.shape) == (1, 2, 192, 16)
+    assert int(second.get_seq_length()) == 0
     assert all(not layer.values.any() and not int(layer.cumulative_length) for layer in second.layers)
     del second
-    third = lease(pool, 3, ROUND + 1)
-    assert tuple(third.layers[1].values.shape) == (3, 2, 2 * ROUND, 16)
+    third = lease(pool, 3, 129)
+    assert tuple(third.layers[1].values.shape) == (3, 2, 192, 16)
+    del third
+    assert lease(pool, 6, 100).layers[0].keys.numel() > pool.held[0][0].numel() // 2
+
+
+def test_lengths_that_share_a_graph() -> None:
+    sizes = sorted({bucket(length) for length in range(1, 3000)})
+    assert sizes == [128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072]
+    assert all(bucket(length) >= length for length in range(1, 3000))
 
 
 def test_a_cache_with_a_window_is_not_lent() -> None:

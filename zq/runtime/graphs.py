@@ -116,8 +116,10 @@ class Runner:
         ids = rest.pop("input_ids", None)
         if args or not torch.is_tensor(ids) or ids.dim() != 2 or _capturing(ids):
             return forward(*args, **given)
-        run = self._encode if self.encoder else self._decode
-        made = run(forward, ids, rest)
+        if self.encoder:
+            made = self._encode(forward, ids, rest, model.dtype)
+        else:
+            made = self._decode(forward, ids, rest)
         return forward(input_ids=ids, **rest) if made is None else made
 
     def _decode(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
@@ -148,7 +150,9 @@ class Runner:
         out["past_key_values"] = cache
         return out
 
-    def _encode(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
+    def _encode(
+        self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype
+    ) -> Any:
         given = {"input_ids": ids, **{n: x for n, x in rest.items() if n != "return_dict"}}
         shaped = all(torch.is_tensor(x) and x.dim() == 2 for x in given.values())
         if not _ordinary(rest, ENCODE) or not shaped or self.config._attn_implementation != "sdpa":
@@ -162,7 +166,9 @@ class Runner:
         def step() -> Any:
             inputs = dict(buffers)
             if "attention_mask" in inputs:  # in two dimensions transformers would ask whether it is all ones
-                inputs["attention_mask"] = inputs["attention_mask"].bool()[:, None, None, :]
+                hidden = inputs["attention_mask"].eq(0)[:, None, None, :]
+                added = torch.zeros_like(hidden, dtype=dtype)
+                inputs["attention_mask"] = added.masked_fill_(hidden, torch.finfo(dtype).min)
             return forward(**inputs, return_dict=True)
 
         return seen.run(step, self._place())
