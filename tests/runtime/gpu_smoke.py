@@ -28,6 +28,7 @@ import zq
 from tests.simulate import block_linears
 from zq.models.layout import linear_shape
 from zq.numerics.qtensor import QTensor, quantize
+from zq.runtime.graphs import PATIENCE
 from zq.runtime.linear import replace_linear
 from zq.runtime.serving import served
 from zq.spec import Scheme
@@ -142,7 +143,7 @@ def stepped(model: Any, ids: Tensor, mask: Tensor) -> bool:
 
 
 def encoded(model: Any, ids: Tensor, mask: Tensor) -> bool:
-    found = [model(input_ids=ids, attention_mask=mask)[0] for _ in range(4)]
+    found = [model(input_ids=ids, attention_mask=mask)[0] for _ in range(PATIENCE + 3)]
     captured = [seen for seen in model.zq_runner.seen.values() if seen.graph is not None]
     return bool(captured) and all(torch.equal(found[0], each) for each in found[1:])
 
@@ -211,7 +212,7 @@ def encode(batch: int, length: int) -> None:
     print(zq.optimize(model, report=True)[1])
     ids = torch.randint(3, 30000, (batch, length), device=CUDA)
     for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
-        for _ in range(3):
+        for _ in range(PATIENCE + 2):
             model(**given)
         seen = next(reversed(model.zq_runner.seen.values()))
         whole = median_ms(lambda given=given: model(**given), 50)

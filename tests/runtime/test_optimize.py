@@ -99,7 +99,7 @@ def test_what_was_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SOME: dict[str, tuple[Callable[[str], str | None], str]] = {
-    "a bf16 block": (lambda name: None if ".0." in name else W4A8, "1 x block: no layer is quantized"),
+    "a bf16 block": (lambda name: None if ".0." in name else W4A8, "1 x block: no layer is quantized by zq"),
     "a bf16 layer": (lambda name: None if "up_proj" in name else W4A8, "3 x linear: not quantized"),
     "a bf16 qkv": (lambda name: None if "self_attn" in name else W4A8, "9 x linear: not quantized"),
     "without activations": (lambda name: W4A16 if "v_proj" in name else W4A8, ""),
@@ -219,5 +219,5 @@ def test_an_original_model_stays_what_it_is() -> None:
     wanted = outputs(model, ids)
     optimized, report = zq.optimize(model, report=True)
     assert torch.equal(outputs(optimized, ids), wanted)
-    assert report.left["block: no layer is quantized"] == 2
+    assert report.left["block: no layer is quantized by zq"] == 2
     assert sum(is_linear(module) for module in optimized.modules()) == 15

@@ -1,9 +1,9 @@
 """CUDA graphs of a model: decode steps over a static cache, and encoders of fixed shape.
 
-A shape is run eagerly when it is first seen, which loads and warms everything up, captured the second time,
-and replayed from then on. Whatever is unusual about a call runs as transformers runs it. The captured graphs,
-at most `LIMIT`, share one memory pool: they are never replayed at the same time, and what they return is
-copied.
+A shape is run eagerly when it is first seen, which loads and warms everything up, captured when it comes
+again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on. Whatever
+is unusual about a call runs as transformers runs it. The captured graphs, at most `LIMIT`, share one memory
+pool: they are never replayed at the same time, and what they return is copied.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zq.runtime.pool import CachePool
 from zq.runtime.step import Buffers, is_static, static_step
 
 LIMIT = 16
+PATIENCE = 4  # calls of an encoder in a shape before it is captured
 DECODE = {"past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
 ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
 
@@ -44,10 +45,11 @@ class Place:
 
 
 class Captured:
-    """A call that was seen: its static buffers; from its second time on, its graph and what that returns."""
+    """A call that was seen `calls` times: its static buffers; after the first `eager` ones its graph, and
+    what that returns."""
 
-    def __init__(self, buffers: Any) -> None:
-        self.buffers = buffers
+    def __init__(self, buffers: Any, eager: int = 1) -> None:
+        self.buffers, self.eager = buffers, eager
         self.graph: Any = None
         self.out: Any = None
         self.calls = 0
@@ -59,7 +61,7 @@ class Captured:
         self.calls += 1
         if place is None or self.failed:
             return step()
-        if self.calls == 1:
+        if self.calls <= self.eager:
             out = place.run(step)
             # Tuples are hidden states, where config.json asks for them.
             self.failed = not all(torch.is_tensor(x) for x in out.values())
@@ -158,7 +160,7 @@ class Runner:
         if not _ordinary(rest, ENCODE) or not shaped or self.config._attn_implementation != "sdpa":
             return None
         key = ("encode", *((name, tuple(x.shape), x.dtype) for name, x in sorted(given.items())))
-        seen = self._find(key, lambda: {name: torch.empty_like(x) for name, x in given.items()})
+        seen = self._find(key, lambda: {name: torch.empty_like(x) for name, x in given.items()}, PATIENCE)
         for name, value in given.items():
             seen.buffers[name].copy_(value)
         buffers = seen.buffers
@@ -173,11 +175,11 @@ class Runner:
 
         return seen.run(step, self._place())
 
-    def _find(self, key: Hashable, make: Callable[[], Any]) -> Captured:
+    def _find(self, key: Hashable, make: Callable[[], Any], eager: int = 1) -> Captured:
         found = self.seen.pop(key, None)
         if found is None:
             with torch.inference_mode(False):  # else they could not be written outside of it
-                found = Captured(make())
+                found = Captured(make(), eager)
         self.seen[key] = found
         while len(self.seen) > LIMIT:
             self.seen.popitem(last=False)

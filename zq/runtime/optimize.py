@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from zq.errors import ZqError
-from zq.models.arch import Arch
 from zq.models.families import FAMILIES
-from zq.models.layout import base_prefix
+from zq.models.layout import base_prefix, is_linear
 from zq.models.structure import structure_of
 from zq.runtime.blocks.attention import Shared
 from zq.runtime.blocks.block import FusedBlock
-from zq.runtime.blocks.build import fuse, obstacle
+from zq.runtime.blocks.build import POSTS, fuse, obstacle
 from zq.runtime.generation import attach
 from zq.runtime.served import NAMES, capability
 from zq.runtime.serving import ServedLinear, serve_linears
@@ -90,7 +89,7 @@ def _optimize(model: Any) -> Fused:
         shared.config = model.config
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1
-    _left_linears(found, model, arch)
+    _left_linears(found, model)
     if device.type == "cuda":
         load_fused(model, device)
     found.graphs = attach(model, shared, encoder=arch is not None and arch.encoder)
@@ -138,8 +137,12 @@ def _describe(found: Fused, block: Any) -> None:
     for name, what in (("qkv", "q, k, v in one product"), ("up", "gate and up in one product")):
         found.fused[what] += getattr(block, name).merged
     norms = [norm for norm in (block.norm_1, block.norm_2) if norm is not None]
+    read = block.qkv.takes is not None or block.up.takes is not None
     for norm in norms:
         found.fused["norm + quantization"] += norm.takes is not None
+        if norm.takes is None and read:
+            why = "it feeds the sum as well" if block.order in POSTS else "its readers or its weights differ"
+            found.left[f"norm: {why}"] += 1
     found.fused["activation + quantization"] += block.activation.takes is not None
     found.fused += Counter()  # drops what has not been found
     found.fused["block"] += 1
@@ -147,7 +150,5 @@ def _describe(found: Fused, block: Any) -> None:
         found.left[f"activation {type(block.activation.function).__name__}: no operator of it"] += 1
 
 
-def _left_linears(found: Fused, model: nn.Module, arch: Arch | None) -> None:
-    from zq.models.layout import is_linear
-
+def _left_linears(found: Fused, model: nn.Module) -> None:
     found.left.update("linear: not quantized" for module in model.modules() if is_linear(module))

@@ -24,7 +24,7 @@ def obstacle(block: nn.Module, arch: Arch, structure: Structure) -> str:
     """Why a block cannot be fused; "" when it can. Its quantized linears are ServedLinear already."""
     linears = [_at(block, path) for site in arch.sites for path in site.linears]
     if not any(isinstance(linear, ServedLinear) for linear in linears):
-        return "no layer is quantized"
+        return "no layer is quantized by zq"
     other = next((x for x in linears if not isinstance(x, ServedLinear) and not is_linear(x)), None)
     if other is not None:
         return f"a layer is a {type(other).__name__}"
