@@ -1,9 +1,9 @@
 """CUDA graphs of a model: decode steps over a static cache, and encoders of fixed shape.
 
 A shape is run eagerly when it is first seen, which loads and warms everything up, captured when it comes
-again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on. Whatever
-is unusual about a call runs as transformers runs it. The captured graphs, at most `LIMIT`, share one memory
-pool: they are never replayed at the same time, and what they return is copied.
+again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on.
+Whatever is unusual about a call runs as transformers runs it. The captured graphs, at most `LIMIT`, share one
+memory pool: they are never replayed at the same time, and what they return is copied.
 """
 
 from __future__ import annotations

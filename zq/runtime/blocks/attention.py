@@ -90,7 +90,8 @@ class Attention(nn.Module):
         name = self.config._attn_implementation
         function: Any = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
         window = getattr(self.module, "sliding_window", getattr(self.config, "sliding_window", None))
-        more = call.more if window is None else {**call.more, "sliding_window": window}
+        more = {**call.more, "sliding_window": window, "position_ids": call.positions}
+        more = {name: value for name, value in more.items() if value is not None}
         mask = _bias(call, call.mask)
         return function(self.module, q, k, v, mask, dropout=0.0, scaling=self.scaling, **more)[0]
 
