@@ -60,7 +60,7 @@ def measure(row: Row, seed: int, where: Setting, text: str) -> dict[str, Any]:
         if row.calibrated and (plan.windows is None or not torch.equal(plan.windows, where.calibration)):
             raise SystemExit(f"row '{row.name}' was calibrated on other tokens than the protocol's")
         del plan
-        measured = where.measure(lambda: zq.load(str(out), device=where.device))
+        measured = where.measure(lambda: zq.load(str(out), device=where.device, kernels=False))
     return {
         "bits_per_weight": report["bits_per_weight"],
         **cost.to_dict(),

@@ -50,7 +50,7 @@ def measure(folder: Path, recipe: Recipe, device: str, ids: Any, mask: Any) -> d
         out = Path(scratch) / "out"
         with Cost(device) as cost:
             report = quantize(make_plan(folder, recipe, device=device), out).report
-        models = [encoder_states(zq.load(str(path), device=device)) for path in (folder, out)]
+        models = [encoder_states(zq.load(str(path), device=device, kernels=False)) for path in (folder, out)]
         agreement = encoder_agreement(models[0], models[1], ids, mask).to_dict()
     return {"bits_per_weight": report["bits_per_weight"], **cost.to_dict(), "agreement": agreement}
 

@@ -97,7 +97,7 @@ class Setting:
     def measure(self, load: Callable[[], Any]) -> dict[str, Any]:
         """{"texts": by name what zq.eval.divergence says, "mean_kl": over the texts that did not calibrate}.
         `load` gives the candidate, a transformers model."""
-        reference, candidate = zq.load(str(self.folder), device=self.device), load()
+        reference, candidate = zq.load(str(self.folder), device=self.device, kernels=False), load()
         both = decoder_logits(reference), decoder_logits(candidate)
         found = {name: divergence(*both, windows).to_dict() for name, windows in self.texts.items()}
         kls = [measured["kl"] for name, measured in found.items() if name != CALIBRATION]

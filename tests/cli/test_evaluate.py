@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zq
 from tests.command import run
+from zq.runtime import load
 
 WINDOWS, LENGTH = 3, 32
 PERPLEXITY = {"nll", "nll_standard_error", "ppl", "tokens", "windows", "length", "conventions"}
@@ -127,3 +128,18 @@ def test_bloom_has_no_limit_of_positions(tmp_path):
         run("eval", tmp_path / "bloom", "--windows", "1", "--length", "100", "--json").ok().json["length"]
         == 100
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_figures_mean_the_simulation(kind, text, monkeypatch, request):
+    """Kernels are never asked for, whatever the device."""
+    folder, asked = request.getfixturevalue(kind), []
+    original = load.load
+
+    def watched(*args, kernels=True, **given):
+        asked.append(kernels)
+        return original(*args, kernels=kernels, **given)
+
+    monkeypatch.setattr(load, "load", watched)
+    evaluate(folder, "--against", folder, "--text", text)
+    assert asked == [False, False]

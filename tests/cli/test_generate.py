@@ -83,3 +83,19 @@ def test_bad_numbers(args, message, llama):
     done = run("generate", llama, PROMPT, *args)
     assert done.code == 2
     assert message in done.err
+
+
+def test_what_was_fused_is_said_when_asked(w4a8):
+    plain = run("generate", w4a8, PROMPT, "--raw", "--max-tokens", "2").ok()
+    said = run("generate", w4a8, PROMPT, "--raw", "--max-tokens", "2", "--verbose").ok()
+    assert said.out == plain.out
+    assert "linears: 14 x integers on the CPU" in said.err
+    assert "linears" not in plain.err
+
+
+def test_without_fusing_the_simulation_runs(w4a8, monkeypatch):
+    from zq.runtime import optimize
+
+    monkeypatch.setattr(optimize, "_optimize", None)
+    tokens = generate(w4a8, PROMPT, "--raw", "--max-tokens", "6", "--no-optimize")["tokens"]
+    assert tokens == greedy(zq.load(w4a8), w4a8, PROMPT, 6)

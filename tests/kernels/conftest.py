@@ -1,8 +1,8 @@
 """One cache of cubins for all tests of a run, and kernels compiled once.
 
-All for all architectures take minutes (`make kernels`). Here every unit of quant.cu, of optim.cu and of the cache
-is compiled for one architecture, and the matrix kernels with the schemes of the recipes, each by both of their
-sources.
+All for all architectures take minutes (`make kernels`). Here every unit of quant.cu, of optim.cu and of the
+cache is compiled for one architecture, and the matrix kernels with the schemes of the recipes, each by both
+of their sources.
 """
 
 from __future__ import annotations

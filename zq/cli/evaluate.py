@@ -94,8 +94,8 @@ def measure(  # noqa: PLR0913 (what the command line can say)
     content = load_text(text)
     tokenizer = load_tokenizer(reference or folder)
     loaded = load if encoder else load_decoder
-    candidate = loaded(folder, device=device)
-    original = loaded(reference, device=device) if reference else None
+    candidate = loaded(folder, device=device, kernels=False)  # figures mean the simulation
+    original = loaded(reference, device=device, kernels=False) if reference else None
 
     def progress(steps: int) -> Any:
         bar = iter(track(range(steps), "windows", console=err, transient=True, disable=quiet))

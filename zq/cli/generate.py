@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def generate(
+def generate(  # noqa: PLR0913 (a command line is its options)
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id, or `demo`.")],
     prompt: Annotated[str, typer.Argument(help="What to continue, or to answer.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate.")] = 64,
@@ -23,6 +23,13 @@ def generate(
         typer.Option("--chat/--raw", help="Use the chat template. Default: when there is one."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+    optimize: Annotated[
+        bool,
+        typer.Option("--optimize/--no-optimize", help="Run fused, or the simulation that zq eval measures."),
+    ] = True,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say what was fused and what was not, and why.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print prompt and text as JSON.")] = False,
 ) -> None:
@@ -59,12 +66,18 @@ def generate(
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
         _check_prompt(inputs["input_ids"], max_tokens, find_positions(folder), str(folder))
-        model = load_decoder(folder, device=place)
+        model = load_decoder(folder, device=place, kernels=optimize)
         if int(inputs["input_ids"].max()) >= model.config.vocab_size:
             raise ZqError(
                 f"{folder}: the tokenizer gives token id {int(inputs['input_ids'].max())}, the model's "
                 f"vocab_size is {model.config.vocab_size}; use the tokenizer of this very model"
             )
+        if optimize:
+            from zq.runtime.optimize import optimize as make_fast
+
+            model, fused = make_fast(model, report=True)
+            if verbose:
+                note(str(fused))
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -17,6 +17,7 @@ from zq.export import native
 from zq.models import names
 from zq.models.layout import linear_shapes
 from zq.runtime.linear import replace_linear
+from zq.runtime.serving import may_be_saved, serve_linears
 
 METHOD = "zq"
 
@@ -50,8 +51,16 @@ class ZqQuantizer(HfQuantizer):
                 # GPT-2 initialises c_proj.weight from the module around it, loaded or not.
                 parent._is_hf_initialized = True
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """On a GPU the linears run zq's operators from the start."""
+        places = {parameter.device for parameter in model.parameters()}
+        if len(places) == 1 and next(iter(places)).type == "cuda":
+            serve_linears(model, places.pop())
+        return model
+
     def is_serializable(self) -> bool:
-        return True
+        """Raises ZqError when the codes are packed for kernels."""
+        return may_be_saved(self)
 
     @property
     def is_trainable(self) -> bool:

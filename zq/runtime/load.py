@@ -23,6 +23,7 @@ from zq.models.build import class_options, shapes_only, stores_pooler
 from zq.models.families import FAMILIES
 from zq.models.find import load_config, model_class
 from zq.models.layout import linear_shapes
+from zq.runtime.serving import serve_linears
 from zq.spec import Scheme
 
 
@@ -34,8 +35,14 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
         raise ZqError(f"cannot read {folder / 'config.json'} ({error}); give a checkpoint folder") from None
 
 
-def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, kernels: bool = True
+) -> Any:
     """A transformers model in eval mode on `device`, computing in `dtype` (default: as stored).
+
+    kernels: on a CUDA device, quantized layers are packed for zq's operators, which compute what was measured
+    up to the rounding of their outputs; such a model cannot be saved. False, and always on a CPU: the
+    simulation that zq's accuracy figures mean, from codes that can be saved again.
 
     Raises ZqError for an unreadable or foreign checkpoint, and when tensors are missing, left over or of
     another shape.
@@ -70,12 +77,14 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
         config.quantization_config = native.config(assigned, [])
         model, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
     _check(info, where)
+    if kernels and torch.device(device).type == "cuda":
+        serve_linears(model, torch.device(device))  # one after the other; the rest follows
     return model.to(device).eval()
 
 
-def load_decoder(folder: str | Path, *, device: str = "cpu") -> Any:
+def load_decoder(folder: str | Path, *, device: str = "cpu", kernels: bool = False) -> Any:
     """`load`, for what predicts tokens. Raises ZqError when the model has no language-model head."""
-    model = load(folder, device=device)
+    model = load(folder, device=device, kernels=kernels)
     if model.get_output_embeddings() is None:
         raise ZqError(
             f"{folder} holds a {type(model).__name__}, which has no language-model head and predicts no "

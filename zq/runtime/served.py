@@ -5,7 +5,8 @@
     dequantized dequantized once, activations rounded in simulation as zq.load does: any other scheme
 
 `serve` chooses. What is computed is what zq measured, up to the rounding of the output. Unlike QuantLinear
-these do not go back into a checkpoint.
+these do not go back into a checkpoint. `takes` says which quantized rows a module can be given in place of
+its input (rows.py), where it can.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from zq.kernels.select import kernel_op
 from zq.kernels.tiles import packing, unit_name
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
 from zq.runtime.integers import integer_linear
+from zq.runtime.rows import Rows, quantized
 from zq.spec import Layout, Scheme, TensorSpec
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -44,15 +46,23 @@ def serve(q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> nn.
     computes it. Raises ZqError when a kernel exists and cannot be loaded."""
     scheme = Scheme(q.spec, activations)
     device = q.codes.device
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        op = kernel_op(scheme, q.shape[1], NAMES[dtype], 10 * major + minor)
+    sm = capability(device)
+    if sm is not None:
+        op = kernel_op(scheme, q.shape[1], NAMES[dtype], sm)
         if op is not None and (op != "w4a16" or _holds(q.scale, dtype)):
             load_kernels(op, scheme, dtype, device)
             return KernelLinear(q, op, dtype)
-    elif _whole(q.spec) and activations is not None and activations.format == "int8":
+    if device.type == "cpu" and _whole(q.spec) and activations is not None and activations.format == "int8":
         return IntegerLinear(q)
     return DenseLinear(q, activations, dtype)
+
+
+def capability(device: torch.device) -> int | None:
+    """10 x the compute capability of a device that runs kernels, None for every other."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _whole(spec: TensorSpec) -> bool:
@@ -67,6 +77,8 @@ def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
 
 def load_kernels(op: str, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> None:
     """So that nothing is compiled or loaded while a CUDA graph is captured. Raises ZqError."""
+    if device.type != "cuda":
+        return
     from zq.kernels import cuda  # of use only where there is a GPU
 
     here = cuda.describe(torch.cuda.current_device() if device.index is None else device.index)
@@ -80,7 +92,9 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.w: Tensor
         self.ws: Tensor | None
-        self.n, self.op, self.group, self.asym = q.shape[0], op, group_of(q.spec), not q.spec.symmetric
+        self.n, self.k, self.op = q.shape[0], q.shape[1], op
+        self.group, self.asym = group_of(q.spec), not q.spec.symmetric
+        self.packing = packing(op, self.group, self.asym, dtype == torch.float16)
         w, ws = pack(q, op, dtype)
         self.register_buffer("w", w)
         self.register_buffer("ws", ws)
@@ -89,27 +103,34 @@ class KernelLinear(nn.Module):
     def way(self) -> str:
         return f"zq's kernel {self.op}"
 
+    @property
+    def takes(self) -> torch.dtype | None:
+        """What the operator wants its rows quantized to; None: as they are."""
+        if self.op.endswith("a16"):
+            return None
+        return torch.float8_e4m3fn if self.op.endswith("fp8") else torch.int8
+
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return self._product(rows, bias).reshape(*x.shape[:-1], self.n)
+        return self.product(quantized(Rows(rows), self.takes), bias, x.dtype).reshape(*x.shape[:-1], self.n)
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        ops, w, ws, n, out = torch.ops.zq, self.w, self.ws, self.n, x.dtype
+    def product(self, rows: Rows, bias: Tensor | None, out: torch.dtype) -> Tensor:
+        """rows as `takes` says, bias [N] or None -> [M, N] in `out`."""
+        ops, w, ws, n, group = torch.ops.zq, self.w, self.ws, self.n, self.group
+        x, sx, rowsum = rows
         if self.op == "w4a16":
-            return ops.w4a16(x, w, ws, bias, n, self.group, self.asym)
+            return ops.w4a16(x, w, ws, bias, n, group, self.asym)
         if self.op == "w8a16":
             return ops.w8a16(x, w, ws, bias, n)
-        if self.op.endswith("fp8"):
-            q, sx = ops.quant_fp8(x)
-            if self.op == "w4a8_fp8":
-                return ops.w4a8_fp8(q, sx, w, bias, n, self.group, out)
-            return ops.w8a8_fp8(q, sx, w, ws, bias, n, out)
-        q, sx, rowsum = ops.quant_int8(x)
+        if self.op == "w4a8_fp8":
+            return ops.w4a8_fp8(x, sx, w, bias, n, group, out)
+        if self.op == "w8a8_fp8":
+            return ops.w8a8_fp8(x, sx, w, ws, bias, n, out)
         if self.op == "w4a8_int8":
-            return ops.w4a8_int8(q, sx, rowsum, w, ws, bias, n, self.group, out)
+            return ops.w4a8_int8(x, sx, rowsum, w, ws, bias, n, group, out)
         if self.op == "w4a8_int8_group":
-            return ops.w4a8_int8_group(q, sx, w, ws, bias, n, self.group, out)
-        return ops.w8a8_int8(q, sx, w, ws, bias, n, out)
+            return ops.w4a8_int8_group(x, sx, w, ws, bias, n, group, out)
+        return ops.w8a8_int8(x, sx, w, ws, bias, n, out)
 
 
 def pack(q: QTensor, op: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -130,6 +151,7 @@ class IntegerLinear(nn.Module):
     """Codes int8 [N, K]; two levels of scales become INT8 weights with a scale per channel, exactly."""
 
     way = "integers on the CPU"
+    takes = None
 
     def __init__(self, q: QTensor) -> None:
         super().__init__()
@@ -156,6 +178,7 @@ class DenseLinear(nn.Module):
     """The weight in `dtype` [N, K]."""
 
     way = "dequantized weights"
+    takes = None
 
     def __init__(self, q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,0 +1,239 @@
+# ruff: noqa: T201 (a script)
+"""Optimized models on a GPU, without pytest, for a machine that is there for minutes only.
+
+    python -m tests.runtime.gpu_smoke check                 small models: fused and captured, or simulated
+    python -m tests.runtime.gpu_smoke decode [--blocks 32] [--batch 1] [--context 512] [--tokens 64]
+                                                            a Llama of 8B's shape with random INT4 codes
+    python -m tests.runtime.gpu_smoke encode [--batch 8] [--length 128]   BERT-base's shape, INT8
+
+`check` compares logits with those of the unoptimized simulation, and tokens of replayed graphs with those of
+the same steps run eagerly. `decode` and `encode` print milliseconds (median), launches of a step and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import zq
+from tests.simulate import block_linears
+from zq.models.layout import linear_shape
+from zq.numerics.qtensor import QTensor, quantize
+from zq.runtime.graphs import PATIENCE
+from zq.runtime.linear import replace_linear
+from zq.runtime.serving import served
+from zq.spec import Scheme
+
+BF16, CUDA = torch.bfloat16, torch.device("cuda")
+W4A8, W8A8 = "int4:g128 @ int8:token", "int8:channel @ int8:token"
+SMALL: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=4096, architectures=["LlamaForCausalLM"],
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=64, vocab_size=4096, architectures=["Qwen3ForCausalLM"],
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=1024, n_layer=4, n_head=16, vocab_size=4096, architectures=["GPT2LMHeadModel"]
+    ),
+    "gptj": lambda: transformers.GPTJConfig(
+        n_embd=1024, n_layer=4, n_head=16, rotary_dim=32, vocab_size=4096, architectures=["GPTJForCausalLM"]
+    ),
+    "bloom": lambda: transformers.BloomConfig(
+        hidden_size=1024, n_layer=4, n_head=16, vocab_size=4096, architectures=["BloomForCausalLM"]
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16,
+        vocab_size=4096, architectures=["GPTNeoXForCausalLM"],
+    ),
+    "bert": lambda: transformers.BertConfig(num_hidden_layers=4, architectures=["BertModel"]),
+}  # fmt: skip
+
+
+def build(config: Any, scheme: str) -> Any:
+    """A random model in bf16 on the GPU with quantized blocks."""
+    torch.manual_seed(0)
+    model = getattr(transformers, config.architectures[0])(config).to(CUDA, BF16).eval()
+    parsed = Scheme.parse(scheme)
+    for name in block_linears(model):
+        old = model.get_submodule(name)
+        weight = old.weight.detach()
+        weight = weight if tuple(weight.shape) == linear_shape(old) else weight.T.contiguous()
+        replace_linear(model, name, parsed, BF16).set_weight(quantize(weight, parsed.weights))
+    return model
+
+
+def fill_llama(blocks: int) -> Any:
+    """A Llama of 8B's shape, packed block by block; no weight is ever there in 16 bits."""
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(BF16)
+    scheme = Scheme.parse(W4A8)
+    for name in block_linears(model):
+        linear = replace_linear(model, name, scheme, BF16)
+        n, k = linear.out_features, linear.in_features
+        codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=CUDA)
+        scale = torch.full((n, k // 128), 0.2 / k**0.5, dtype=BF16, device=CUDA)
+        linear.to_empty(device=CUDA)
+        linear.set_weight(QTensor(codes, scale, None, None, scheme.weights))
+        model.set_submodule(name, served(linear, BF16, CUDA))
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            made = torch.ones if "norm" in name else torch.randn
+            fresh = made(parameter.shape, dtype=BF16, device=CUDA) * (1 if "norm" in name else 0.02)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(fresh, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(CUDA)
+    return model.eval()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@torch.no_grad()
+def check() -> None:
+    bad = []
+    for name, make in SMALL.items():
+        for scheme in (W4A8, W8A8, "int4:g128:two-level @ int8:token", "int4:g128"):
+            torch.manual_seed(1)
+            ids = torch.randint(3, 4000, (3, 40), device=CUDA)
+            mask = torch.ones_like(ids)
+            mask[1, :7] = mask[2, :19] = 0
+            model = build(make(), scheme)
+            wanted = model(input_ids=ids, attention_mask=mask)[0]
+            zq.optimize(model)
+            model.zq_runner.on = False
+            apart = distance(
+                *(x[mask.bool()] for x in (model(input_ids=ids, attention_mask=mask)[0], wanted))
+            )
+            model.zq_runner.on = True
+            same = encoded(model, ids, mask) if name == "bert" else stepped(model, ids, mask)
+            good = apart < 5e-2 and same
+            bad += [] if good else [f"{name} {scheme}"]
+            verdict = "ok " if good else "BAD"
+            print(f"{verdict} {name:9} {scheme:34} apart {apart:.1e}  replayed as eager: {same}")
+    print("all good" if not bad else f"BAD: {', '.join(bad)}")
+
+
+def stepped(model: Any, ids: Tensor, mask: Tensor) -> bool:
+    """Whether replayed graphs give the tokens of the same steps run eagerly, and were really replayed."""
+    found = []
+    for capture in (False, True, True):
+        model.zq_runner.capture = capture
+        given = {"max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+        found.append(model.generate(input_ids=ids, attention_mask=mask, **given))
+    captured = [seen for seen in model.zq_runner.seen.values() if seen.graph is not None]
+    return bool(captured) and all(torch.equal(found[0], each) for each in found[1:])
+
+
+def encoded(model: Any, ids: Tensor, mask: Tensor) -> bool:
+    found = [model(input_ids=ids, attention_mask=mask)[0] for _ in range(PATIENCE + 3)]
+    captured = [seen for seen in model.zq_runner.seen.values() if seen.graph is not None]
+    return bool(captured) and all(torch.equal(found[0], each) for each in found[1:])
+
+
+def launches(call: Callable[[], Any]) -> int:
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        call()
+        torch.cuda.synchronize()
+    return sum(str(event.device_type).endswith("CUDA") for event in traced.events())
+
+
+def median_ms(call: Callable[[], Any], times: int) -> float:
+    spent = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        spent.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(spent)
+
+
+@torch.no_grad()
+def decode(blocks: int, batch: int, context: int, tokens: int) -> None:
+    model = fill_llama(blocks)
+    torch.cuda.reset_peak_memory_stats()
+    print(zq.optimize(model, report=True)[1])
+    print(f"memory {torch.cuda.memory_allocated() / 1e9:.2f} GB, peak of optimize "
+          f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB")  # fmt: skip
+    ids = torch.randint(3, 128000, (batch, context), device=CUDA)
+
+    def text(count: int) -> Any:
+        given = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        return model.generate(input_ids=ids, eos_token_id=None, **given)
+
+    text(4)
+    print(f"prefill {context}: {median_ms(lambda: text(1), 5):.2f} ms with generate around it")
+    whole, one = (median_ms(lambda count=count: text(count), 3) for count in (tokens + 1, 1))
+    each = (whole - one) / tokens
+    print(f"generate: {each:.3f} ms a token, {1e3 * batch / each:.0f} tokens/s")
+    runner = model.zq_runner
+    cache = runner.caches.lease(batch, context + 8, CUDA, BF16)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token, place = ids[:, -1:], torch.full((1, 1), context, device=CUDA)
+
+    def step() -> Any:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context)
+        return model(input_ids=token, position_ids=place, past_key_values=cache, logits_to_keep=1)
+
+    step()
+    step()
+    seen = next(reversed(runner.seen.values()))
+    if seen.graph is None:
+        print("NOT CAPTURED")
+        return
+    print(f"graph alone: {median_ms(seen.graph.replay, 50):.3f} ms, {launches(seen.graph.replay)} launches")
+    runner.on = False
+    print(f"without graphs: {median_ms(step, 5):.2f} ms")
+    print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+
+
+@torch.no_grad()
+def encode(batch: int, length: int) -> None:
+    model = build(transformers.BertConfig(architectures=["BertModel"]), W8A8)
+    print(zq.optimize(model, report=True)[1])
+    ids = torch.randint(3, 30000, (batch, length), device=CUDA)
+    for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        for _ in range(PATIENCE + 2):
+            model(**given)
+        seen = next(reversed(model.zq_runner.seen.values()))
+        whole = median_ms(lambda given=given: model(**given), 50)
+        graph, count = median_ms(seen.graph.replay, 50), launches(seen.graph.replay)
+        print(f"{', '.join(given)}: {whole:.3f} ms, graph alone {graph:.3f} ms, {count} launches")
+
+
+def main() -> None:
+    warnings.simplefilter("always")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("command", choices=("check", "decode", "encode"))
+    for name, default in (("blocks", 32), ("batch", 1), ("context", 512), ("tokens", 64), ("length", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    if given.command == "check":
+        check()
+    elif given.command == "decode":
+        decode(given.blocks, given.batch, given.context, given.tokens)
+    else:
+        encode(given.batch, given.length)
+
+
+if __name__ == "__main__":
+    main()

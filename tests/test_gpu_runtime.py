@@ -1,0 +1,199 @@
+"""On a CUDA device: optimized models, their graphs and their memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, StaticCache
+
+import zq
+from tests.runtime.quantized import SCHEMES, W4A8, W8A8, SchemeOf, distance, in_float32, quantized
+from tests.simulate import outputs, recipe
+from tests.tiny import TINY, save_tiny, token_ids
+from zq.errors import ZqError
+from zq.pipeline import quantize
+from zq.plan import make_plan
+from zq.runtime.graphs import PATIENCE, Captured
+from zq.runtime.linear import QuantLinear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DECODERS = [name for name in TINY if "bert" not in name]
+ENCODERS = [name for name in TINY if "bert" in name]
+SLIDING = ("mistral", "qwen2")
+
+
+@pytest.fixture(autouse=True)
+def no_capture_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A capture that fails falls back, with a warning: here that is a failure."""
+    original = Captured._capture
+
+    def checked(self: Captured, *args: Any) -> bool:
+        assert original(self, *args), "not captured"
+        return True
+
+    monkeypatch.setattr(Captured, "_capture", checked)
+    yield
+    gc.collect()
+
+
+def on_gpu(name: str, scheme: SchemeOf, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """(the model before `optimize`, an optimized copy)"""
+    model = quantized(name, scheme, dtype).cuda()
+    return model, zq.optimize(quantized(name, scheme, dtype).cuda())
+
+
+def replays(model: Any) -> int:
+    return sum(seen.calls - seen.eager for seen in model.zq_runner.seen.values() if seen.graph is not None)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", TINY)
+def test_operators(name: str, scheme: str) -> None:
+    model, fused = on_gpu(name, SCHEMES[scheme])
+    ids = token_ids().cuda()
+    exact, simulated, found = outputs(in_float32(model), ids), outputs(model, ids), outputs(fused, ids)
+    assert distance(found, simulated) < 4e-2
+    assert distance(found, exact) < 1.15 * distance(simulated, exact)
+    assert all("kernel" in way for way in fused.zq_fused.linears)
+    assert fused.zq_fused.graphs
+
+
+def padded(batch: int, length: int) -> dict[str, torch.Tensor]:
+    ids = token_ids(batch, length).cuda()
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits(model: Any, on: bool, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, logits) of greedy steps; `on` False: as transformers runs them."""
+    model.zq_runner.on = on
+    out = model.generate(
+        **given, output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate(name: str) -> None:
+    """Several calls in a row with other batches and lengths: captured, and what eager steps give."""
+    _, model = on_gpu(name, W4A8)
+    for given in (padded(3, 9), padded(1, 5), padded(3, 14), padded(2, 7)):
+        eager, captured = (logits(model, on, **given, max_new_tokens=6) for on in (False, True))
+        assert captured[0].shape == eager[0].shape
+        same = int((eager[0] == captured[0]).all(0).long().cumprod(0).sum()) - given["input_ids"].shape[1]
+        assert same >= 1
+        assert distance(captured[1][: same + 1], eager[1][: same + 1]) < 3e-2
+    if name not in SLIDING:
+        assert len(model.zq_runner.seen) == 3, "three batch sizes at one length"
+        assert replays(model) == 4 * 5 - 3
+
+
+def test_the_graph_is_the_step() -> None:
+    """Replayed or not, the same tokens to the last one, sampled ones too."""
+    _, model = on_gpu("llama", W4A8)
+    given = {**padded(4, 11), "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": None}
+    for sample in (False, True):
+        found = []
+        for capture in (False, True):
+            model.zq_runner.capture = capture
+            torch.manual_seed(3)
+            found.append(model.generate(**given, do_sample=sample))
+        assert torch.equal(*found)
+    assert replays(model) > 40
+
+
+def test_a_static_cache_of_the_users_own() -> None:
+    _, model = on_gpu("qwen3", W8A8)
+    ids = token_ids(2, 8).cuda()
+    found = []
+    for _ in range(2):
+        cache = StaticCache(model.config, max_cache_len=64)
+        out = model.generate(
+            input_ids=ids, past_key_values=cache, max_new_tokens=5, eos_token_id=None, pad_token_id=0
+        )
+        assert int(cache.get_seq_length()) == 12
+        found.append(out)
+    assert torch.equal(*found)
+    assert model.zq_runner.seen
+
+
+@pytest.mark.parametrize("given", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}])
+def test_what_is_unusual_runs_as_ever(given: dict[str, Any]) -> None:
+    _, model = on_gpu("llama", W4A8)
+    ids = token_ids(1, 8).cuda()
+    found = []
+    for on in (False, True):
+        model.zq_runner.on = on
+        found.append(model.generate(input_ids=ids, max_new_tokens=6, pad_token_id=0, **given))
+    assert torch.equal(*found)
+    assert not model.zq_runner.seen
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name: str) -> None:
+    _, model = on_gpu(name, W8A8)
+    with torch.no_grad():
+        for batch, length in ((3, 9), (1, 16), *[(3, 9)] * (PATIENCE + 1)):
+            given = padded(batch, length)
+            model.zq_runner.on = False
+            wanted = model(**given)[0]
+            model.zq_runner.on = True
+            found = model(**given)[0]
+            seen = given["attention_mask"].bool()
+            assert distance(found[seen], wanted[seen]) < 2e-2
+    assert replays(model) == 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runtime")
+    save_tiny("llama", root / "source", torch.bfloat16)
+    quantize(
+        make_plan(root / "source", recipe("* = e2m1fn:b64; *self_attn* = int8:channel @ int8:token")),
+        root / "zq",
+    )
+    quantize(make_plan(root / "source", recipe(f"* = {W4A8}")), root / "ct")
+    return root
+
+
+@pytest.mark.parametrize("name", ["zq", "ct"])
+def test_load_packs_and_the_simulation_is_still_there(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    folder, ids = checkpoint / name, token_ids()
+    packed, simulated = zq.load(folder, device="cuda"), zq.load(folder, device="cuda", kernels=False)
+    assert not any(isinstance(module, QuantLinear) for module in packed.modules())
+    assert sum(isinstance(module, QuantLinear) for module in simulated.modules()) == 14
+    wanted = outputs(simulated, ids.cuda())
+    assert distance(outputs(packed, ids.cuda()), wanted) < 4e-2
+    assert distance(outputs(zq.optimize(packed), ids.cuda()), wanted) < 4e-2
+    simulated.save_pretrained(tmp_path / "again")
+    with pytest.raises(ZqError, match="packed for kernels"):
+        packed.save_pretrained(tmp_path / "packed")
+
+
+def test_the_transformers_plug_in_packs_on_a_gpu(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "zq", device_map="cuda").eval()
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    wanted = outputs(zq.load(checkpoint / "zq", device="cuda", kernels=False), token_ids().cuda())
+    assert distance(outputs(model, token_ids().cuda()), wanted) < 4e-2
+    assert distance(outputs(zq.optimize(model), token_ids().cuda()), wanted) < 4e-2
+
+
+def test_memory_goes_back() -> None:
+    """Packed and optimized, a model is as large as its codes, and no copy of them stays."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = zq.optimize(quantized("llama", W4A8).cuda())
+    gc.collect()
+    held = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.memory_allocated() - before < 1.3 * held + (1 << 20)

@@ -1,0 +1,1 @@
+"""Blocks whose parts run in few operators."""

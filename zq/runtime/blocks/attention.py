@@ -1,0 +1,150 @@
+"""Attention of a block: heads out of one matrix, rotation, cache, scores."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from zq.runtime.step import Step
+
+
+class Call(NamedTuple):
+    """What transformers gives a block beside the hidden states."""
+
+    batch: int
+    length: int
+    mask: Tensor | None
+    cache: Any
+    tables: tuple[Tensor, Tensor] | None
+    positions: Tensor | None
+    alibi: Tensor | None
+    more: dict[str, Any]
+
+
+class Shared:
+    """What the blocks of a model have in common.
+
+    turn    cosine and sine of the positions at hand, made by the first of them
+    step    the step that is being made (zq/runtime/step.py)
+    fused   how many blocks are
+    config  of the model, where all are
+    """
+
+    def __init__(self) -> None:
+        self.turn: tuple[Tensor, Tensor] | None = None
+        self.step: Step | None = None
+        self.fused = 0
+        self.config: Any = None
+
+
+class Attention(nn.Module):
+    """qkv [M, (queries + 2 keys) * width] -> [M, queries * width].
+
+    module: transformers' attention, without its linears: attention functions read its attributes.
+    rope, per head norms: as in zq.models.structure.
+    """
+
+    def __init__(self, module: Any, config: Any, rope: str, width: int, queries: int, keys: int) -> None:
+        super().__init__()
+        self.module, self.config, self.rope = module, config, rope
+        self.width, self.queries, self.keys = width, queries, keys
+        self.layer_idx: int = getattr(module, "layer_idx", 0)
+        self.scaling = float(getattr(module, "scaling", width**-0.5))
+        self.head_norm: Tensor | None = None
+        self.eps = 0.0
+        self.first = False  # of the blocks that share `shared`
+        self.shared = Shared()
+
+    def norm_heads(self, queries: Any, keys: Any) -> None:
+        """Norms [D] of query and key heads, as one weight [queries + keys, D]."""
+        weights = [queries.weight.expand(self.queries, -1), keys.weight.expand(self.keys, -1)]
+        self.head_norm = nn.Parameter(torch.cat(weights).detach(), requires_grad=False)
+        self.eps = float(queries.variance_epsilon)
+
+    def forward(self, qkv: Tensor, call: Call) -> Tensor:
+        heads = qkv.view(call.batch, call.length, -1, self.width)
+        both, v = heads.split((self.queries + self.keys, self.keys), 2)
+        if self.head_norm is not None:
+            both = self.head_norm * nn.functional.rms_norm(both, (self.width,), None, self.eps)
+        if self.rope:
+            both = self._rotated(both, call)
+        q, k = both.split((self.queries, self.keys), 2)
+        step = self.shared.step
+        if step is not None and call.cache is step.cache:
+            return self._one(q, k, v, call, step)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if call.cache is not None:
+            k, v = call.cache.update(k, v, self.layer_idx)
+        return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, call: Call, step: Step) -> Tensor:
+        """A new token of each row, q [B, 1, Hq, D]: written to the static cache, then looked at."""
+        keys, values = step.write(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
+        mask = _bias(call, step.added(call.mask, q.dtype))
+        return decode(q[:, 0], keys, values, step, mask, self.scaling)
+
+    def _scores(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        name = self.config._attn_implementation
+        function: Any = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
+        window = getattr(self.module, "sliding_window", getattr(self.config, "sliding_window", None))
+        more = {**call.more, "sliding_window": window, "position_ids": call.positions}
+        more = {name: value for name, value in more.items() if value is not None}
+        mask = _bias(call, call.mask)
+        return function(self.module, q, k, v, mask, dropout=0.0, scaling=self.scaling, **more)[0]
+
+    def _rotated(self, x: Tensor, call: Call) -> Tensor:
+        """x [B, S, H, D] with its first r of every head turned by the angle of its position."""
+        if self.first or self.shared.turn is None or torch.compiler.is_compiling():
+            self.shared.turn = self._turn(call, x.dtype)
+        cos, sin = self.shared.turn  # [B or 1, S, 1, r], the sine with its sign
+        r = cos.shape[-1]
+        part = x[..., :r]
+        if self.rope == "halves":
+            partner = part.roll(r // 2, -1)
+        else:
+            partner = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        turned = torch.addcmul(part * cos, partner, sin)
+        return turned if r == x.shape[-1] else torch.cat((turned, x[..., r:]), -1)
+
+    def _turn(self, call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.rope == "halves":
+            assert call.tables is not None
+            cos, sin = call.tables
+            low, high = sin.chunk(2, -1)
+            signed = torch.cat((-low, high), -1)
+        else:  # GPT-J keeps a table of [sin | cos] for every position
+            assert call.positions is not None
+            table: Tensor = self.module.embed_positions
+            low, high = table.to(call.positions.device)[call.positions].to(dtype).chunk(2, -1)
+            cos = high.repeat_interleave(2, -1)
+            signed = torch.stack((-low, low), -1).flatten(-2)
+        return cos.to(dtype).unsqueeze(2), signed.to(dtype).unsqueeze(2)
+
+
+def decode(
+    q: Tensor, keys: Tensor, values: Tensor, step: Step, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """One new token over a static cache: the place for a kernel of its own.
+
+    q [B, Hq, D]; keys, values [B, Hkv, L, D], one layer of the cache, the new token already in it; mask
+    [B or 1, 1 or Hq, 1, L], added to the scores. `step.first`, `step.last` int64 [B] are the first and
+    the last position that each row sees, where its mask is one run of ones (`step.mask` int64 [B, L]).
+    Returns [B, Hq * D].
+    """
+    batch, queries, width = q.shape
+    grouped = q.reshape(batch, keys.shape[1], -1, width)  # heads that share keys are rows of one product
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], keys.shape[1], -1, mask.shape[-1])
+    y = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return y.reshape(batch, queries * width)
+
+
+def _bias(call: Call, mask: Tensor | None) -> Tensor | None:
+    """The mask, with BLOOM's alibi [B * H, 1, L] added to it."""
+    if call.alibi is None:
+        return mask
+    alibi = call.alibi.view(call.batch, -1, 1, call.alibi.shape[-1])
+    return alibi if mask is None else alibi + mask

@@ -1,0 +1,85 @@
+"""What a model of transformers does differently once it runs through a `Runner`."""
+
+from __future__ import annotations
+
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from zq.runtime.graphs import Runner
+
+MODES = ("greedy_search", "sample")
+
+
+class Graphed:
+    """Goes in front of the class of a model."""
+
+    zq_runner: Runner
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, mode: Any, *more: Any
+    ) -> Any:
+        """Greedy search and sampling get a static cache where nobody asked for another one."""
+        batch, length = more[0], more[1]
+        usual = (
+            self.zq_runner.on
+            and str(getattr(mode, "value", mode)) in MODES
+            and generation_config.cache_implementation is None
+            and generation_config.use_cache is not False
+            and not generation_config.is_assistant
+            and model_kwargs.get("past_key_values") is None
+        )
+        if usual:
+            rows = batch * (generation_config.num_return_sequences or 1)
+            given: Any = self
+            cache = self.zq_runner.caches.lease(rows, length, given.device, given.dtype)
+            if cache is not None:
+                model_kwargs["past_key_values"] = cache
+                return None
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, mode, *more
+        )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
+        """transformers compiles a model with a static cache; here its steps are captured as they are."""
+        if self.zq_runner.on and generation_config.compile_config is None:
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+
+    def create_masks_for_generate(
+        self, config: Any, *, attention_mask: Any = None, past_key_values: Any = None, **more: Any
+    ) -> Any:
+        """With a static cache the mask stays [B, L], padded to the length of the cache: masks of four
+        dimensions are made in the step."""
+        flat = attention_mask is None or attention_mask.dim() == 2
+        layers = [] if past_key_values is None else past_key_values.layers
+        plain = bool(layers) and all(type(layer) is StaticLayer for layer in layers)
+        if not (self.zq_runner.on and flat and plain):
+            return create_masks_for_generate(
+                config, attention_mask=attention_mask, past_key_values=past_key_values, **more
+            )
+        if attention_mask is None:
+            return None
+        missing = layers[0].max_cache_len - attention_mask.shape[1]
+        return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)))
+
+
+def attach(model: Any, shared: Any, *, encoder: bool) -> bool:
+    """Let a model run through a `Runner`, which is off on devices without CUDA. Returns whether it is on."""
+    cls = type(model)
+    original = cls.forward
+
+    @wraps(original)
+    def forward(self: Any, *args: Any, **given: Any) -> Any:
+        return self.zq_runner(self, lambda *a, **k: original(self, *a, **k), args, given)
+
+    facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
+    on = model.device.type == "cuda"
+    takes = frozenset(signature(original).parameters)
+    model.zq_runner = Runner(model.config, shared, encoder, takes, on)
+    model.__class__ = type(cls.__name__, (Graphed, cls), facts)
+    return on

@@ -1,0 +1,203 @@
+"""CUDA graphs of a model: decode steps over a static cache, and encoders of fixed shape.
+
+A shape is run eagerly when it is first seen, which loads and warms everything up, captured when it comes
+again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on.
+Whatever is unusual about a call runs as transformers runs it. The captured graphs, at most `LIMIT`, share one
+memory pool: they are never replayed at the same time, and what they return is copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zq.errors import ZqError
+from zq.runtime.pool import CachePool
+from zq.runtime.step import Buffers, is_static, static_step
+
+LIMIT = 16
+PATIENCE = 4  # calls of an encoder in a shape before it is captured
+DECODE = {"past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
+ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
+
+
+class Place:
+    """A memory pool and a stream to capture on. What a kernel needs once on a stream (counters, workspaces)
+    is made by running there first, and is then no part of a graph."""
+
+    def __init__(self) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    def run(self, step: Callable[[], Any]) -> Any:
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            out = step()
+        here.wait_stream(self.stream)
+        return out
+
+
+class Captured:
+    """A call that was seen `calls` times: its static buffers; after the first `eager` ones its graph, and
+    what that returns."""
+
+    def __init__(self, buffers: Any, eager: int = 1) -> None:
+        self.buffers, self.eager = buffers, eager
+        self.graph: Any = None
+        self.out: Any = None
+        self.calls = 0
+        self.failed = False
+
+    def run(self, step: Callable[[], Any], place: Place | None) -> Any:
+        """`step` reads the buffers and returns a ModelOutput whose tensors are then new ones. place: where to
+        capture; None: nowhere."""
+        self.calls += 1
+        if place is None or self.failed:
+            return step()
+        if self.calls <= self.eager:
+            out = place.run(step)
+            # Tuples are hidden states, where config.json asks for them.
+            self.failed = not all(torch.is_tensor(x) for x in out.values())
+            return out if self.failed else _copied(out)
+        if self.graph is None and not self._capture(step, place):
+            return step()
+        graph: Any = self.graph
+        graph.replay()
+        return _copied(self.out)
+
+    def _capture(self, step: Callable[[], Any], place: Place) -> bool:
+        """Capturing runs nothing, so the caches are as before."""
+        graph = torch.cuda.CUDAGraph()
+        given: dict[str, Any] = {"capture_error_mode": "thread_local"}  # other threads do as they like
+        try:
+            with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, **given):
+                self.out = step()
+        except RuntimeError as error:
+            self.failed = True
+            text = str(error).splitlines()[0]
+            warnings.warn(f"zq: no CUDA graph for calls of this shape: {text}", stacklevel=2)
+            return False
+        self.graph = graph
+        return True
+
+
+class Runner:
+    """Decides how a call of a model is run.
+
+    on: whether static steps are made at all; capture: whether they are captured. Both are so on CUDA.
+    takes: names of the parameters of the model's forward.
+    """
+
+    def __init__(self, config: Any, shared: Any, encoder: bool, takes: frozenset[str], on: bool) -> None:
+        self.config, self.shared, self.encoder, self.takes = config, shared, encoder, takes
+        self.on = self.capture = on
+        self.caches = CachePool(config)
+        self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.place: Place | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
+        """A copy of the model captures graphs of its own."""
+        config, shared = (copy.deepcopy(x, memo) for x in (self.config, self.shared))
+        return Runner(config, shared, self.encoder, self.takes, self.on)
+
+    def __call__(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
+        if given.get("output_attentions") and self.shared.fused:
+            raise ZqError("a fused model has no attention weights to return; load it without zq.optimize")
+        if not self.on or torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
+            return forward(*args, **given)
+        if len(args) == 1:
+            args, given = (), {"input_ids": args[0], **given}
+        rest = {name: value for name, value in given.items() if value is not None}
+        ids = rest.pop("input_ids", None)
+        if args or not torch.is_tensor(ids) or ids.dim() != 2 or _capturing(ids):
+            return forward(*args, **given)
+        if self.encoder:
+            made = self._encode(forward, ids, rest, model.dtype)
+        else:
+            made = self._decode(forward, ids, rest)
+        return forward(input_ids=ids, **rest) if made is None else made
+
+    def _decode(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
+        cache: Any = rest.get("past_key_values")
+        mask, positions = rest.get("attention_mask"), rest.get("position_ids")
+        keep = rest.get("logits_to_keep", 0)
+        if ids.shape[1] != 1 or not _ordinary(rest, DECODE) or not is_static(cache):
+            return None
+        if ("position_ids" in self.takes and positions is None) or not isinstance(keep, int):
+            return None
+        layers = cache.layers
+        batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
+        if batch != ids.shape[0] or (mask is not None and (mask.dim() != 2 or mask.shape[1] > length)):
+            return None
+        places = tuple(x.data_ptr() for y in layers for x in (y.keys, y.values, y.cumulative_length))
+        seen = self._find(("decode", batch, length, places), lambda: Buffers(batch, length, ids.device))
+        buffers, shared = seen.buffers, self.shared
+        buffers.fill(ids, positions, mask)
+        options: dict[str, Any] = {"logits_to_keep": keep, "position_ids": buffers.positions}
+        options = {name: value for name, value in options.items() if name in self.takes}
+
+        def step() -> Any:
+            out = static_step(forward, cache, buffers, shared, options)
+            # What is kept must not keep a cache alive.
+            return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
+
+        out = seen.run(step, self._place())
+        out["past_key_values"] = cache
+        return out
+
+    def _encode(
+        self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype
+    ) -> Any:
+        given = {"input_ids": ids, **{n: x for n, x in rest.items() if n != "return_dict"}}
+        shaped = all(torch.is_tensor(x) and x.dim() == 2 for x in given.values())
+        if not _ordinary(rest, ENCODE) or not shaped or self.config._attn_implementation != "sdpa":
+            return None
+        key = ("encode", *((name, tuple(x.shape), x.dtype) for name, x in sorted(given.items())))
+        seen = self._find(key, lambda: {name: torch.empty_like(x) for name, x in given.items()}, PATIENCE)
+        for name, value in given.items():
+            seen.buffers[name].copy_(value)
+        buffers = seen.buffers
+
+        def step() -> Any:
+            inputs = dict(buffers)
+            if "attention_mask" in inputs:  # in two dimensions transformers would ask whether it is all ones
+                hidden = inputs["attention_mask"].eq(0)[:, None, None, :]
+                added = torch.zeros_like(hidden, dtype=dtype)
+                inputs["attention_mask"] = added.masked_fill_(hidden, torch.finfo(dtype).min)
+            return forward(**inputs, return_dict=True)
+
+        return seen.run(step, self._place())
+
+    def _find(self, key: Hashable, make: Callable[[], Any], eager: int = 1) -> Captured:
+        found = self.seen.pop(key, None)
+        if found is None:
+            with torch.inference_mode(False):  # else they could not be written outside of it
+                found = Captured(make(), eager)
+        self.seen[key] = found
+        while len(self.seen) > LIMIT:
+            self.seen.popitem(last=False)
+        return found
+
+    def _place(self) -> Place | None:
+        if self.capture and self.place is None:
+            self.place = Place()
+        return self.place if self.capture else None
+
+
+def _ordinary(given: dict[str, Any], allowed: set[str]) -> bool:
+    return given.keys() <= allowed and given.get("use_cache", True) and given.get("return_dict", True)
+
+
+def _copied(out: Any) -> Any:
+    return type(out)(**{name: x.clone() for name, x in out.items()})
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
