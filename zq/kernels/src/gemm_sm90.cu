@@ -281,6 +281,46 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         if (before >= 0) release(before);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) settled(sum[r]);
+      } else if constexpr (PERIOD > 1) {
+        Acc part[BT / 2];
+        int before = -1, i = 0;
+        auto issue = [&](Fragment& now, bool first, bool more) {  // returns the stage that it reads
+          const int slot = s;
+          make(now);
+          wgmma_fence(now);
+          const u64 x = descriptor(x_ring + slot * S::X);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > 0 || !first);
+          wgmma_commit();
+          advance(S::TURNS);
+          if (more) load_stage();
+          return slot;
+        };
+        auto leave = [&] {
+          settled(part);
+#pragma unroll
+          for (int j = 0; j < BT / 2; ++j) sum[0][j] += part[j];
+        };
+        for (; i + PERIOD <= count; i += PERIOD) {
+#pragma unroll
+          for (int p = 0; p < PERIOD; ++p) {
+            const int slot = issue(f[p & 1], p == 0, i + p + 1 < count);
+            if (p < PERIOD - 1) wgmma_wait<1>();
+            if (p == PERIOD - 1) wgmma_wait<0>();
+            if (p > 0) release(before);
+            before = slot;
+          }
+          release(before);
+          leave();
+        }
+        if (i < count) {
+          for (bool first = true; i < count; ++i, first = false) {
+            const int slot = issue(f[0], first, i + 1 < count);
+            wgmma_wait<0>();
+            release(slot);
+          }
+          leave();
+        }
       } else {
         static_assert(ROWS == 1 && HALVES == 1, "parts take registers");
         Acc part[BT / 2];
@@ -289,29 +329,26 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           Fragment &now = f[set.value], &next = f[set.value ^ 1];
           const int slot = s;
           const u64 x = descriptor(x_ring + slot * S::X);
-          const bool fresh = i % PERIOD == 0, due = i % PERIOD == PERIOD - 1 || i + 1 == count;
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
             wgmma_fence(now);
 #pragma unroll
             for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
-              wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS || !fresh);
+              wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS);
             wgmma_commit();
             if (p == 0) advance(S::TURNS);
             if (p == 0 && i + 1 < count) load_stage(), make(next);
             wgmma_wait<0>();
             settled(part);
             if (!S::SA && p == PARTS - 1) release(slot);
-            if (due) {
 #pragma unroll
-              for (int j = 0; j < BT / 8; ++j) {
-                float2 by = {1.f, 1.f};
-                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
+            for (int j = 0; j < BT / 8; ++j) {
+              float2 by = {1.f, 1.f};
+              if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  float scale = now.scale[2 * p + (e >> 1)] * (e & 1 ? by.y : by.x);
-                  sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
-                }
+              for (int e = 0; e < 4; ++e) {
+                float scale = now.scale[2 * p + (e >> 1)] * (e & 1 ? by.y : by.x);
+                sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
               }
             }
           }
