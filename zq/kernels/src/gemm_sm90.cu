@@ -232,6 +232,11 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       load_ahead(0);
     };
 
+    // While the sums of one warpgroup leave the tensor core, it works for the other: they take turns, or else they
+    // would compute together and wait together.
+    constexpr bool ALTERNATE = PART_STEPS == 1 && S::TURNS == 1;
+    if (ALTERNATE && group == 1) named_arrive(5, 256);
+
     pdl_wait();
     s = turn;
     int taken = 0;  // stages by all
@@ -331,11 +336,13 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           const u64 x = descriptor(x_ring + slot * S::X);
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
+            if (ALTERNATE) named_barrier(5 + group, 256);
             wgmma_fence(now);
 #pragma unroll
             for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
               wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS);
             wgmma_commit();
+            if (ALTERNATE) named_arrive(6 - group, 256);
             if (p == 0) advance(S::TURNS);
             if (p == 0 && i + 1 < count) load_stage(), make(next);
             wgmma_wait<0>();
@@ -387,6 +394,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       }
       write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
+    if (ALTERNATE && group == 0) named_barrier(5, 256);  // the last turn that was given
   }
   if (blocks > 1) cluster_sync();  // no block may leave while another reads or writes its shared memory
 }
