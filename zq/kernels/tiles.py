@@ -88,10 +88,10 @@ def has_parts(op: str, p: Packing) -> bool:
 def tiles(op: str, p: Packing, arch: int) -> tuple[Tile, ...]:
     """The tiles that a kernel is compiled for, smallest first."""
     small = (Tile(8), Tile(16), Tile(32), Tile(64))
-    one_sum = p.act_bytes == 1 and not has_parts(op, p)
+    one_sum, short = not has_parts(op, p), p.act_bytes == 1
     if arch == 90:
-        return (*small, Tile(128), *[Tile(256), Tile(128, 256)] * one_sum)
-    return (*small, *[Tile(128)] * one_sum)
+        return (*small, Tile(128), *[Tile(256)] * (one_sum and short), *[Tile(128, 256)] * one_sum)
+    return (*small, *[Tile(128)] * (one_sum and short))
 
 
 def choose(  # noqa: PLR0913 (a shape, a scheme and a device)

@@ -78,7 +78,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
   };
 
   if (warpgroup == 0) {
-    if constexpr (S::TURNS == 1) give_registers<56>();
+    if constexpr (S::TURNS == 1) give_registers<40>();
     if constexpr (S::TURNS == 2) give_registers<32>();
     const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
@@ -198,7 +198,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     pdl_launch();
     if (split) cluster_sync();
   } else {
-    if constexpr (S::TURNS == 1) take_registers<224>();
+    if constexpr (S::TURNS == 1) take_registers<232>();
     if constexpr (S::TURNS == 2) take_registers<112>();
     const int group = (warpgroup - 1) % WARPGROUPS, turn = (warpgroup - 1) / WARPGROUPS;
     u8* const area = extra + group * S::AREA;
@@ -413,5 +413,7 @@ ENTRY(t64, 64, 1)
 ENTRY(t128, 128, 1)
 #if ZQ_KIND == KIND_W8A8_INT8 || ZQ_KIND == KIND_W4A8_TWO || (ZQ_KIND == KIND_W4A8_GROUP && !ZQ_GROUP)
 ENTRY(t256, 256, 1)
+ENTRY(t128x2, 128, 2)
+#elif ZQ_KIND == KIND_W4A16 || ZQ_KIND == KIND_W8A16
 ENTRY(t128x2, 128, 2)
 #endif
