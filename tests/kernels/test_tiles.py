@@ -50,7 +50,9 @@ def test_every_shape_has_a_launch(op: str, group: int, asym: bool, half: bool, a
                 assert c.workspace - c.zeroed == (
                     c.grid[0] * tile.rows * tile.tokens * 4 if c.split == 0 else 0
                 )
-                assert c.split or (c.cluster == 1 and c.grid[0] <= 132)  # all blocks run at once
+                assert c.split or (c.cluster == 1 and c.grid[0] <= 132 * tiles.resident(tile))  # all at once
+                assert (c.shared + 1024) * tiles.resident(tile) <= 228 * 1024
+                assert tiles.resident(tile) * c.block <= 1024
             else:
                 assert c.grid == (blocks, 1, c.split)
                 assert c.zeroed >= 4 * blocks * (c.split > 1)

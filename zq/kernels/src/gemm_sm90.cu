@@ -24,11 +24,13 @@
 
 constexpr int WARPGROUPS = 2;  // that consume a stage
 constexpr int FEW = PART_STEPS ? 32 : 64;  // tokens, up to which two pairs of them take turns
+constexpr int FEWEST = 16;  // tokens, up to which two blocks share a multiprocessor instead
 constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
 template <int I> struct Index { static constexpr int value = I; };
 
 template <int BT, int ROWS> struct Shape {
-  static constexpr int TURNS = BT <= FEW ? 2 : 1;
+  static constexpr int BLOCKS = BT <= FEWEST ? 2 : 1;  // of a multiprocessor
+  static constexpr int TURNS = BT > FEWEST && BT <= FEW ? 2 : 1;
   static constexpr int THREADS = 128 * (WARPGROUPS * TURNS + 1);
   static constexpr int TILES = WARPGROUPS * ROWS;  // of 64 rows
   static constexpr u32 X = BT * 128 * ACT;         // bytes of a stage
@@ -78,7 +80,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
   };
 
   if (warpgroup == 0) {
-    if constexpr (S::TURNS == 1) give_registers<40>();
+    if constexpr (S::TURNS == 1 && S::BLOCKS == 1) give_registers<40>();
+    if constexpr (S::BLOCKS == 2) give_registers<32>();
     if constexpr (S::TURNS == 2) give_registers<32>();
     const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
@@ -198,7 +201,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     pdl_launch();
     if (split) cluster_sync();
   } else {
-    if constexpr (S::TURNS == 1) take_registers<232>();
+    if constexpr (S::TURNS == 1 && S::BLOCKS == 1) take_registers<232>();
+    if constexpr (S::BLOCKS == 2) take_registers<104>();
     if constexpr (S::TURNS == 2) take_registers<112>();
     const int group = (warpgroup - 1) % WARPGROUPS, turn = (warpgroup - 1) / WARPGROUPS;
     u8* const area = extra + group * S::AREA;
@@ -234,7 +238,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 
     // While the sums of one warpgroup leave the tensor core, it works for the other: they take turns, or else they
     // would compute together and wait together.
-    constexpr bool ALTERNATE = PART_STEPS == 1 && S::TURNS == 1;
+    constexpr bool ALTERNATE = PART_STEPS == 1 && S::TURNS == 1 && S::BLOCKS == 1;
     if (ALTERNATE && group == 1) named_arrive(5, 256);
 
     pdl_wait();
@@ -400,7 +404,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 }
 
 #define ENTRY(NAME, BT, ROWS)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, 1)                                                \
+  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, Shape<BT, ROWS>::BLOCKS)                                                \
       NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
            const float* scale, const void* bias, u16* y, u8* workspace, int M, int N, int K, int ldx, int split, \
            int out) {                                                                                           \
