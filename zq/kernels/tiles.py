@@ -160,6 +160,8 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     options = [(t, 1) for t in fitting] + [(tile, s) for s in parts[1:]]
     for t in fitting:
         works, places = _works(t, 1, m, n), sms * resident(t)
+        if resident(t) > 1 and p.kind == "w4a8_two":
+            continue  # memory is what limits them, and a block that is alone gets more of it
         if works < (1 - IDLE) * -(-works // places) * places and works * steps >= LEAST_STEPS * places:
             options.append((t, 0))
     tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
