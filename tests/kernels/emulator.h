@@ -78,6 +78,10 @@ static void __syncthreads() { meet(current->block->all, threads_of_block); }
 static void __syncwarp() { meet(current->block->warps[threadIdx.x / 32], 32); }
 static void warpgroup_sync() { meet(current->block->groups[threadIdx.x / 128], 128); }
 static void named_barrier(int id, int count) { meet(current->block->named[id], count); }
+static void named_arrive(int id, int count) {
+  Meeting& m = current->block->named[id];
+  if (++m.arrived == count) m.arrived = 0, ++m.turn, ++progress;
+}
 static void cluster_sync() { meet(current->block->first->cluster, threads_of_block * cluster_blocks); }
 static void __threadfence() {}
 static int atomicAdd(int* p, int v) { int was = *p; *p += v; return was; }

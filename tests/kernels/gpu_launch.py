@@ -14,6 +14,7 @@ from zq.kernels.tiles import Config
 from zq.kernels.unit import Unit, arch_number
 
 SOURCES = Path(__file__).resolve().parents[2] / "zq" / "kernels" / "src"
+CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 SHARED_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CLUSTER, PDL = 4, 6  # CUlaunchAttributeID
 
@@ -95,6 +96,7 @@ class Driver:
         """args: tensors, None, ints, or bytes-like structures passed by value."""
         function = self.function(cubin, c.entry)
         self.call("cuFuncSetAttribute", function, SHARED_LIMIT, c.shared)
+        self.call("cuFuncSetAttribute", function, CARVEOUT, 100)
         values = [_value(a) for a in args]
         array = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         attributes = (Attribute * 2)()

@@ -161,7 +161,7 @@ def test_sm90_with_few_tokens(tokens: int, tmp_path: Path) -> None:
 def test_pairs_of_warpgroups_take_turns(op: str, p: layout.Packing, tmp_path: Path) -> None:
     """Several tiles for a block, of an odd number of steps and of one, so that the pairs change places."""
     library = compiled(tmp_path, op, p, "gemm_sm90.cu")
-    tile = tiles.Tile(16)
+    tile = tiles.Tile(32)
     assert tiles.turns(op, p, tile) == 2
     for k, out in ((592, torch.bfloat16), (96, torch.float16)):
         given = operands(op, p, 13, 330, k)
@@ -175,14 +175,16 @@ def test_blocks_share_the_tiles_evenly(op: str, p: layout.Packing, tmp_path: Pat
     library = compiled(tmp_path, op, p, "gemm_sm90.cu")
     out = p.float16 if p.act_bytes == 2 else torch.bfloat16
     for (m, n, k), tokens, sms in [
-        ((13, 330, 592), 16, 4),  # 3 tiles of 5 steps, 4 blocks
-        ((7, 130, 1168), 8, 5),  # 2 tiles of 10 steps, 5 blocks
+        ((29, 330, 592), 32, 4),  # 3 tiles of 5 steps, 4 blocks
+        ((13, 330, 592), 16, 2),  # 3 tiles of 5 steps, 4 blocks
+        ((7, 130, 1168), 8, 3),  # 2 tiles of 10 steps, 6 blocks
         ((70, 1000, 400), 64, 3),  # 16 tiles of 4 steps, 3 blocks
         ((120, 300, 300), 128, 2),  # 3 tiles of 3 steps, 2 blocks
     ]:
         given = operands(op, p, m, n, k)
-        c = tiles.persistent(op, p, tiles.Tile(tokens), 1, 0, (m, n, k), sms)
-        assert c.grid[0] == sms
+        tile = tiles.Tile(tokens)
+        c = tiles.persistent(op, p, tile, 1, 0, (m, n, k), sms)
+        assert c.grid[0] == sms * tiles.resident(tile)
         first = compute(library, c, given, 1, out)
         check(op, given, first)
         assert torch.equal(first, compute(library, c, given, 2, out))

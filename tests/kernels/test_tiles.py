@@ -50,7 +50,9 @@ def test_every_shape_has_a_launch(op: str, group: int, asym: bool, half: bool, a
                 assert c.workspace - c.zeroed == (
                     c.grid[0] * tile.rows * tile.tokens * 4 if c.split == 0 else 0
                 )
-                assert c.split or (c.cluster == 1 and c.grid[0] <= 132)  # all blocks run at once
+                assert c.split or (c.cluster == 1 and c.grid[0] <= 132 * tiles.resident(tile))  # all at once
+                assert (c.shared + 1024) * tiles.resident(tile) <= 228 * 1024
+                assert tiles.resident(tile) * c.block <= 1024
             else:
                 assert c.grid == (blocks, 1, c.split)
                 assert c.zeroed >= 4 * blocks * (c.split > 1)
@@ -67,22 +69,22 @@ def test_the_ring_has_room_to_hide_latency() -> None:
         p = packing(op, group, asym, half)
         for tile in tiles.tiles(op, p, 90):
             stages, _ = tiles.stages_and_shared(op, p, tile)
-            assert stages >= 4
+            assert stages >= (3 if tile.rows == 256 and p.act_bytes == 2 else 4)  # those take longest
             if tiles.turns(op, p, tile) == 2:  # else a stage would change hands, or be waited for for ever
                 assert stages % 2 == 0
                 assert stages >= 6
 
 
 MEASURED = {  # microseconds of w4a8_int8 g128 on an H200, by (M, N, K): entry/cluster/split
-    (1, 28672, 8192): {"t8/1/1": 44.8},
-    (16, 28672, 8192): {"t16/1/1": 45.2, "t32/1/1": 47.4, "t64/1/1": 53.0},
-    (64, 28672, 8192): {"t64/1/1": 53.3, "t64/2/1": 54.1, "t128x2/1/1": 55.6, "t32/1/1": 92},
+    (1, 28672, 8192): {"t8/1/1": 32.5},
+    (16, 28672, 8192): {"t16/1/1": 32.3, "t32/1/1": 38.8, "t64/1/1": 51.3},
+    (64, 28672, 8192): {"t64/1/1": 43.4, "t64/2/1": 45.2, "t128x2/1/1": 47.4, "t32/1/1": 72.5},
     (256, 28672, 8192): {"t256/1/1": 99.7, "t256/2/1": 100.1, "t128x2/1/1": 114.2, "t128/1/1": 123.9},
     (1024, 28672, 8192): {"t256/1/1": 339.4, "t256/2/1": 357.4, "t128x2/1/1": 392.5, "t128/1/1": 428},
     (4096, 28672, 8192): {"t256/1/1": 1369, "t256/2/1": 1484, "t128x2/1/1": 1569, "t128/1/1": 1684},
-    (1, 6144, 4096): {"t8/2/2": 8.9, "t8/1/1": 10.1, "t8/4/4": 12.5},
-    (16, 6144, 4096): {"t16/2/2": 9.2, "t16/1/1": 10.3},
-    (64, 6144, 4096): {"t64/2/2": 11.8, "t32/1/1": 13.3, "t64/1/1": 14.2},
+    (1, 6144, 4096): {"t8/4/4": 8.2, "t8/2/2": 8.4, "t8/1/1": 10.2},
+    (16, 6144, 4096): {"t16/4/4": 8.4, "t16/2/2": 8.4, "t16/1/1": 10.5},
+    (64, 6144, 4096): {"t64/2/2": 11.1, "t32/1/1": 11.5, "t64/1/1": 12.1},
     (256, 6144, 4096): {"t128/1/1": 19.7, "t128/2/1": 20.3, "t64/1/1": 27.3, "t256/1/1": 31.0},
     (1024, 6144, 4096): {"t128/2/1": 55.0, "t128/1/1": 55.4, "t256/1/1": 60.6, "t128x2/2/1": 65.9},
     (4096, 6144, 4096): {"t256/1/1": 176.4, "t256/2/1": 178.7, "t128x2/2/1": 195},
@@ -101,7 +103,8 @@ def test_tiles_that_do_not_fill_a_round_are_shared_evenly() -> None:
     def split(m: int, n: int) -> int:
         return choose("w4a8_int8", m, n, 8192, group=128, arch=90, sms=132).split
 
-    assert split(1, 28672) == split(256, 28672) == 0  # 224 tiles
+    assert split(256, 28672) == 0  # 224 tiles
+    assert split(1, 28672) == 1  # two blocks on a multiprocessor: those that are alone are faster
     assert split(256, 2 * 132 * 128) == 1  # two rounds
     assert split(1, 4096) > 1  # adding up the sums of many blocks takes longer than a cluster does
 
@@ -114,7 +117,7 @@ def test_few_tokens_take_a_tile_of_their_size() -> None:
 
 
 def test_few_rows_split_k_until_the_device_is_full() -> None:
-    assert choose("w4a8_int8", 1, 4096, 4096, group=128, arch=90, sms=132).grid[0] == 128
+    assert choose("w4a8_int8", 1, 4096, 4096, group=128, arch=90, sms=132).grid[0] == 256
     assert choose("w4a8_int8", 1, 28672, 8192, group=128, arch=90, sms=132).split <= 1
 
 

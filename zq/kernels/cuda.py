@@ -101,6 +101,8 @@ def _load(device: Device, unit: Unit) -> dict[str, Any]:
         )
         dynamic = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, dynamic, device.shared - static), what)
+        carveout = attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        checked(driver.cuFuncSetAttribute(function, carveout, 100), what)  # so that two blocks may fit
         found[entry] = function
     return found
 

@@ -23,10 +23,11 @@ KINDS = {  # operator -> kind of packing
     "w4a16": "w4a16",
     "w8a16": "w8a16",
 }
-SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90
+SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90; a multiprocessor has 1 KB more for each
 STAGES = 16  # of a ring, at most: 150 KB in flight are several times what hides the latency of memory
 PITCH = 144  # of gemm_sm90.cu
 SPLITS = (1, 2, 4, 8)
+FEWEST = 16  # tokens, up to which two blocks share a multiprocessor
 LEAST_STEPS = 4  # of a share of K
 
 # Clocks of one multiprocessor, fitted to times of W4A8-INT8 on an H200: for choosing, not for predicting.
@@ -88,10 +89,10 @@ def has_parts(op: str, p: Packing) -> bool:
 def tiles(op: str, p: Packing, arch: int) -> tuple[Tile, ...]:
     """The tiles that a kernel is compiled for, smallest first."""
     small = (Tile(8), Tile(16), Tile(32), Tile(64))
-    one_sum = p.act_bytes == 1 and not has_parts(op, p)
+    one_sum, short = not has_parts(op, p), p.act_bytes == 1
     if arch == 90:
-        return (*small, Tile(128), *[Tile(256), Tile(128, 256)] * one_sum)
-    return (*small, *[Tile(128)] * one_sum)
+        return (*small, Tile(128), *[Tile(256)] * (one_sum and short), *[Tile(128, 256)] * one_sum)
+    return (*small, *[Tile(128)] * (one_sum and short))
 
 
 def choose(  # noqa: PLR0913 (a shape, a scheme and a device)
@@ -123,7 +124,12 @@ def choose(  # noqa: PLR0913 (a shape, a scheme and a device)
 def turns(op: str, p: Packing, tile: Tile) -> int:
     """How many pairs of consumer warpgroups a block of gemm_sm90.cu has: two where registers allow it and
     waiting takes longer than computing."""
-    return 2 if tile.tokens <= (32 if has_parts(op, p) else 64) else 1
+    return 2 if FEWEST < tile.tokens <= (32 if has_parts(op, p) else 64) else 1
+
+
+def resident(tile: Tile) -> int:
+    """How many blocks of gemm_sm90.cu a multiprocessor runs at once."""
+    return 2 if tile.tokens <= FEWEST else 1
 
 
 def stages_and_shared(op: str, p: Packing, tile: Tile) -> tuple[int, int]:
@@ -135,7 +141,8 @@ def stages_and_shared(op: str, p: Packing, tile: Tile) -> tuple[int, int]:
     stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 16  # two barriers
     stage += 4 * tokens * (op == "fp8_block128")
     pairs = turns(op, p, tile)
-    stages = min(STAGES, (SHARED - extra) // stage) // pairs * pairs
+    room = SHARED if resident(tile) == 1 else SHARED // 2 - 512  # each has 1 KB beside its own
+    stages = min(STAGES, (room - extra) // stage) // pairs * pairs
     return stages, extra + stages * stage
 
 
@@ -143,14 +150,19 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     steps = -(-k // STEP)
     choices, blocks = tiles(op, p, 90), -(-n // 128)
     tile = next((t for t in choices[:4] if t.tokens >= m), choices[3])
+    places = sms * resident(tile)
     parts = [
-        s for s in SPLITS if s == 1 or (blocks * -(-m // tile.tokens) * s <= sms and steps >= s * LEAST_STEPS)
+        s
+        for s in SPLITS
+        if s == 1 or (blocks * -(-m // tile.tokens) * s <= places and steps >= s * LEAST_STEPS)
     ]
     fitting = [tile] if m <= tile.tokens else choices[3:]
     options = [(t, 1) for t in fitting] + [(tile, s) for s in parts[1:]]
     for t in fitting:
-        works = _works(t, 1, m, n)
-        if works < (1 - IDLE) * -(-works // sms) * sms and works * steps >= LEAST_STEPS * sms:
+        works, places = _works(t, 1, m, n), sms * resident(t)
+        if resident(t) > 1 and p.kind == "w4a8_two":
+            continue  # memory is what limits them, and a block that is alone gets more of it
+        if works < (1 - IDLE) * -(-works // places) * places and works * steps >= LEAST_STEPS * places:
             options.append((t, 0))
     tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
     return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
@@ -162,11 +174,11 @@ def persistent(
     """The launch of gemm_sm90.cu with this tile: a cluster shares x (split = 1) or K (split = cluster), or
     all blocks share all tiles (split = 0)."""
     m, n, k = shape
-    works = _works(tile, cluster // max(split, 1), m, n)
-    grid = works * split if split > 1 else min(works, sms // cluster) * cluster
+    works, places = _works(tile, cluster // max(split, 1), m, n), sms * resident(tile)
+    grid = works * split if split > 1 else min(works, places // cluster) * cluster
     zeroed = scratch = 0
     if split == 0:
-        grid = min(sms, works * -(-k // STEP))
+        grid = min(places, works * -(-k // STEP))
         zeroed = -(-8 * grid // 16) * 16
         scratch = 4 * tile.rows * tile.tokens * grid
     return Config(
@@ -193,13 +205,14 @@ def _clocks(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int, sms:
     """Estimated time of a product in clocks: rounds of tiles, the slower of tensor core and weights in every
     step. Blocks of a cluster that share x have never been faster, so none are considered."""
     heights, works = tile.rows // 128, _works(tile, 1, m, n)
-    step = max(tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes], WEIGHTS * heights)
-    tokens = tile.tokens * heights
+    together = resident(tile)
+    step = together * max(tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes], WEIGHTS * heights)
+    tokens, places = tile.tokens * heights, sms * together
     if split == 0:
-        ended, taken = -(-works // sms), -(-sms // works)
+        ended, taken = -(-works // places), -(-places // works)
         added = FILL + taken * (TAKE + tokens * HAND)
-        return -(-works * steps // sms) * step + ended * (FILL + tokens * EPILOGUE) + added
-    rounds = -(-works * split // sms)
+        return -(-works * steps // places) * step + ended * (FILL + tokens * EPILOGUE) + added
+    rounds = -(-works * split // places)
     return rounds * (-(-steps // split) * step + FILL + tokens * EPILOGUE * split)
 
 

@@ -24,11 +24,13 @@
 
 constexpr int WARPGROUPS = 2;  // that consume a stage
 constexpr int FEW = PART_STEPS ? 32 : 64;  // tokens, up to which two pairs of them take turns
+constexpr int FEWEST = 16;  // tokens, up to which two blocks share a multiprocessor instead
 constexpr int PERIOD = PART_STEPS ? PART_STEPS : 1;
 template <int I> struct Index { static constexpr int value = I; };
 
 template <int BT, int ROWS> struct Shape {
-  static constexpr int TURNS = BT <= FEW ? 2 : 1;
+  static constexpr int BLOCKS = BT <= FEWEST ? 2 : 1;  // of a multiprocessor
+  static constexpr int TURNS = BT > FEWEST && BT <= FEW ? 2 : 1;
   static constexpr int THREADS = 128 * (WARPGROUPS * TURNS + 1);
   static constexpr int TILES = WARPGROUPS * ROWS;  // of 64 rows
   static constexpr u32 X = BT * 128 * ACT;         // bytes of a stage
@@ -78,7 +80,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
   };
 
   if (warpgroup == 0) {
-    if constexpr (S::TURNS == 1) give_registers<56>();
+    if constexpr (S::TURNS == 1 && S::BLOCKS == 1) give_registers<40>();
+    if constexpr (S::BLOCKS == 2) give_registers<32>();
     if constexpr (S::TURNS == 2) give_registers<32>();
     const u64 w_policy = tiles_m == 1 ? stream_policy() : usual_policy();
     auto copy_w = [&](int n, int kt) {
@@ -198,7 +201,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     pdl_launch();
     if (split) cluster_sync();
   } else {
-    if constexpr (S::TURNS == 1) take_registers<224>();
+    if constexpr (S::TURNS == 1 && S::BLOCKS == 1) take_registers<232>();
+    if constexpr (S::BLOCKS == 2) take_registers<104>();
     if constexpr (S::TURNS == 2) take_registers<112>();
     const int group = (warpgroup - 1) % WARPGROUPS, turn = (warpgroup - 1) / WARPGROUPS;
     u8* const area = extra + group * S::AREA;
@@ -231,6 +235,11 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       barrier_wait(full + 8 * s, phase);
       load_ahead(0);
     };
+
+    // While the sums of one warpgroup leave the tensor core, it works for the other: they take turns, or else they
+    // would compute together and wait together.
+    constexpr bool ALTERNATE = PART_STEPS == 1 && S::TURNS == 1 && S::BLOCKS == 1;
+    if (ALTERNATE && group == 1) named_arrive(5, 256);
 
     pdl_wait();
     s = turn;
@@ -281,6 +290,46 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         if (before >= 0) release(before);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) settled(sum[r]);
+      } else if constexpr (PERIOD > 1) {
+        Acc part[BT / 2];
+        int before = -1, i = 0;
+        auto issue = [&](Fragment& now, bool first, bool more) {  // returns the stage that it reads
+          const int slot = s;
+          make(now);
+          wgmma_fence(now);
+          const u64 x = descriptor(x_ring + slot * S::X);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > 0 || !first);
+          wgmma_commit();
+          advance(S::TURNS);
+          if (more) load_stage();
+          return slot;
+        };
+        auto leave = [&] {
+          settled(part);
+#pragma unroll
+          for (int j = 0; j < BT / 2; ++j) sum[0][j] += part[j];
+        };
+        for (; i + PERIOD <= count; i += PERIOD) {
+#pragma unroll
+          for (int p = 0; p < PERIOD; ++p) {
+            const int slot = issue(f[p & 1], p == 0, i + p + 1 < count);
+            if (p < PERIOD - 1) wgmma_wait<1>();
+            if (p == PERIOD - 1) wgmma_wait<0>();
+            if (p > 0) release(before);
+            before = slot;
+          }
+          release(before);
+          leave();
+        }
+        if (i < count) {
+          for (bool first = true; i < count; ++i, first = false) {
+            const int slot = issue(f[0], first, i + 1 < count);
+            wgmma_wait<0>();
+            release(slot);
+          }
+          leave();
+        }
       } else {
         static_assert(ROWS == 1 && HALVES == 1, "parts take registers");
         Acc part[BT / 2];
@@ -289,29 +338,28 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           Fragment &now = f[set.value], &next = f[set.value ^ 1];
           const int slot = s;
           const u64 x = descriptor(x_ring + slot * S::X);
-          const bool fresh = i % PERIOD == 0, due = i % PERIOD == PERIOD - 1 || i + 1 == count;
 #pragma unroll
           for (int p = 0; p < PARTS; ++p) {
+            if (ALTERNATE) named_barrier(5 + group, 256);
             wgmma_fence(now);
 #pragma unroll
             for (int j = p * 4 / PARTS; j < (p + 1) * 4 / PARTS; ++j)
-              wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS || !fresh);
+              wgmma<BT>(part, now.a + 4 * j, x + 2 * j, j > p * 4 / PARTS);
             wgmma_commit();
+            if (ALTERNATE) named_arrive(6 - group, 256);
             if (p == 0) advance(S::TURNS);
             if (p == 0 && i + 1 < count) load_stage(), make(next);
             wgmma_wait<0>();
             settled(part);
             if (!S::SA && p == PARTS - 1) release(slot);
-            if (due) {
 #pragma unroll
-              for (int j = 0; j < BT / 8; ++j) {
-                float2 by = {1.f, 1.f};
-                if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
+            for (int j = 0; j < BT / 8; ++j) {
+              float2 by = {1.f, 1.f};
+              if (S::SA) by = reinterpret_cast<const float2*>(sa_ring + slot * BT)[4 * j + lane % 4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  float scale = now.scale[2 * p + (e >> 1)] * (e & 1 ? by.y : by.x);
-                  sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
-                }
+              for (int e = 0; e < 4; ++e) {
+                float scale = now.scale[2 * p + (e >> 1)] * (e & 1 ? by.y : by.x);
+                sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
               }
             }
           }
@@ -350,12 +398,13 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       }
       write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
+    if (ALTERNATE && group == 0) named_barrier(5, 256);  // the last turn that was given
   }
   if (blocks > 1) cluster_sync();  // no block may leave while another reads or writes its shared memory
 }
 
 #define ENTRY(NAME, BT, ROWS)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, 1)                                                \
+  extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, Shape<BT, ROWS>::BLOCKS)                                                \
       NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
            const float* scale, const void* bias, u16* y, u8* workspace, int M, int N, int K, int ldx, int split, \
            int out) {                                                                                           \
@@ -368,5 +417,7 @@ ENTRY(t64, 64, 1)
 ENTRY(t128, 128, 1)
 #if ZQ_KIND == KIND_W8A8_INT8 || ZQ_KIND == KIND_W4A8_TWO || (ZQ_KIND == KIND_W4A8_GROUP && !ZQ_GROUP)
 ENTRY(t256, 256, 1)
+ENTRY(t128x2, 128, 2)
+#elif ZQ_KIND == KIND_W4A16 || ZQ_KIND == KIND_W8A16
 ENTRY(t128x2, 128, 2)
 #endif

@@ -142,6 +142,10 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Counts as being there, without waiting for the others.
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // Two 8 x 8 matrices of 16-bit values, transposed; lanes 0 .. 15 give the row addresses.
 __device__ __forceinline__ void store_transposed(u32 address, u32 first, u32 second) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second)
