@@ -63,16 +63,19 @@ def compare(name: str, args: tuple) -> None:
         elif "quant" in name:
             same_but_for_rounding(name, a, b, found[0].dtype)
         else:
+            finite = torch.isfinite(b)  # FP16 overflows, in both
+            assert torch.equal(a[~finite & ~b.isnan()], b[~finite & ~b.isnan()]), name
+            a, b = a.where(finite, 0.0), b.where(finite, 0.0)
             largest = b.abs().amax(-1, keepdim=True).clamp_min(1e-30)
             assert ((a - b).abs() / largest).max() <= 2 * torch.finfo(found[0].dtype).eps, name
 
 
 def same_but_for_rounding(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """Codes: at most one step apart, and rarely. Scales and residuals: a step of bf16. Sums of a row: one for
-    each code that may have moved."""
+    """Codes: at most one step apart, and rarely; two for large ones, whose step is about that of bf16. Scales and
+    residuals: a step of bf16. Sums of a row: one for each code that may have moved."""
     apart = (a - b).abs()
     if dtype == torch.int8:
-        assert apart.max() <= 1, name
+        assert (apart <= 1 + (b.abs() >= 64)).all(), name
     elif dtype == FP8:
         assert (apart <= 2**-3 * b.abs() + 2**-9).all(), name
     elif dtype == torch.int32:

@@ -160,7 +160,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runtime")
     save_tiny("llama", root / "source", torch.bfloat16)
     quantize(
-        make_plan(root / "source", recipe("* = e2m1fn:b64; *self_attn* = int8:channel @ int8:token")),
+        make_plan(root / "source", recipe("*self_attn* = int8:channel @ int8:token; * = e2m1fn:b64")),
         root / "zq",
     )
     quantize(make_plan(root / "source", recipe(f"* = {W4A8}")), root / "ct")
