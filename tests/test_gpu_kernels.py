@@ -71,8 +71,8 @@ def compare(name: str, args: tuple) -> None:
 
 
 def same_but_for_rounding(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """Codes: at most one step apart, and rarely; two for large ones, whose step is about that of bf16. Scales and
-    residuals: a step of bf16. Sums of a row: one for each code that may have moved."""
+    """Codes: at most one step apart, and rarely; two for large ones, whose step is about that of bf16. Scales
+    and residuals: a step of bf16. Sums of a row: one for each code that may have moved."""
     apart = (a - b).abs()
     if dtype == torch.int8:
         assert (apart <= 1 + (b.abs() >= 64)).all(), name
