@@ -286,6 +286,8 @@ static void mma(Acc (&d)[4], const u32* a, u32 b0, u32 b1) {
 }
 static u64 descriptor(u32 address) { return (u64)((address & 0x3FFFF) >> 4); }
 static void wgmma_fence(Fragment&) {}
+template <class T> void computed(T&) {}
+static int unknown(int x) { return x; }
 static void wgmma_commit() {}
 template <int N> void wgmma_wait() {}
 template <int N, class T> void settled(T (&)[N]) {}

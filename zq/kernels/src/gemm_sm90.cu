@@ -348,10 +348,10 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
             wgmma_commit();
             if (ALTERNATE) named_arrive(6 - group, 256);
             if (p == 0) advance(S::TURNS);
-            if (p == 0 && i + 1 < count) load_stage(), make(next);
+            // In a branch, even where there is always a next step: or the compiler would convert behind the wait.
+            if (p == 0 && i + 1 < unknown(count)) load_stage(), make(next), computed(next);
             wgmma_wait<0>();
             settled(part);
-            if (!S::SA && p == PARTS - 1) release(slot);
 #pragma unroll
             for (int j = 0; j < BT / 8; ++j) {
               float2 by = {1.f, 1.f};
@@ -362,8 +362,9 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
                 sum[0][4 * j + e] = fmaf((float)part[4 * j + e], scale, sum[0][4 * j + e]);
               }
             }
+            computed(sum[0]);
           }
-          if (S::SA) release(slot);
+          release(slot);  // behind the sums: its branch keeps the compiler from moving them behind the next turn
         };
         int i = 0;
         for (; i + 1 < count; i += 2) step(Index<0>{}, i), step(Index<1>{}, i + 1);

@@ -85,8 +85,21 @@ template <int N, class T> __device__ __forceinline__ void settled(T (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : WG_REG(d[i])::"memory");
 }
-__device__ __forceinline__ void wgmma_fence(Fragment& f) {
+// The same number, of which the compiler knows nothing.
+__device__ __forceinline__ int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// The compiler may not move what computes these registers behind this point.
+__device__ __forceinline__ void computed(Fragment& f) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(f.a[i])::"memory");
+}
+template <int N> __device__ __forceinline__ void computed(float (&sum)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+__device__ __forceinline__ void wgmma_fence(Fragment& f) {
+  computed(f);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
