@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.attention_smoke import cases, moved, worst
+from tests.kernels.attention_smoke import cases, moved
 from tests.kernels.inputs import BF16, FP16
 from tests.kernels.inputs_kv import attention_args, store_args
+from tests.kernels.near_kv import worst
 from zq.kernels import ops  # noqa: F401  (registers the operators)
 
 pytestmark = [

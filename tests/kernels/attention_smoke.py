@@ -27,7 +27,8 @@ import zq.kernels.ops  # noqa: F401 (registers the operators)
 from tests.kernels.gpu_smoke import replay
 from tests.kernels.inputs import BF16, FP8, FP16
 from tests.kernels.inputs_kv import attention_args, store_args
-from zq.kernels import cuda, reference_kv
+from tests.kernels.near_kv import worst
+from zq.kernels import cuda
 from zq.kernels.table_kv import KV_UNITS
 
 Z = torch.ops.zq
@@ -73,17 +74,6 @@ def _moved(x: Tensor) -> Tensor:
     raw = torch.uint8 if x.element_size() == 1 else x.dtype
     made.view(raw).copy_(x.view(raw))
     return made
-
-
-def worst(found: Tensor, args: tuple[Any, ...]) -> float:
-    """Error over what rounding of the output and of the probabilities to 16 bits allows."""
-    wanted = reference_kv.decode_attention(*args).double()
-    v = args[2].float().abs().clamp(max=127 if args[2].dtype == torch.int8 else None, min=0).to(args[2].dtype)
-    magnitude = reference_kv.decode_attention(*args[:2], v, *args[3:]).double()
-    unit = 2.0**-8 if args[0].dtype == BF16 else 2.0**-11
-    allowed = unit * (wanted.abs() + magnitude) * 1.01 + 1e-5 * magnitude + 1e-30
-    ratio = (found.double() - wanted).abs() / allowed
-    return float("inf") if bool(ratio.isnan().any()) else ratio.max().item()
 
 
 def check() -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP16
 from tests.kernels.inputs_kv import attention_args, store_args
+from tests.kernels.near_kv import of_magnitudes, worst
 from tests.kernels.on_cpu import Sources, aligned
 from zq.kernels import checks_kv, launch_kv, reference_kv
 from zq.kernels.table import UNITS
@@ -93,20 +94,7 @@ def attend(device, args: tuple) -> Tensor:
 
 
 def near(found: Tensor, args: tuple) -> None:
-    """Within the rounding of the output and that of the probabilities to 16 bits: their errors are random,
-    but an error of all of them at once is bounded by the mean magnitude of the values."""
-    wanted = reference_kv.decode_attention(*args).double()
-    assert torch.isfinite(wanted).all()
-    q, k, v, ks, vs = args[:5]
-    unit = 2.0**-8 if q.dtype == BF16 else 2.0**-11
-    magnitude = reference_kv.decode_attention(q, k, _magnitude(v), ks, vs, *args[5:]).double()
-    allowed = unit * (wanted.abs() + magnitude) * 1.01 + 1e-6 * magnitude + 1e-30
-    worst = ((found.double() - wanted).abs() / allowed).max()
-    assert worst <= 1, worst
-
-
-def _magnitude(v: Tensor) -> Tensor:
-    return v.float().abs().clamp(max=127 if v.dtype == torch.int8 else None, min=0).to(v.dtype)
+    assert worst(found, args, sums=1e-6) <= 1
 
 
 SHAPES = [
@@ -188,6 +176,27 @@ def test_extreme_values(kv, device):
     args = list(attention_args((2, 4, 2, 90, 64), kv))
     args[0] = torch.zeros_like(args[0])  # all probabilities are equal
     near(attend(device, tuple(args)), tuple(args))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_subnormal_outputs_are_the_nearest(kv, seed, device):
+    """Of what float64 gives, but for the rounding of probabilities: the likely position has the value zero,
+    the others have chances down to 2^-30."""
+    args = attention_args((20, 14, 2, 40, 64), kv, FP16, [(0, 39)] * 20, seed=seed, size=3.0)
+    q, k, v, scale = args[:4]
+    scores = q.double().view(20, 2, 7, 64) @ (k.double() * scale[..., None]).mT
+    for row, head in itertools.product(range(20), range(2)):
+        v[row, head, scores[row, head].argmax(-1)] = 0
+    found = attend(device, args)
+    near(found, args)
+    exact, chance = (
+        reference_kv.decode_attention(q.double(), *each[1:]) for each in (args, of_magnitudes(args))
+    )
+    rounding = (exact.abs() * 2.0**-11).clamp_min(2.0**-25)
+    subnormal = (exact.abs() < 2.0**-14) & (exact.abs() > 2.0**-24)
+    assert subnormal.sum() > 500
+    assert ((found.double() - exact).abs() <= 1.01 * rounding + (2.0**-11 + 1e-5) * chance).all()
 
 
 @pytest.mark.parametrize("kv", ["int8", "fp8"])

@@ -261,6 +261,52 @@ def test_the_roundings_of_a_gpu_are_an_ulp_away(
         assert_same(fast, plain)
 
 
+def test_an_adamw_step_is_rounded_as_torchs_cuda_kernels_round_it(
+    compiled_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, where second moments that 8 bits made zero let a step be a hundred times the parameter."""
+    compiled_host.used(monkeypatch, "gpu")
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.randn(4096, generator=generator))
+    optimizer = AdamW([param], lr=0.01, bits=32)
+
+    def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return (a.double() * b.double() + c.double()).float()
+
+    largest = 0.0
+    for step in range(1, 6):
+        p = param.detach().clone()
+        g = torch.randn(4096, generator=generator) * torch.logspace(-6, 0, 4096)
+        param.grad = g.clone()
+        if step > 1:
+            optimizer.state[param]["exp_avg_sq"].values[::2] = 0
+        m, v = (
+            optimizer.state[param][name].values.clone() if step > 1 else torch.zeros(4096)
+            for name in optimizer.names
+        )
+        optimizer.step()
+        rate, decay, keep, add, lerp, inverse, eps = torch.tensor(
+            [
+                -0.01 / (1 - 0.9**step),
+                1 - 0.01 * 0.01,
+                0.999,
+                1 - 0.999,
+                1 - 0.9,
+                1 / (1 - 0.999**step) ** 0.5,
+                1e-8,
+            ]
+        )
+        m = fma(lerp, g - m, m)
+        v = fma(add, g * g, v * keep)
+        root = v.double().sqrt().float()
+        change = (m.double() / (root * inverse + eps).double()).float()
+        largest = max(largest, float((rate * change).abs().max()))
+        assert torch.equal(param, fma(rate, change, p * decay)), step
+        for name, wanted in zip(optimizer.names, (m, v), strict=True):
+            assert torch.equal(optimizer.state[param][name].values, wanted), (step, name)
+    assert largest > 100
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

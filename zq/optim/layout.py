@@ -38,7 +38,7 @@ class Numbers(ctypes.Structure):
     """Of all parameters of a launch."""
 
     _fields_ = (
-        *_fields(ctypes.c_float, "rate decay keep add lerp root eps"),
+        *_fields(ctypes.c_float, "rate decay keep add lerp root inverse eps"),
         *_fields(ctypes.c_int, "nesterov fresh"),
     )
 

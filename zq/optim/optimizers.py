@@ -49,13 +49,15 @@ class AdamW(StoredOptimizer):
     def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
         """As `adamw_step_` has them."""
         (beta1, beta2), lr = group["betas"], float(group["lr"])
+        root = (1 - beta2**step) ** 0.5
         return {
             "rate": -lr / (1 - beta1**step),
             "decay": 1 - lr * group["weight_decay"],
             "keep": beta2,
             "add": 1 - beta2,
             "lerp": 1 - beta1,
-            "root": (1 - beta2**step) ** 0.5,
+            "root": root,
+            "inverse": 1 / root,
             "eps": group["eps"],
         }
 

@@ -8,4 +8,4 @@ static float lerp(float x, float y, float w) {
 static float add(float x, float y, float a) { return std::fma(a, y, x); }
 static float addcmul(float x, float y, float z, float a) { return std::fma(a * y, z, x); }
 static float addcdiv(float x, float y, float z, float a) { return x + a * y / z; }
-static float over(float x, float number) { return x / number; }
+static float over(float x, float number, float) { return x / number; }

@@ -21,7 +21,7 @@ struct Numbers {
   float decay;        // AdamW: 1 - rate * decay
   float keep, add;    // AdamW: beta2, 1 - beta2; Sgd: momentum, 1 - dampening
   float lerp;         // 1 - beta1
-  float root, eps;    // root of 1 - beta2^t
+  float root, inverse, eps;  // root of 1 - beta2^t, 1 / root
   int nesterov, fresh;  // fresh: the first step of Sgd, which has no momentum yet
 };
 
@@ -60,7 +60,7 @@ struct AdamW {
     v = addcmul(v * n.keep, g, g, n.add);
   }
   static __device__ __forceinline__ float param(const Numbers &n, float, float p, float m, float v) {
-    return addcdiv(p * n.decay, m, over(__fsqrt_rn(v), n.root) + n.eps, n.rate);
+    return addcdiv(p * n.decay, m, over(__fsqrt_rn(v), n.root, n.inverse) + n.eps, n.rate);
   }
 };
 struct Sgd {

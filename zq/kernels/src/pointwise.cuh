@@ -14,5 +14,5 @@ __device__ __forceinline__ float addcmul(float x, float y, float z, float a) { r
 __device__ __forceinline__ float addcdiv(float x, float y, float z, float a) {
   return fmaf(a, __fdiv_rn(y, z), x);
 }
-// x / number, which is a number of Python
-__device__ __forceinline__ float over(float x, float number) { return x * __fdiv_rn(1.0f, number); }
+// x / number, which is a number of Python: torch divides 1 by it in float64 and rounds that
+__device__ __forceinline__ float over(float x, float, float inverse) { return x * inverse; }
