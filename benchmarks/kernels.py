@@ -29,7 +29,6 @@ from kernel_rows import SHAPES, Row, activation_rows, product_rows
 from kernel_tables import markdown, plot
 from protocol import commit_of, environment
 
-from zq.errors import ZqError
 from zq.kernels import cuda, nvrtc
 from zq.kernels.table import UNITS
 from zq.kernels.table_gemm import CEILINGS
@@ -38,8 +37,8 @@ BURST, PAUSE, ROUNDS, SUSTAINED = 0.01, 0.05, 5, 0.3  # seconds, but for the num
 ITERATIONS = 20_000  # of the bare instruction
 
 
-def seconds(calls: list[Callable[[], Any]]) -> tuple[float, float]:
-    """(in bursts, sustained) of one call, in a graph of all of them."""
+def seconds(calls: list[Callable[[], Any]], at_length: float = SUSTAINED) -> tuple[float, float]:
+    """(in bursts, sustained for so many seconds) of one call, in a graph of all of them."""
     for call in calls[:2]:
         call()  # loads kernels
     torch.cuda.synchronize()
@@ -57,7 +56,7 @@ def seconds(calls: list[Callable[[], Any]]) -> tuple[float, float]:
         for _ in range(ROUNDS):
             time.sleep(PAUSE)
             bursts.append(_elapsed(graph, max(1, round(BURST / once))))
-        sustained = _elapsed(graph, max(1, round(SUSTAINED / once)))
+        sustained = _elapsed(graph, max(1, round(at_length / once)))
     graph.reset()
     return median(bursts) / len(calls), sustained / len(calls)
 
@@ -73,8 +72,8 @@ def _elapsed(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return begin.elapsed_time(end) / 1e3 / replays
 
 
-def measured(row: Row) -> dict[str, Any]:
-    burst, sustained = seconds(row.make(row.copies))
+def measured(row: Row, at_length: float) -> dict[str, Any]:
+    burst, sustained = seconds(row.make(row.copies), at_length)
     facts = {key: getattr(row, key) for key in ("table", "kernel", "m", "n", "k", "bytes", "operations")}
     return facts | _microseconds(burst, sustained)
 
@@ -111,7 +110,15 @@ def rows(args: argparse.Namespace, arch: int) -> Iterator[Row]:
         for n, k in shapes:
             yield from product_rows(ms, n, k, "cuda", arch)
             for package in installed() if args.peers else ():
-                yield from peer_rows(package, ms, n, k)
+                yield from _peers(package, ms, n, k)
+
+
+def _peers(package: str, ms: list[int], n: int, k: int) -> Iterator[Row]:
+    """As many rows as the package gives: what it raises is its own."""
+    try:
+        yield from peer_rows(package, ms, n, k)
+    except Exception as error:
+        print(f"{package} n {n} k {k}: {type(error).__name__}: {error}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     document: dict[str, Any] = {
         "environment": environment("cuda", cuda=torch.version.cuda or "", nvrtc=nvrtc.version()),
         "protocol": {"rotated_mb": 512, "burst": BURST, "pause": PAUSE, "rounds": ROUNDS}
-        | {"sustained": SUSTAINED, "multiprocessors": device.sms},
+        | {"sustained": args.sustained, "multiprocessors": device.sms},
         "commit": commit_of(args.commit),
         "rows": [],
     }
@@ -138,9 +145,9 @@ def run(args: argparse.Namespace) -> int:
         keep(found)
     for row in rows(args, device.number):
         try:
-            keep(measured(row))
-        except (ZqError, torch.OutOfMemoryError, RuntimeError) as error:
-            print(f"{row.kernel} m {row.m} n {row.n} k {row.k}: {str(error).splitlines()[0]}")
+            keep(measured(row, args.sustained))
+        except Exception as error:  # a package's own may be any
+            print(f"{row.kernel} m {row.m} n {row.n} k {row.k}: {type(error).__name__}: {str(error)[:200]}")
             failed += 1
     return failed
 
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096", help="values of M")
     parser.add_argument("--shapes", default="target", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--only", default="activations,products")
+    parser.add_argument("--sustained", type=float, default=SUSTAINED, help="seconds without a pause")
     parser.add_argument("--peers", action="store_true", help="also humming-kernels and gemlite, if installed")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--commit", help="to note in the results, where there is no git")
