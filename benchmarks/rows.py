@@ -112,7 +112,7 @@ def method_rows(tokens: Tokens) -> Iterator[Row]:
         table: list[tuple[str, Steps, dict[str, Any]]] = [
             ("rtn", nearest, {"source": "none"}),
             ("gptq", START, text),
-            ("awq", AWQ + nearest, text),
+            ("awq", [{"awq": {}}, *nearest], text),
         ]
         if SCHEMES[scheme][1]:  # outliers of the activations are what smoothing moves
             table += [
