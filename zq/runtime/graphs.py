@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from zq.errors import ZqError
 from zq.runtime.pool import CachePool
-from zq.runtime.step import Buffers, is_static, static_step
+from zq.runtime.step import Buffers, first_seen, is_static, static_step
 
 LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
@@ -88,16 +89,49 @@ class Captured:
         return True
 
 
+class Run:
+    """What is known of a call of generate() after its first step: its mask [B, L] then only grows by ones, so
+    it is padded with them once, and what `first_seen` has found stays so."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None  # a weak reference
+        self.mask: Tensor | None = None
+        self.width = 0
+        self.first: Tensor | None = None
+        self.asked = False
+
+    def padded(self, mask: Tensor, cache: Any) -> Tensor:
+        """The mask [B, L] of all steps, from that of the present one [B, width]."""
+        known = self.mask is not None and self.cache() is cache and mask.shape[1] == self.width + 1
+        self.width = mask.shape[1]
+        if not known or self.mask is None:
+            missing = max(cache.layers[0].max_cache_len - self.width, 0)
+            self.mask = torch.nn.functional.pad(mask, (0, missing), value=1)
+            self.cache, self.first, self.asked = weakref.ref(cache), None, False
+        return self.mask
+
+
 class Runner:
     """Decides how a call of a model is run.
 
     on: whether static steps are made at all; capture: whether they are captured. Both are so on CUDA.
-    takes: names of the parameters of the model's forward.
+    takes: names of the parameters of the model's forward. kv: what caches of generate() hold (int8, fp8),
+    None: 16 bits.
     """
 
-    def __init__(self, config: Any, shared: Any, encoder: bool, takes: frozenset[str], on: bool) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shared: Any,
+        encoder: bool,
+        takes: frozenset[str],
+        on: bool,
+        kv: str | None = None,
+    ) -> None:
         self.config, self.shared, self.encoder, self.takes = config, shared, encoder, takes
         self.on = self.capture = on
+        self.kv = kv
+        self.run: Run | None = None
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
         self.place: Place | None = None
@@ -105,7 +139,7 @@ class Runner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model captures graphs of its own."""
         config, shared = (copy.deepcopy(x, memo) for x in (self.config, self.shared))
-        return Runner(config, shared, self.encoder, self.takes, self.on)
+        return Runner(config, shared, self.encoder, self.takes, self.on, self.kv)
 
     def __call__(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
         if given.get("output_attentions") and self.shared.fused:
@@ -136,10 +170,22 @@ class Runner:
         batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
         if batch != ids.shape[0] or (mask is not None and (mask.dim() != 2 or mask.shape[1] > length)):
             return None
+        shared, dtype, stored = self.shared, layers[0].dtype, layers[0].keys.dtype
+        fits = shared.around is not None and shared.around.fits(dtype, length)
+        first = self._first(cache, mask, positions) if fits else None
+        own = first is not None
+        if not own and stored != dtype:
+            return None
         places = tuple(x.data_ptr() for y in layers for x in (y.keys, y.values, y.cumulative_length))
-        seen = self._find(("decode", batch, length, places), lambda: Buffers(batch, length, ids.device))
-        buffers, shared = seen.buffers, self.shared
-        buffers.fill(ids, positions, mask)
+
+        def make() -> Buffers:
+            if own:
+                return shared.around.buffers(batch, length, dtype, ids.device)
+            return Buffers(batch, length, ids.device, own=False)
+
+        seen = self._find(("decode", batch, length, stored, own, places), make)
+        buffers = seen.buffers
+        buffers.fill(ids, positions, mask, first)
         options: dict[str, Any] = {"logits_to_keep": keep, "position_ids": buffers.positions}
         options = {name: value for name, value in options.items() if name in self.takes}
 
@@ -151,6 +197,15 @@ class Runner:
         out = seen.run(step, self._place())
         out["past_key_values"] = cache
         return out
+
+    def _first(self, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """`first_seen`, which is asked once in a call of generate()."""
+        run = self.run
+        if run is None or mask is None or mask is not run.mask:
+            return first_seen(cache, mask, positions)
+        if not run.asked:
+            run.first, run.asked = first_seen(cache, mask, positions), True
+        return run.first
 
     def _encode(
         self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype

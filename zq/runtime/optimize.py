@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from zq.errors import ZqError
+from zq.kernels.table_kv import kv_units
 from zq.models.families import FAMILIES
 from zq.models.layout import base_prefix, is_linear
 from zq.models.structure import structure_of
+from zq.runtime.blocks.around import Around
 from zq.runtime.blocks.attention import Shared
 from zq.runtime.blocks.block import FusedBlock
 from zq.runtime.blocks.build import POSTS, fuse, obstacle
+from zq.runtime.cache import check_kv, heads_of
 from zq.runtime.generation import attach
 from zq.runtime.served import NAMES, capability
 from zq.runtime.serving import ServedLinear, serve_linears
@@ -50,20 +53,30 @@ class Fused:
         return "\n".join([*lines, f"CUDA graphs: {'yes' if self.graphs else 'no'}"])
 
 
-def optimize(model: Any, *, report: bool = False) -> Any:
+def optimize(model: Any, *, kv: str | None = None, report: bool = False) -> Any:
     """Make a model of `zq.load`, or of transformers' `from_pretrained`, fast where it is, and return it.
 
     Quantized linears are packed for the operators of their device, blocks run in fused operators, and on CUDA
     decode steps are captured (docs/runtime.md). Its weights cannot be saved afterwards. What was done is in
     `model.zq_fused`; with `report` the function returns (model, that). A model that is optimized already
-    stays as it is. Raises ZqError for a model that is spread over devices or has no parameters.
+    stays as it is, but for `kv`.
+
+    kv: "int8" or "fp8": the caches that generate() makes for itself hold keys and values in 8 bits
+    (docs/kv.md); None: as they are. Raises ZqError for a model that is spread over devices or has no
+    parameters, and for a kv that it cannot have.
     """
+    if kv is not None:
+        check_kv(kv, model.config)
+        heads_of(model.config, kv)
     if getattr(model, "zq_fused", None) is None:
-        model.zq_fused = _optimize(model)
+        model.zq_fused = _optimize(model, kv)
+    elif kv != model.zq_runner.kv:
+        model.zq_runner.kv = kv
+        load_attention(model, model.zq_runner.shared, _device(model), kv)
     return (model, model.zq_fused) if report else model
 
 
-def _optimize(model: Any) -> Fused:
+def _optimize(model: Any, kv: str | None) -> Fused:
     device = _device(model)
     found = Fused()
     arch = FAMILIES.get(model.config.model_type)
@@ -85,15 +98,27 @@ def _optimize(model: Any) -> Fused:
         block.attend.shared, block.attend.first = shared, shared.fused == 0
         shared.fused += 1
         _describe(found, block)
+    decoder = arch is not None and not arch.encoder
     if shared.fused == len(blocks):
         shared.config = model.config
+        if decoder and blocks:
+            _connect(model, arch, blocks, shared)
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1
     _left_linears(found, model)
     if device.type == "cuda":
         load_fused(model, device)
-    found.graphs = attach(model, shared, encoder=arch is not None and arch.encoder)
+        load_attention(model, shared, device, kv)
+    found.graphs = attach(model, shared, encoder=arch is not None and arch.encoder, kv=kv)
     return found
+
+
+def _connect(model: Any, arch: Any, blocks: Any, shared: Shared) -> None:
+    """Let the blocks of a decoder, all of them fused, know of each other and of what lies around them."""
+    base = model.get_submodule(base_prefix(model).rstrip("."))
+    shared.around = Around(base, arch, [block.attend for block in blocks], shared)
+    for block in blocks[:-1]:
+        block.last = False
 
 
 def serve_block(model: Any, block: nn.Module, device: torch.device) -> None:
@@ -117,6 +142,17 @@ def load_fused(model: nn.Module, device: torch.device) -> None:
                 continue
             names |= {f"{op}_{SHORT[part.takes]}_{kind}" for op in part.units}
     cuda.prepare(device, sorted(names))
+
+
+def load_attention(model: Any, shared: Shared, device: torch.device, kv: str | None) -> None:
+    """The same for attention of steps over caches of 16 bits, and of `kv`. Raises ZqError."""
+    around: Any = shared.around
+    if device.type != "cuda" or around is None or not around.fits(model.dtype, 1):
+        return
+    from zq.kernels import cuda
+
+    kind = NAMES[model.dtype]
+    cuda.prepare(device, [name for each in dict.fromkeys((None, kv)) for name in kv_units(kind, each)])
 
 
 def _device(model: Any) -> torch.device:

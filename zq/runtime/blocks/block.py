@@ -14,11 +14,16 @@ from zq.runtime.rows import Rows
 
 
 class FusedBlock:
-    """Goes in front of the class of a block. The orders are those of zq.models.structure."""
+    """Goes in front of the class of a block. The orders are those of zq.models.structure; each returns two
+    tensors, whose sum is the block's output, or one and None.
+
+    last: of the blocks. In a step the others leave their sum to the norm of the next one.
+    """
 
     parameters_of_class: tuple[str, ...]  # positional ones of the original forward
     order: str
     tuple_output: bool
+    last: bool = True
     norm_1: Norm
     norm_2: Norm | None
     attend: Attention
@@ -43,30 +48,45 @@ class FusedBlock:
             alibi=given.pop("alibi", None),
             more=given,
         )
-        y = getattr(self, self.order)(x.reshape(-1, x.shape[-1]), call).view(x.shape)
+        y, addend = getattr(self, self.order)(x.reshape(-1, x.shape[-1]), call)
+        step = self.attend.shared.step
+        if addend is not None and (step is None or self.last):
+            y = y + addend
+        elif step is not None:
+            step.addend = addend
+        y = y.view(x.shape)
         return (y, None) if self.tuple_output else y
 
-    def serial(self, x: Tensor, call: Call) -> Tensor:
+    def begin(self, x: Tensor) -> tuple[Rows, Tensor]:
+        """(rows of the first norm, the input of the block), with what the block before has left."""
+        step = self.attend.shared.step
+        if step is None or step.addend is None:
+            return self.norm_1(x), x
+        addend, step.addend = step.addend, None
+        return self.norm_1.after(addend, x)
+
+    def serial(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         assert self.norm_2 is not None
-        mixed = self.mix(self.norm_1(x), call, x.dtype)
+        rows, x = self.begin(x)
+        mixed = self.mix(rows, call, x.dtype)
         rows, h = self.norm_2.after(mixed, x)
-        return h + self.feed(rows, x.dtype)
+        return h, self.feed(rows, x.dtype)
 
-    def parallel(self, x: Tensor, call: Call) -> Tensor:
-        rows = self.norm_1(x)
+    def parallel(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        rows, x = self.begin(x)
         other = rows if self.norm_2 is None else self.norm_2(x)
-        return self.mix(rows, call, x.dtype) + self.feed(other, x.dtype) + x
+        return x, self.mix(rows, call, x.dtype) + self.feed(other, x.dtype)
 
-    def post(self, x: Tensor, call: Call) -> Tensor:
+    def post(self, x: Tensor, call: Call) -> tuple[Tensor, None]:
         assert self.norm_2 is not None
         h = self.norm_1.plain(x + self.mix(Rows(x), call, x.dtype))
-        return self.norm_2.plain(h + self.feed(Rows(h), x.dtype))
+        return self.norm_2.plain(h + self.feed(Rows(h), x.dtype)), None
 
-    def normed(self, x: Tensor, call: Call) -> Tensor:
+    def normed(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         assert self.norm_2 is not None
-        y = self.norm_1.plain(x)
+        y = self.begin(x)[0].x
         z = self.norm_2.plain(y + self.mix(Rows(y), call, x.dtype))
-        return z + self.feed(Rows(z), x.dtype)
+        return z, self.feed(Rows(z), x.dtype)
 
     def mix(self, rows: Rows, call: Call, dtype: torch.dtype) -> Tensor:
         return self.out(Rows(self.attend(self.qkv(rows, dtype), call)), dtype)
