@@ -64,13 +64,14 @@ class Graphed:
         layers = [] if past_key_values is None else past_key_values.layers
         runner = self.zq_runner
         if not (runner.on and flat and layers and all(map(is_plain, layers))):
-            return create_masks_for_generate(
-                config, attention_mask=attention_mask, past_key_values=past_key_values, **more
+            usual: Any = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+            return usual(
+                config=config, attention_mask=attention_mask, past_key_values=past_key_values, **more
             )
+        if runner.run is not None and more["inputs_embeds"].shape[1] == 1:
+            return runner.run.announce(attention_mask, past_key_values)
         if attention_mask is None:
             return None
-        if runner.run is not None and more["inputs_embeds"].shape[1] == 1:
-            return runner.run.padded(attention_mask, past_key_values)
         missing = layers[0].max_cache_len - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)))
 

@@ -90,25 +90,31 @@ class Captured:
 
 
 class Run:
-    """What is known of a call of generate() after its first step: its mask [B, L] then only grows by ones, so
-    it is padded with them once, and what `first_seen` has found stays so."""
+    """What is known of a call of generate() after its first step: its mask then only grows by ones, so it is
+    padded with them once [B, L], and what `first_seen` has found stays so."""
 
     def __init__(self) -> None:
-        self.cache: Any = None  # a weak reference
+        self.cache: Any = lambda: None  # a weak reference
         self.mask: Tensor | None = None
         self.width = 0
+        self.announced = self.asked = False
         self.first: Tensor | None = None
-        self.asked = False
 
-    def padded(self, mask: Tensor, cache: Any) -> Tensor:
-        """The mask [B, L] of all steps, from that of the present one [B, width]."""
-        known = self.mask is not None and self.cache() is cache and mask.shape[1] == self.width + 1
-        self.width = mask.shape[1]
-        if not known or self.mask is None:
-            missing = max(cache.layers[0].max_cache_len - self.width, 0)
-            self.mask = torch.nn.functional.pad(mask, (0, missing), value=1)
-            self.cache, self.first, self.asked = weakref.ref(cache), None, False
+    def announce(self, mask: Tensor | None, cache: Any) -> Tensor | None:
+        """A step of generate() follows, with this mask [B, width]: the one to be used for it."""
+        width = 0 if mask is None else mask.shape[1]
+        grown = self.mask is None if mask is None else self.mask is not None and width == self.width + 1
+        if not grown or self.cache() is not cache:
+            missing = max(cache.layers[0].max_cache_len - width, 0)
+            self.mask = None if mask is None else torch.nn.functional.pad(mask, (0, missing), value=1)
+            self.cache, self.asked = weakref.ref(cache), False
+        self.width, self.announced = width, True
         return self.mask
+
+    def expects(self, mask: Tensor | None, cache: Any) -> bool:
+        """Whether this is the step that was announced."""
+        announced, self.announced = self.announced, False
+        return announced and mask is self.mask and self.cache() is cache
 
 
 class Runner:
@@ -201,7 +207,7 @@ class Runner:
     def _first(self, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """`first_seen`, which is asked once in a call of generate()."""
         run = self.run
-        if run is None or mask is None or mask is not run.mask:
+        if run is None or not run.expects(mask, cache):
             return first_seen(cache, mask, positions)
         if not run.asked:
             run.first, run.asked = first_seen(cache, mask, positions), True

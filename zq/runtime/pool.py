@@ -31,8 +31,15 @@ class CachePool:
 
     def __init__(self, config: Any) -> None:
         self.config = config.get_text_config(decoder=True)
-        self.held: list[tuple[Tensor, ...]] = []  # of each layer: length, keys, values and their scales (flat)
+        self.held: list[
+            tuple[Tensor, ...]
+        ] = []  # of each layer: length, keys, values, scales (flat)
         self.lent: Any = None  # a weak reference
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys, values and scales, in bytes."""
+        return sum(x.nbytes for _, *stored in self.held for x in stored)
 
     @torch.inference_mode(False)  # else tensors could not be written outside of it
     @torch.no_grad()
@@ -89,9 +96,7 @@ class CachePool:
         return True
 
 
-def _place(
-    layer: Any, shape: tuple[int, ...], dtype: torch.dtype, count: Tensor, *stored: Tensor
-) -> None:
+def _place(layer: Any, shape: tuple[int, ...], dtype: torch.dtype, count: Tensor, *stored: Tensor) -> None:
     """Let a fresh layer lie in memory that is there, emptied."""
     nothing = torch.empty(0, shape[1], 0, shape[3], dtype=dtype, device=count.device)
     layer.lazy_initialization(nothing, nothing)

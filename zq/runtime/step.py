@@ -82,7 +82,7 @@ class Step:
         return layer
 
     def write(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, 1, D] at the present position of one layer; returns its keys and values [B, H, L, D]."""
+        """k, v [B, H, 1, D] at the present position of one layer; its keys and values [B, H, L, D]."""
         layer = self.layer(layer_idx)
         layer.keys.index_copy_(2, self.position, k)
         layer.values.index_copy_(2, self.position, v)

@@ -102,7 +102,12 @@ class Attention(nn.Module):
     def _own(self, qkv: Tensor, call: Call, step: Step) -> Tensor:
         """A new token of each row through zq's operators, qkv [B, (queries + 2 keys) * width]."""
         layer, buffers = step.layer(self.layer_idx), step.buffers
-        stored = layer.keys, layer.values, getattr(layer, "key_scale", None), getattr(layer, "value_scale", None)
+        stored = (
+            layer.keys,
+            layer.values,
+            getattr(layer, "key_scale", None),
+            getattr(layer, "value_scale", None),
+        )
         cos, sin = self._angles(call, step)
         rope = ROPES[self.rope]
         both = self.head_norm
