@@ -31,9 +31,7 @@ class CachePool:
 
     def __init__(self, config: Any) -> None:
         self.config = config.get_text_config(decoder=True)
-        self.held: list[
-            tuple[Tensor, ...]
-        ] = []  # of each layer: length, keys, values, scales (flat)
+        self.held: list[tuple[Tensor, ...]] = []  # of each layer: length, keys, values, scales (flat)
         self.lent: Any = None  # a weak reference
 
     @property
