@@ -9,10 +9,10 @@
                                                             BERT-base's shape, INT8
 
 `check` compares logits with those of the unoptimized simulation, tokens of replayed graphs with those of the
-same steps run eagerly, and logits of steps on zq's attention with those on torch's; over caches of 8 bits with
-what their own update gives. `decode` and `encode` print milliseconds (median), launches of a step and memory.
-A step is measured over a cache that holds --context random tokens, generate with a prompt of that length (2048
-at most). --torch: on torch's attention. --profile: the kernels of a step by name.
+same steps run eagerly, and logits of steps on zq's attention with those on torch's; over caches of 8 bits
+with what their own update gives. `decode` and `encode` print milliseconds (median), launches of a step and
+memory. A step is measured over a cache that holds --context random tokens, generate with a prompt of that
+length (2048 at most). --torch: on torch's attention. --profile: the kernels of a step by name.
 """
 
 from __future__ import annotations
@@ -278,9 +278,8 @@ def decode(given: argparse.Namespace) -> None:
         print("NOT CAPTURED")
         return
     back()
-    print(
-        f"attention: {'zq' if seen.buffers.own else 'torch'}; cache {runner.caches.nbytes / 1e9:.3f} GB, {kv or BF16}"
-    )
+    held, which = runner.caches.nbytes / 1e9, "zq" if seen.buffers.own else "torch"
+    print(f"attention of {which}; cache {held:.3f} GB, {kv or 'bf16'}")
     spent = []
     for _ in range(50):
         back()  # a replay counts on
