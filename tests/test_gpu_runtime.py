@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 import zq
-from tests.runtime.quantized import SCHEMES, W4A8, W8A8, SchemeOf, distance, in_float32, quantized
 from tests.runtime.gpu_smoke import launches
+from tests.runtime.quantized import SCHEMES, W4A8, W8A8, SchemeOf, distance, in_float32, quantized
 from tests.simulate import outputs, recipe
 from tests.tiny import TINY, random_model, save_tiny, token_ids
 from zq.errors import ZqError

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zq
 from tests.runtime.quantized import W4A8, W8A8, force_kernels, quantized
@@ -159,6 +160,29 @@ def test_encoders(name: str) -> None:
             assert found.keys() == wanted.keys()
             assert torch.equal(found[0][mask.bool()], wanted[0][mask.bool()])
     assert len(model.zq_runner.seen) == 2
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_encoder_without_a_mask_makes_none(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 makes one of [B, 1, S, S] while a graph is captured."""
+    scheme = (lambda name: None if ".0." in name else W8A8) if mixed else W8A8
+    model = zq.optimize(quantized("bert-model", scheme, torch.float32))
+    model.zq_runner.on, masks = False, []
+    original: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module: Any, q: Any, k: Any, v: Any, mask: Any, **more: Any) -> Any:
+        masks.append(None if mask is None else mask.shape[2])
+        return original(module, q, k, v, mask, **more)
+
+    with torch.no_grad():
+        wanted = model(input_ids=token_ids())[0]
+        monkeypatch.setattr(
+            "transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_, **__: False
+        )
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
+        model.zq_runner.on = True
+        assert torch.equal(model(input_ids=token_ids())[0], wanted)
+    assert masks == ([1, 1] if mixed else [None, None])
 
 
 def test_in_inference_mode_and_out_of_it(steps: list[int]) -> None:

@@ -224,14 +224,19 @@ class Runner:
         seen = self._find(key, lambda: {name: torch.empty_like(x) for name, x in given.items()}, PATIENCE)
         for name, value in given.items():
             seen.buffers[name].copy_(value)
-        buffers = seen.buffers
+        buffers, fused = seen.buffers, self.shared.config is not None
 
         def step() -> Any:
+            # In four dimensions: else transformers would ask whether it is all ones, or make one where there
+            # is none (5.17, while a graph is captured). Fused blocks take an empty one for none.
             inputs = dict(buffers)
-            if "attention_mask" in inputs:  # in two dimensions transformers would ask whether it is all ones
+            if "attention_mask" in inputs:
                 hidden = inputs["attention_mask"].eq(0)[:, None, None, :]
                 added = torch.zeros_like(hidden, dtype=dtype)
                 inputs["attention_mask"] = added.masked_fill_(hidden, torch.finfo(dtype).min)
+            else:
+                shape = (0, 1, 1, 1) if fused else (ids.shape[0], 1, 1, ids.shape[1])
+                inputs["attention_mask"] = torch.zeros(shape, dtype=dtype, device=ids.device)
             return forward(**inputs, return_dict=True)
 
         return seen.run(step, self._place())

@@ -38,10 +38,11 @@ class FusedBlock:
         x: Tensor = given.pop("hidden_states")
         cache = given.pop("past_key_values", None)
         layer_past = given.pop("layer_past", None)
+        mask: Tensor | None = given.pop("attention_mask", None)
         call = Call(
             batch=x.shape[0],
             length=x.shape[1],
-            mask=given.pop("attention_mask", None),
+            mask=mask if mask is None or mask.numel() else None,  # an empty one: none
             cache=layer_past if cache is None else cache,
             tables=given.pop("position_embeddings", None),
             positions=given.pop("position_ids", None),
