@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zq
-from tests.runtime.quantized import W4A8, W4A16, distance, force_kernels, in_float32, quantized
+from tests.runtime.quantized import W4A8, W4A16, W8A8, distance, force_kernels, in_float32, quantized
 from tests.runtime.test_step import NoHost, padded
 from tests.tiny import TINY, random_model, token_ids
 from zq.runtime import graphs
@@ -385,3 +385,38 @@ def test_a_copy_of_an_optimized_model_steps_by_itself(name: str, steps: list[Any
         parameter.data.zero_()
     assert torch.equal(generated(other, **padded())[1], wanted)
     assert all(own for own, _ in steps)
+
+
+def test_post_norm_blocks_hand_over_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine operators a block: each norm gives the next residual and its codes."""
+    force_kernels(monkeypatch)
+    counted = []
+    for layers in (2, 4):
+        config = TINY["bert-model"]()
+        config.num_hidden_layers = layers
+        model = zq.optimize(quantized("bert-model", W8A8, model=random_model(config, torch.bfloat16)))
+        with torch.no_grad(), Seen() as seen:
+            model(input_ids=token_ids())
+        assert model.zq_runner.shared.handed is None
+        counted.append(+seen.ops)
+    more = counted[1] - counted[0]
+    ours = {name: count // 2 for name, count in more.items() if name.startswith("zq.")}
+    assert ours == {
+        "zq.w8a8_int8": 4, "zq.quant_int8": 1, "zq.post_layer_norm_quant": 2, "zq.gelu_quant": 1
+    }  # fmt: skip
+    assert not any(name.startswith(("aten.add", "aten.native_layer_norm")) for name in more)
+
+
+def test_rows_are_not_handed_to_other_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a hook puts in the place of a block's output is what the next block sees."""
+    force_kernels(monkeypatch)
+    model, ids = zq.optimize(quantized("bert-model", W8A8)), token_ids()
+    with torch.no_grad():
+        plain = model(input_ids=ids)[0]
+        handle = model.encoder.layer[0].register_forward_hook(lambda *given: given[2] * 0)
+        zeros = model(input_ids=ids)[0]
+        handle.remove()
+        again = model(input_ids=ids)[0]
+    assert torch.equal(again, plain)
+    assert distance(zeros, plain) > 0.3
+    assert torch.equal(zeros[0], zeros[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from zq.models.structure import structure_of
 from zq.runtime.blocks.around import Around
 from zq.runtime.blocks.attention import Shared
 from zq.runtime.blocks.block import FusedBlock
-from zq.runtime.blocks.build import POSTS, fuse, obstacle
+from zq.runtime.blocks.build import fuse, obstacle
 from zq.runtime.cache import check_kv, heads_of
 from zq.runtime.generation import attach
 from zq.runtime.served import NAMES, capability
@@ -97,12 +98,13 @@ def _optimize(model: Any, kv: str | None) -> Fused:
         fuse(block, arch, structure, model.config)
         block.attend.shared, block.attend.first = shared, shared.fused == 0
         shared.fused += 1
-        _describe(found, block)
-    decoder = arch is not None and not arch.encoder
     if shared.fused == len(blocks):
         shared.config = model.config
-        if decoder and blocks:
+        if blocks:
             _connect(model, arch, blocks, shared)
+    for block in blocks:
+        if isinstance(block, FusedBlock):
+            _describe(found, block)
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1
     _left_linears(found, model)
@@ -114,11 +116,14 @@ def _optimize(model: Any, kv: str | None) -> Fused:
 
 
 def _connect(model: Any, arch: Any, blocks: Any, shared: Shared) -> None:
-    """Let the blocks of a decoder, all of them fused, know of each other and of what lies around them."""
-    base = model.get_submodule(base_prefix(model).rstrip("."))
-    shared.around = Around(base, arch, [block.attend for block in blocks], shared)
-    for block in blocks[:-1]:
+    """Let blocks, all of them fused, know of each other, and those of a decoder of what lies around them."""
+    for block, following in pairwise(blocks):
         block.last = False
+        if block.order == "post":
+            block.norm_2.read_as(following.qkv.takes)
+    if not arch.encoder:
+        base = model.get_submodule(base_prefix(model).rstrip("."))
+        shared.around = Around(base, arch, [block.attend for block in blocks], shared)
 
 
 def serve_block(model: Any, block: nn.Module, device: torch.device) -> None:
@@ -177,7 +182,8 @@ def _describe(found: Fused, block: Any) -> None:
     for norm in norms:
         found.fused["norm + quantization"] += norm.takes is not None
         if norm.takes is None and read:
-            why = "it feeds the sum as well" if block.order in POSTS else "its readers or its weights differ"
+            last = block.order == "post" and norm is block.norm_2 and block.last
+            why = "nothing quantized reads it" if last else "its readers or its weights differ"
             found.left[f"norm: {why}"] += 1
     found.fused["activation + quantization"] += block.activation.takes is not None
     found.fused += Counter()  # drops what has not been found

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zq.kernels.checks import HALVES, MULTIPLE
 from zq.kernels.checks_kv import CHANNELS
+from zq.runtime.rows import Rows
 from zq.runtime.step import Step
 
 ROPES = {"": "none", "halves": "half", "pairs": "interleaved"}  # of zq.models.structure, of zq::store_kv
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     tables: tuple[Tensor, Tensor] | None
     positions: Tensor | None
     alibi: Tensor | None
+    rows: Rows | None  # of the hidden states, where the block before has quantized them
     more: dict[str, Any]
 
 
@@ -35,6 +37,7 @@ class Shared:
     step    the step that is being made (zq/runtime/step.py)
     fused   how many blocks are
     config  of the model, where all are
+    handed  (what a block has returned, its rows for the next one)
     around  what lies around the blocks (blocks/around.py), where all are
     """
 
@@ -43,6 +46,7 @@ class Shared:
         self.step: Step | None = None
         self.fused = 0
         self.config: Any = None
+        self.handed: tuple[Tensor, Rows] | None = None
         self.around: Any = None
 
 
