@@ -214,6 +214,8 @@ def table(call: Callable[[], Any], rows: int = 12) -> None:
 def filled(model: Any, batch: int, context: int, kv: str | None) -> Any:
     """A cache with random keys and values at `context` positions."""
     cache = model.zq_runner.caches.lease(batch, context + 8, CUDA, BF16, kv)
+    if cache is None:  # more than half of the memory that is free
+        cache = make_cache(model.config, batch, context + 8, BF16, kv, CUDA)
     for layer in cache.layers:
         for x in (layer.keys, layer.values):
             if kv is None:
@@ -278,7 +280,9 @@ def decode(given: argparse.Namespace) -> None:
         print("NOT CAPTURED")
         return
     back()
-    held, which = runner.caches.nbytes / 1e9, "zq" if seen.buffers.own else "torch"
+    stored = ("keys", "values", "key_scale", "value_scale")
+    held = sum(getattr(y, x).nbytes for y in cache.layers for x in stored if hasattr(y, x)) / 1e9
+    which = "zq" if seen.buffers.own else "torch"
     print(f"attention of {which}; cache {held:.3f} GB, {kv or 'bf16'}")
     spent = []
     for _ in range(50):

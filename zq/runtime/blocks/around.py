@@ -60,6 +60,7 @@ class Around:
     def __init__(self, base: Any, arch: Arch, attends: list[Attention], shared: Shared) -> None:
         self.attends, self.rope = attends, attends[0].rope
         self.rotary = getattr(base, "rotary_emb", None)
+        self._fits: dict[tuple[torch.dtype, int], bool] = {}  # each step asks
         self.biased = base if hasattr(base, "build_alibi_tensor") else None
         for module, front in ((self.rotary, Rotary), (self.biased, Biased)):
             if module is not None:
@@ -72,7 +73,10 @@ class Around:
 
     def fits(self, dtype: torch.dtype, length: int) -> bool:
         """Whether steps over `length` positions use zq's own attention."""
-        return all(attend.fits(dtype, length) for attend in self.attends)
+        key = dtype, length
+        if key not in self._fits:
+            self._fits[key] = all(attend.fits(dtype, length) for attend in self.attends)
+        return self._fits[key]
 
     @torch.inference_mode(False)  # else steps outside of it could not use them
     @torch.no_grad()
