@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zq
 from tests.runtime.quantized import W4A8, W8A8, force_kernels, quantized
+from tests.runtime.stepping import NoHost, padded
 from tests.tiny import TINY, random_model, token_ids
 from zq.runtime import graphs
 from zq.runtime.pool import CachePool, bucket
@@ -19,15 +19,6 @@ from zq.runtime.pool import CachePool, bucket
 DECODERS = [name for name in TINY if "bert" not in name]
 SLIDING = ("mistral", "qwen2")  # as tests/tiny.py has them
 ENCODERS = [name for name in TINY if "bert" in name]
-FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh")  # what a CUDA graph cannot capture
-
-
-class NoHost(TorchDispatchMode):
-    """Fails where a value goes to or comes from the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(name in str(func) for name in FORBIDDEN), f"{func} in a step"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -49,14 +40,6 @@ def optimized(name: str, on: bool = True) -> Any:
     model = zq.optimize(quantized(name, W8A8, torch.float32))
     model.zq_runner.on = on
     return model
-
-
-def padded(batch: int = 3, length: int = 9) -> dict[str, torch.Tensor]:
-    ids = token_ids(batch, length)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch):
-        mask[row, : 2 * row] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def generated(model: Any, on: bool, **given: Any) -> torch.Tensor:
