@@ -185,6 +185,7 @@ def situation(
     *("sweep-no-output", "sweep-bits", "sweep-types", "sweep-blocks", "sweep-nothing", "sweep-seeds"),
     *("sweep-twice", "sweep-length", "sweep-device"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template", "bad-kv"),
+    "generate-bad-kv",
 )
 def healthy(model: Model) -> None:
     """The input is fine; the command is not, or the place."""

@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 import zq
+from tests.runtime.gpu_smoke import launches
 from tests.runtime.quantized import SCHEMES, W4A8, W8A8, SchemeOf, distance, in_float32, quantized
 from tests.simulate import outputs, recipe
-from tests.tiny import TINY, save_tiny, token_ids
+from tests.tiny import TINY, random_model, save_tiny, token_ids
 from zq.errors import ZqError
 from zq.pipeline import quantize
 from zq.plan import make_plan
+from zq.runtime.blocks.around import Around
+from zq.runtime.cache import make_cache
 from zq.runtime.graphs import PATIENCE, Captured
 from zq.runtime.linear import QuantLinear
 
@@ -97,6 +100,44 @@ def test_generate(name: str) -> None:
     if name not in SLIDING:
         assert len(model.zq_runner.seen) == 3, "three batch sizes at one length"
         assert replays(model) == 4 * 5 - 3
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_steps_on_zqs_attention(name: str, kv: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's attention; over a quantized cache, against its own update."""
+    _, model = on_gpu(name, W4A8)
+    given, found = padded(3, 9), []
+    for own in (True, False):
+        cache = make_cache(model.config, 3, 24, torch.bfloat16, kv, "cuda")
+        if not own and kv is None:
+            monkeypatch.setattr(Around, "fits", lambda *_: False)
+        on = own or kv is None
+        found.append(logits(model, on, **given, past_key_values=cache, max_new_tokens=6))
+    owns = {seen.buffers.own for seen in model.zq_runner.seen.values()}
+    if name in SLIDING:  # a window of 6 positions
+        assert owns == ({False} if kv is None else set())
+    else:
+        assert owns == ({True, False} if kv is None else {True})
+    same = int((found[0][0] == found[1][0]).all(0).long().cumprod(0).sum()) - 9
+    assert same >= 1
+    assert distance(found[0][1][: same + 1], found[1][1][: same + 1]) < 4e-2
+
+
+def test_kernels_of_a_step() -> None:
+    """Ten in a layer of a Llama in W4A8, and few around them."""
+    counts = []
+    for layers in (2, 5):
+        config = TINY["llama"]()
+        config.num_hidden_layers = layers
+        model = quantized("llama", W4A8, model=random_model(config, torch.bfloat16)).cuda()
+        zq.optimize(model)
+        model.generate(**padded(1, 9), max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+        (seen,) = model.zq_runner.seen.values()
+        assert seen.buffers.own
+        counts.append(launches(seen.graph.replay))
+    assert counts[1] - counts[0] == 3 * 10
+    assert counts[0] - 2 * 10 <= 9, "seven, and room for a product that torch cuts in parts"
 
 
 def test_the_graph_is_the_step() -> None:

@@ -28,8 +28,8 @@ def load(folder: str, **options: Any) -> Any:
     return load_checkpoint(folder, **options)
 
 
-def optimize(model: Any, *, report: bool = False) -> Any:
+def optimize(model: Any, *, kv: str | None = None, report: bool = False) -> Any:
     """See `zq.runtime.optimize.optimize`."""
     from zq.runtime.optimize import optimize as make_fast
 
-    return make_fast(model, report=report)
+    return make_fast(model, kv=kv, report=report)

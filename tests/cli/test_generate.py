@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zq
 from tests.command import run
+from zq.runtime.cache import make_cache
 
 PROMPT = "Hello there"
 
@@ -91,6 +92,19 @@ def test_what_was_fused_is_said_when_asked(w4a8):
     assert said.out == plain.out
     assert "linears: 14 x integers on the CPU" in said.err
     assert "linears" not in plain.err
+
+
+@pytest.mark.parametrize("more", [(), ("--no-optimize",)])
+def test_keys_and_values_in_8_bits(more, w4a8):
+    """The tokens of the same model with such a cache, which are those of others now and then only."""
+    model = zq.load(w4a8)
+    tokenizer = AutoTokenizer.from_pretrained(w4a8)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    for kv in ("int8", "fp8"):
+        cache = make_cache(model.config, 1, 64, model.dtype, kv)
+        wanted = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        found = generate(w4a8, PROMPT, "--raw", "--max-tokens", "6", "--kv", kv, *more)["tokens"]
+        assert found == wanted[0, ids.shape[1] :].tolist()
 
 
 def test_without_fusing_the_simulation_runs(w4a8, monkeypatch):

@@ -43,6 +43,7 @@ def quant_calls(m: int, k: int, dtype: torch.dtype = BF16) -> Iterator[tuple[str
         yield "add_rms_norm_quant", (x, residual, weight, 1e-5, out)
         yield "layer_norm_quant", (x, weight, bias, 1e-5, out)
         yield "add_layer_norm_quant", (x, residual, weight, bias, 1e-5, out)
+        yield "post_layer_norm_quant", (x, residual, weight, bias, 1e-5, out)
         yield "silu_mul_quant", (torch.cat((residual, x), 1), out)
         yield "gelu_quant", (x, "none", out)
         yield "gelu_quant", (x, "tanh", out)

@@ -88,6 +88,7 @@ def test_names_lead_to_units(dtype, out, monkeypatch):
         "add_rms_norm_quant": (x, x, weight, 1e-5, out),
         "layer_norm_quant": (x, weight, weight, 1e-5, out),
         "add_layer_norm_quant": (x, x, weight, weight, 1e-5, out),
+        "post_layer_norm_quant": (x, x, weight, weight, 1e-5, out),
         "silu_mul_quant": (x, out),
         "gelu_quant": (x, "tanh", out),
     }

@@ -126,6 +126,16 @@ def test_fused_operators_are_the_unfused_ones(dtype):
         assert all(torch.equal(each, total) for each in more)
 
 
+@pytest.mark.parametrize("out", [torch.int8, FP8])
+def test_a_norm_that_is_kept_is_what_was_quantized(out):
+    x, residual = activations(64, 256), normal(64, 256, seed=1, dtype=BF16)
+    weight, bias = normal(256, seed=2, dtype=BF16), normal(256, seed=3, dtype=BF16)
+    *wanted, total = Z.add_layer_norm_quant(x, residual, weight, bias, 1e-5, out)
+    *found, normed = Z.post_layer_norm_quant(x, residual, weight, bias, 1e-5, out)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(normed, reference.layer_norm(total, weight, bias, 1e-5))
+
+
 def test_norms_against_float64():
     x = activations(64, 256, torch.float32)
     weight, bias = normal(256, seed=2), normal(256, seed=3)

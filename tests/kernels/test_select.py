@@ -70,6 +70,16 @@ def test_units():
     assert found == [unit for unit in UNITS.values() if unit in found]
 
 
+def test_a_decoder_needs_its_caches():
+    schemes = [Scheme.parse("int4:g64")]
+    without, found = units_for(schemes, "bf16"), units_for(schemes, "bf16", decoder=True)
+    more = {unit.name for unit in found} - {unit.name for unit in without}
+    caches = ("", "_int8", "_fp8")
+    steps = {f"{what}{kv}_bf16" for what in ("attention", "store_kv") for kv in caches}
+    assert more == steps | {"plain_int8_bf16", "plain_fp8_bf16"}
+    assert units_for([Scheme.parse("int3:g64")], "bf16", decoder=True) == []
+
+
 def test_weights_alone_need_no_quantized_activations():
     found = units_for([Scheme.parse("int4:g64")], "fp16")
     assert {unit.ops for unit in found} == {("w4a16",)}

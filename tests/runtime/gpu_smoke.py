@@ -3,11 +3,16 @@
 
     python -m tests.runtime.gpu_smoke check                 small models: fused and captured, or simulated
     python -m tests.runtime.gpu_smoke decode [--blocks 32] [--batch 1] [--context 512] [--tokens 64]
+                                             [--kv int8] [--torch] [--profile]
                                                             a Llama of 8B's shape with random INT4 codes
-    python -m tests.runtime.gpu_smoke encode [--batch 8] [--length 128]   BERT-base's shape, INT8
+    python -m tests.runtime.gpu_smoke encode [--batch 8] [--length 128] [--profile]
+                                                            BERT-base's shape, INT8
 
-`check` compares logits with those of the unoptimized simulation, and tokens of replayed graphs with those of
-the same steps run eagerly. `decode` and `encode` print milliseconds (median), launches of a step and memory.
+`check` compares logits with those of the unoptimized simulation, tokens of replayed graphs with those of the
+same steps run eagerly, and logits of steps on zq's attention with those on torch's; over caches of 8 bits
+with what their own update gives. `decode` and `encode` print milliseconds (median), launches of a step and
+memory. A step is measured over a cache that holds --context random tokens, generate with a prompt of that
+length (2048 at most). --torch: on torch's attention. --profile: the kernels of a step by name.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ import zq
 from tests.simulate import block_linears
 from zq.models.layout import linear_shape
 from zq.numerics.qtensor import QTensor, quantize
+from zq.runtime.blocks.around import Around
+from zq.runtime.cache import make_cache
 from zq.runtime.graphs import PATIENCE
 from zq.runtime.linear import replace_linear
 from zq.runtime.serving import served
@@ -74,11 +81,11 @@ def build(config: Any, scheme: str) -> Any:
     return model
 
 
-def fill_llama(blocks: int) -> Any:
+def fill_llama(blocks: int, positions: int) -> Any:
     """A Llama of 8B's shape, packed block by block; no weight is ever there in 16 bits."""
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=positions, rope_theta=500000.0,
         tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("meta"):
@@ -124,10 +131,12 @@ def check() -> None:
             )
             model.zq_runner.on = True
             same = encoded(model, ids, mask) if name == "bert" else stepped(model, ids, mask)
-            good = apart < 5e-2 and same
+            against = {} if name == "bert" else attentions(model, ids, mask)
+            good = apart < 5e-2 and same and all(each < 5e-2 for each in against.values())
             bad += [] if good else [f"{name} {scheme}"]
             verdict = "ok " if good else "BAD"
-            print(f"{verdict} {name:9} {scheme:34} apart {apart:.1e}  replayed as eager: {same}")
+            print(f"{verdict} {name:9} {scheme:34} apart {apart:.1e}  replayed as eager: {same}", end="  ")
+            print(*(f"{what} {each:.1e}" for what, each in against.items()))
     print("all good" if not bad else f"BAD: {', '.join(bad)}")
 
 
@@ -140,6 +149,38 @@ def stepped(model: Any, ids: Tensor, mask: Tensor) -> bool:
         found.append(model.generate(input_ids=ids, attention_mask=mask, **given))
     captured = [seen for seen in model.zq_runner.seen.values() if seen.graph is not None]
     return bool(captured) and all(torch.equal(found[0], each) for each in found[1:])
+
+
+def attentions(model: Any, ids: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far logits of steps on zq's attention are from those on torch's, and those over a cache of 8 bits
+    from those over one that `update` writes and dequantizes; as long as tokens are the same."""
+
+    def logits(kv: str | None) -> tuple[Tensor, Tensor]:
+        cache = make_cache(model.config, ids.shape[0], ids.shape[1] + 8, BF16, kv, CUDA)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False,
+            pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return out.sequences[:, ids.shape[1] :], torch.stack(out.logits)
+
+    runner, fits, found = model.zq_runner, Around.fits, {}
+    runner.capture = True
+    for kv in (None, "int8", "fp8"):
+        mine = logits(kv)
+        own = [seen for seen in runner.seen.values() if getattr(seen.buffers, "own", False) and seen.graph]
+        if kv is None:
+            Around.fits = lambda *_: False  # type: ignore[method-assign]
+        else:
+            runner.on = False
+        try:
+            theirs = logits(kv)
+        finally:
+            Around.fits, runner.on = fits, True  # type: ignore[method-assign]
+        same = int((mine[0] == theirs[0]).all(0).long().cumprod(0).sum())
+        upto = min(same + 1, 8)
+        far = distance(mine[1][:upto], theirs[1][:upto]) if own and upto > 1 else float("inf")
+        found["zq/torch" if kv is None else kv] = far
+    return found
 
 
 def encoded(model: Any, ids: Tensor, mask: Tensor) -> bool:
@@ -155,6 +196,38 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(str(event.device_type).endswith("CUDA") for event in traced.events())
 
 
+def table(call: Callable[[], Any], rows: int = 12) -> None:
+    """The kernels of a call by name: how many, microseconds altogether."""
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in traced.events():
+        if str(event.device_type).endswith("CUDA"):
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    whole = sum(map(sum, found.values()))
+    for name, spent in sorted(found.items(), key=lambda item: -sum(item[1]))[:rows]:
+        print(f"{len(spent):5} x {sum(spent):9.1f} us {sum(spent) / whole:6.1%}  {name[:90]}")
+    print(f"{sum(map(len, found.values())):5} x {whole:9.1f} us altogether, {len(found)} names")
+
+
+def filled(model: Any, batch: int, context: int, kv: str | None) -> Any:
+    """A cache with random keys and values at `context` positions."""
+    cache = model.zq_runner.caches.lease(batch, context + 8, CUDA, BF16, kv)
+    if cache is None:  # more than half of the memory that is free
+        cache = make_cache(model.config, batch, context + 8, BF16, kv, CUDA)
+    for layer in cache.layers:
+        for x in (layer.keys, layer.values):
+            if kv is None:
+                x.normal_()
+            else:  # finite codes of either kind
+                x.view(torch.uint8).random_(0, 0x7E)
+        if kv is not None:
+            layer.key_scale.fill_(0.02)
+            layer.value_scale.fill_(0.02)
+    return cache
+
+
 def median_ms(call: Callable[[], Any], times: int) -> float:
     spent = []
     for _ in range(times):
@@ -167,47 +240,66 @@ def median_ms(call: Callable[[], Any], times: int) -> float:
 
 
 @torch.no_grad()
-def decode(blocks: int, batch: int, context: int, tokens: int) -> None:
-    model = fill_llama(blocks)
+def decode(given: argparse.Namespace) -> None:
+    batch, context, tokens, kv = given.batch, given.context, given.tokens, given.kv
+    if given.torch:
+        Around.fits = lambda *_: False  # type: ignore[method-assign]
+    model = fill_llama(given.blocks, max(8192, context + 64))
     torch.cuda.reset_peak_memory_stats()
-    print(zq.optimize(model, report=True)[1])
+    print(zq.optimize(model, kv=kv, report=True)[1])
     print(f"memory {torch.cuda.memory_allocated() / 1e9:.2f} GB, peak of optimize "
           f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB")  # fmt: skip
-    ids = torch.randint(3, 128000, (batch, context), device=CUDA)
+    prompt = min(context, 2048)
+    ids = torch.randint(3, 128000, (batch, prompt), device=CUDA)
 
     def text(count: int) -> Any:
         given = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         return model.generate(input_ids=ids, eos_token_id=None, **given)
 
     text(4)
-    print(f"prefill {context}: {median_ms(lambda: text(1), 5):.2f} ms with generate around it")
+    print(f"prefill {prompt}: {median_ms(lambda: text(1), 5):.2f} ms with generate around it")
     whole, one = (median_ms(lambda count=count: text(count), 3) for count in (tokens + 1, 1))
     each = (whole - one) / tokens
-    print(f"generate: {each:.3f} ms a token, {1e3 * batch / each:.0f} tokens/s")
+    print(f"generate after {prompt}: {each:.3f} ms a token, {1e3 * batch / each:.0f} tokens/s")
     runner = model.zq_runner
-    cache = runner.caches.lease(batch, context + 8, CUDA, BF16)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = filled(model, batch, context, kv)
     token, place = ids[:, -1:], torch.full((1, 1), context, device=CUDA)
 
-    def step() -> Any:
+    def back() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(context)
+
+    def step() -> Any:
+        back()
         return model(input_ids=token, position_ids=place, past_key_values=cache, logits_to_keep=1)
 
     step()
     step()
-    seen = next(reversed(runner.seen.values()))
-    if seen.graph is None:
+    seen = next(reversed(runner.seen.values()), None)
+    if seen is None or seen.graph is None:
         print("NOT CAPTURED")
         return
-    print(f"graph alone: {median_ms(seen.graph.replay, 50):.3f} ms, {launches(seen.graph.replay)} launches")
+    back()
+    stored = ("keys", "values", "key_scale", "value_scale")
+    held = sum(getattr(y, x).nbytes for y in cache.layers for x in stored if hasattr(y, x)) / 1e9
+    which = "zq" if seen.buffers.own else "torch"
+    print(f"attention of {which}; cache {held:.3f} GB, {kv or 'bf16'}")
+    spent = []
+    for _ in range(50):
+        back()  # a replay counts on
+        spent.append(median_ms(seen.graph.replay, 1))
+    count = launches(seen.graph.replay)
+    print(f"graph alone after {context}: {statistics.median(spent):.3f} ms, {count} launches")
+    if given.profile:
+        back()
+        table(seen.graph.replay)
     runner.on = False
     print(f"without graphs: {median_ms(step, 5):.2f} ms")
     print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 
 @torch.no_grad()
-def encode(batch: int, length: int) -> None:
+def encode(batch: int, length: int, show: bool) -> None:
     model = build(transformers.BertConfig(architectures=["BertModel"]), W8A8)
     print(zq.optimize(model, report=True)[1])
     ids = torch.randint(3, 30000, (batch, length), device=CUDA)
@@ -218,6 +310,8 @@ def encode(batch: int, length: int) -> None:
         whole = median_ms(lambda given=given: model(**given), 50)
         graph, count = median_ms(seen.graph.replay, 50), launches(seen.graph.replay)
         print(f"{', '.join(given)}: {whole:.3f} ms, graph alone {graph:.3f} ms, {count} launches")
+        if show:
+            table(seen.graph.replay)
 
 
 def main() -> None:
@@ -226,13 +320,16 @@ def main() -> None:
     parser.add_argument("command", choices=("check", "decode", "encode"))
     for name, default in (("blocks", 32), ("batch", 1), ("context", 512), ("tokens", 64), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--kv", choices=("int8", "fp8"))
+    parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     if given.command == "check":
         check()
     elif given.command == "decode":
-        decode(given.blocks, given.batch, given.context, given.tokens)
+        decode(given)
     else:
-        encode(given.batch, given.length)
+        encode(given.batch, given.length, given.profile)
 
 
 if __name__ == "__main__":

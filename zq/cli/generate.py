@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def generate(  # noqa: PLR0913 (a command line is its options)
         typer.Option("--chat/--raw", help="Use the chat template. Default: when there is one."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of sampling.")] = 0,
+    kv: Annotated[
+        str | None, typer.Option("--kv", help="Keep keys and values in int8 or fp8. Default: 16 bits.")
+    ] = None,
     optimize: Annotated[
         bool,
         typer.Option("--optimize/--no-optimize", help="Run fused, or the simulation that zq eval measures."),
@@ -48,8 +51,11 @@ def generate(  # noqa: PLR0913 (a command line is its options)
         from transformers import TextStreamer
 
         from zq.models.find import find_family, find_positions, load_tokenizer
+        from zq.runtime.cache import CODES, make_cache
         from zq.runtime.load import load_decoder
 
+        if kv is not None and kv not in CODES:
+            raise ZqError(f"--kv {kv} is unknown; allowed: {', '.join(CODES)}")
         if find_family(folder).encoder:
             raise ZqError(
                 f"{folder} is an encoder and generates no text; compare it with `zq eval --against`"
@@ -72,14 +78,18 @@ def generate(  # noqa: PLR0913 (a command line is its options)
                 f"{folder}: the tokenizer gives token id {int(inputs['input_ids'].max())}, the model's "
                 f"vocab_size is {model.config.vocab_size}; use the tokenizer of this very model"
             )
+        options: dict[str, Any] = {}
         if optimize:
             from zq.runtime.optimize import optimize as make_fast
 
-            model, fused = make_fast(model, report=True)
+            model, fused = make_fast(model, kv=kv, report=True)
             if verbose:
                 note(str(fused))
+        elif kv is not None:
+            length = inputs["input_ids"].shape[1] + max_tokens
+            options["past_key_values"] = make_cache(model.config, 1, length, model.dtype, kv, place)
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = model.generate(
             **inputs.to(place),
@@ -88,7 +98,7 @@ def generate(  # noqa: PLR0913 (a command line is its options)
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
-            **sampling,
+            **options,
         )
         if json:
             new = ids[0, inputs["input_ids"].shape[1] :]

@@ -131,7 +131,7 @@ def planned(plan: Plan, archs: tuple[str, ...], quiet: bool) -> list[Unit]:
     from zq.kernels.select import units_for
 
     schemes = dict.fromkeys(plan.assigned.values())
-    units = units_for(schemes, short_dtype(plan.dtype))
+    units = units_for(schemes, short_dtype(plan.dtype), decoder=not plan.skeleton.arch.encoder)
     if not units:
         raise ZqError(f"--kernels: no kernel of zq computes {', '.join(map(str, schemes))}; drop --kernels")
     compile_all(bundle.pairs(units, archs), quiet)
@@ -145,10 +145,12 @@ def needed(folder: Path) -> list[Unit]:
     from zq.cli.inspect import describe
     from zq.errors import ZqError
     from zq.kernels.select import units_for
+    from zq.models.find import find_family
     from zq.spec import Scheme
 
     schemes = describe(folder)["schemes"]
-    units = units_for(map(Scheme.parse, schemes), short_dtype(main_dtype(read_index(folder), ())))
+    dtype = short_dtype(main_dtype(read_index(folder), ()))
+    units = units_for(map(Scheme.parse, schemes), dtype, decoder=not find_family(folder).encoder)
     if not units:
         what = f"its schemes are {', '.join(schemes)}" if schemes else "it is not quantized"
         raise ZqError(f"{folder} needs no kernels of zq: {what}; see `zq kernels list`")

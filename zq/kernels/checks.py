@@ -106,6 +106,12 @@ def add_layer_norm_quant(
     return norm_quant("add_layer_norm_quant", x, {"weight": weight, "bias": bias}, residual, dtype)
 
 
+def post_layer_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Outputs:
+    return norm_quant("post_layer_norm_quant", x, {"weight": weight, "bias": bias}, residual, dtype)
+
+
 def silu_mul_quant(gate_up: Tensor, dtype: torch.dtype) -> Outputs:
     op = "silu_mul_quant"
     m, both = matrix(op, "gate_up", gate_up, HALVES)

@@ -102,6 +102,11 @@ def _add_layer(op: str, outputs: list[Tensor], x: Tensor, *args: Any) -> None:
     quantize("addlayernorm", x, outputs, x.shape[1], eps, residual=residual, weight=weight, bias=bias)
 
 
+def _post_layer(op: str, outputs: list[Tensor], x: Tensor, *args: Any) -> None:
+    residual, weight, bias, eps, _ = args
+    quantize("postlayernorm", x, outputs, x.shape[1], eps, residual=residual, weight=weight, bias=bias)
+
+
 def _silu(op: str, outputs: list[Tensor], gate_up: Tensor, dtype: torch.dtype) -> None:
     quantize("silumul", gate_up, outputs, gate_up.shape[1] // 2)
 
@@ -191,6 +196,7 @@ LAUNCH: dict[str, Callable[..., None]] = {
     "add_rms_norm_quant": _add_rms,
     "layer_norm_quant": _layer,
     "add_layer_norm_quant": _add_layer,
+    "post_layer_norm_quant": _post_layer,
     "silu_mul_quant": _silu,
     "gelu_quant": _gelu,
     "w8a8_int8": _scaled,

@@ -13,6 +13,7 @@ torch.float8_e4m3fn, `out` is torch.bfloat16 or torch.float16. Wrong shapes, dty
     [add_]rms_norm_quant, [add_]layer_norm_quant, silu_mul_quant (gate_up [M, 2 K]), gelu_quant
                                     the function, then as above; rowsum is empty for FP8; add_ adds a residual
                                     first and returns the sum as well
+    post_layer_norm_quant           add_layer_norm_quant that returns the norm in place of the sum
     w8a8_int8, w8a8_fp8             one scale per token and per channel
     fp8_block128                    1 x 128 activations, 128 x 128 weights
     w4a8_int8                       weight = ws (q s + o - 128), two-level; rowsum of quant_int8
@@ -45,6 +46,8 @@ SCHEMAS = {
     "layer_norm_quant": f"(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> {QUANTIZED}",
     "add_layer_norm_quant": "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, "
     f"ScalarType dtype) -> {QUANTIZED_ADD}",
+    "post_layer_norm_quant": "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, "
+    "ScalarType dtype) -> (Tensor q, Tensor scale, Tensor rowsum, Tensor normed)",
     "silu_mul_quant": f"(Tensor gate_up, ScalarType dtype) -> {QUANTIZED}",
     "gelu_quant": f"(Tensor x, str approximate, ScalarType dtype) -> {QUANTIZED}",
     "w8a8_int8": f"(Tensor x, Tensor sx, Tensor w, Tensor ws, {GEMM}, ScalarType out) -> Tensor",

@@ -109,6 +109,13 @@ def add_layer_norm_quant(
     return *_outputs(layer_norm(total, weight, bias, eps), dtype), total
 
 
+def post_layer_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    normed = layer_norm(x + residual, weight, bias, eps)
+    return *_outputs(normed, dtype), normed
+
+
 def silu_mul_quant(gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     gate, up = gate_up.float().chunk(2, -1)
     silu = (gate / (1 + torch.exp(-gate))).to(gate_up.dtype)

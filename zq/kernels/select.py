@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from zq.kernels.table import UNITS
+from zq.kernels.table_kv import CACHES, kv_units
 from zq.kernels.tiles import packing, unit_name
 from zq.kernels.unit import Unit
 from zq.spec import Scheme
@@ -48,9 +49,10 @@ def kernel_op(scheme: Scheme, k: int, dtype: str, sm: int) -> str | None:
     return op
 
 
-def units_for(schemes: Iterable[Scheme], dtype: str) -> list[Unit]:
+def units_for(schemes: Iterable[Scheme], dtype: str, decoder: bool = False) -> list[Unit]:
     """The units that layers of these schemes need in a model of `dtype` (bf16, fp16, fp32), activations alone
-    or fused included, in the order of the table."""
+    or fused included, in the order of the table. decoder: with those of its steps, over caches of all kinds.
+    None at all where no kernel computes a layer."""
     names, outputs = set(), set()
     for scheme in schemes:
         op = gemm_op(scheme)
@@ -63,7 +65,15 @@ def units_for(schemes: Iterable[Scheme], dtype: str) -> list[Unit]:
             names |= {unit_name(op, packed, arch) for arch in FAMILIES}
         if scheme.activations is not None:
             outputs.add(OUTPUTS[scheme.activations.format])
+    if names and decoder:
+        names |= {name for kind in INPUTS[dtype] for name in _cache_units(kind)}
     return [unit for unit in UNITS.values() if unit.name in names or _quantizes(unit, INPUTS[dtype], outputs)]
+
+
+def _cache_units(kind: str) -> list[str]:
+    """What writes and reads caches in steps, and what rounds the keys and values of prompts."""
+    steps = [name for kv in CACHES for name in kv_units(kind, kv)]
+    return [*steps, *(f"plain_{kv}_{kind}" for kv in CACHES if kv)]
 
 
 def _quantizes(unit: Unit, inputs: tuple[str, ...], outputs: set[str]) -> bool:

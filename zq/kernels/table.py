@@ -13,6 +13,7 @@ OPS = {  # OP of quant.cu -> operator, without its prefix
     "AddRmsNorm": "add_rms_norm_quant",
     "LayerNorm": "layer_norm_quant",
     "AddLayerNorm": "add_layer_norm_quant",
+    "PostLayerNorm": "post_layer_norm_quant",
     "SiluMul": "silu_mul_quant",
     "Gelu": "gelu_quant",
     "GeluNew": "gelu_quant",  # by tanh

@@ -167,6 +167,14 @@ def make_cache(
     check_kv(kv, config)
     if batch < 1 or length < 1:
         raise ZqError(f"a cache of {batch} rows and {length} tokens holds nothing; give at least 1 of each")
+    heads, channels = heads_of(config, kv)
+    cache = KVCache(empty_layers(config, length, kv), kv)
+    cache.early_initialization(batch, heads, channels, dtype, torch.device(device))
+    return cache
+
+
+def heads_of(config: Any, kv: str | None) -> tuple[int, int]:
+    """(key-value heads, channels of each) of a decoder. Raises ZqError where no kernel reads them."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -175,12 +183,13 @@ def make_cache(
             f"heads have {channels} channels, and a quantized cache needs a multiple of {MULTIPLE}; use 16 "
             "bits"
         )
-    layers = [
-        QuantizedStaticLayer(length, kv) if kv else StaticLayer(length) for _ in range(text.num_hidden_layers)
-    ]
-    cache = KVCache(layers, kv)
-    cache.early_initialization(batch, heads, channels, dtype, torch.device(device))
-    return cache
+    return int(heads), int(channels)
+
+
+def empty_layers(config: Any, length: int, kv: str | None) -> list[StaticLayer]:
+    """A layer for each block, without memory yet."""
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    return [QuantizedStaticLayer(length, kv) if kv else StaticLayer(length) for _ in range(count)]
 
 
 def rounding_cache(config: Any, kv: str) -> Cache:

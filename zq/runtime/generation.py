@@ -7,10 +7,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
-from zq.runtime.graphs import Runner
+from zq.runtime.cache import make_cache
+from zq.runtime.graphs import Run, Runner
+from zq.runtime.step import is_plain
 
 MODES = ("greedy_search", "sample")
 
@@ -24,10 +25,12 @@ class Graphed:
         self, generation_config: Any, model_kwargs: Any, mode: Any, *more: Any
     ) -> Any:
         """Greedy search and sampling get a static cache where nobody asked for another one."""
-        batch, length = more[0], more[1]
+        batch, length, runner = more[0], more[1], self.zq_runner
+        steps = str(getattr(mode, "value", mode)) in MODES
+        runner.run = Run() if steps else None
         usual = (
-            self.zq_runner.on
-            and str(getattr(mode, "value", mode)) in MODES
+            (runner.on or runner.kv is not None)
+            and steps
             and generation_config.cache_implementation is None
             and generation_config.use_cache is not False
             and not generation_config.is_assistant
@@ -36,7 +39,9 @@ class Graphed:
         if usual:
             rows = batch * (generation_config.num_return_sequences or 1)
             given: Any = self
-            cache = self.zq_runner.caches.lease(rows, length, given.device, given.dtype)
+            cache: Any = runner.caches.lease(rows, length, given.device, given.dtype, runner.kv)
+            if cache is None and runner.kv is not None:
+                cache = make_cache(given.config, rows, length, given.dtype, runner.kv, given.device)
             if cache is not None:
                 model_kwargs["past_key_values"] = cache
                 return None
@@ -54,22 +59,26 @@ class Graphed:
         self, config: Any, *, attention_mask: Any = None, past_key_values: Any = None, **more: Any
     ) -> Any:
         """With a static cache the mask stays [B, L], padded to the length of the cache: masks of four
-        dimensions are made in the step."""
+        dimensions are made in the step, if at all."""
         flat = attention_mask is None or attention_mask.dim() == 2
         layers = [] if past_key_values is None else past_key_values.layers
-        plain = bool(layers) and all(type(layer) is StaticLayer for layer in layers)
-        if not (self.zq_runner.on and flat and plain):
-            return create_masks_for_generate(
-                config, attention_mask=attention_mask, past_key_values=past_key_values, **more
+        runner = self.zq_runner
+        if not (runner.on and flat and layers and all(map(is_plain, layers))):
+            usual: Any = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+            return usual(
+                config=config, attention_mask=attention_mask, past_key_values=past_key_values, **more
             )
+        if runner.run is not None and more["inputs_embeds"].shape[1] == 1:
+            return runner.run.announce(attention_mask, past_key_values)
         if attention_mask is None:
             return None
         missing = layers[0].max_cache_len - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)))
 
 
-def attach(model: Any, shared: Any, *, encoder: bool) -> bool:
-    """Let a model run through a `Runner`, which is off on devices without CUDA. Returns whether it is on."""
+def attach(model: Any, shared: Any, *, encoder: bool, kv: str | None = None) -> bool:
+    """Let a model run through a `Runner`, which is off on devices without CUDA. kv: what the caches of its
+    generate() hold. Returns whether it is on."""
     cls = type(model)
     original = cls.forward
 
@@ -80,6 +89,6 @@ def attach(model: Any, shared: Any, *, encoder: bool) -> bool:
     facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
     on = model.device.type == "cuda"
     takes = frozenset(signature(original).parameters)
-    model.zq_runner = Runner(model.config, shared, encoder, takes, on)
+    model.zq_runner = Runner(model.config, shared, encoder, takes, on, kv)
     model.__class__ = type(cls.__name__, (Graphed, cls), facts)
     return on

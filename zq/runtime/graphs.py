@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from zq.errors import ZqError
 from zq.runtime.pool import CachePool
-from zq.runtime.step import Buffers, is_static, static_step
+from zq.runtime.step import Buffers, first_seen, is_static, static_step
 
 LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
@@ -88,16 +89,55 @@ class Captured:
         return True
 
 
+class Run:
+    """What is known of a call of generate() after its first step: its mask then only grows by ones, so it is
+    padded with them once [B, L], and what `first_seen` has found stays so."""
+
+    def __init__(self) -> None:
+        self.cache: Any = lambda: None  # a weak reference
+        self.mask: Tensor | None = None
+        self.width = 0
+        self.announced = self.asked = False
+        self.first: Tensor | None = None
+
+    def announce(self, mask: Tensor | None, cache: Any) -> Tensor | None:
+        """A step of generate() follows, with this mask [B, width]: the one to be used for it."""
+        width = 0 if mask is None else mask.shape[1]
+        grown = self.mask is None if mask is None else self.mask is not None and width == self.width + 1
+        if not grown or self.cache() is not cache:
+            missing = max(cache.layers[0].max_cache_len - width, 0)
+            self.mask = None if mask is None else torch.nn.functional.pad(mask, (0, missing), value=1)
+            self.cache, self.asked = weakref.ref(cache), False
+        self.width, self.announced = width, True
+        return self.mask
+
+    def expects(self, mask: Tensor | None, cache: Any) -> bool:
+        """Whether this is the step that was announced."""
+        announced, self.announced = self.announced, False
+        return announced and mask is self.mask and self.cache() is cache
+
+
 class Runner:
     """Decides how a call of a model is run.
 
     on: whether static steps are made at all; capture: whether they are captured. Both are so on CUDA.
-    takes: names of the parameters of the model's forward.
+    takes: names of the parameters of the model's forward. kv: what caches of generate() hold (int8, fp8),
+    None: 16 bits.
     """
 
-    def __init__(self, config: Any, shared: Any, encoder: bool, takes: frozenset[str], on: bool) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shared: Any,
+        encoder: bool,
+        takes: frozenset[str],
+        on: bool,
+        kv: str | None = None,
+    ) -> None:
         self.config, self.shared, self.encoder, self.takes = config, shared, encoder, takes
         self.on = self.capture = on
+        self.kv = kv
+        self.run: Run | None = None
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
         self.place: Place | None = None
@@ -105,7 +145,7 @@ class Runner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model captures graphs of its own."""
         config, shared = (copy.deepcopy(x, memo) for x in (self.config, self.shared))
-        return Runner(config, shared, self.encoder, self.takes, self.on)
+        return Runner(config, shared, self.encoder, self.takes, self.on, self.kv)
 
     def __call__(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
         if given.get("output_attentions") and self.shared.fused:
@@ -136,10 +176,22 @@ class Runner:
         batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
         if batch != ids.shape[0] or (mask is not None and (mask.dim() != 2 or mask.shape[1] > length)):
             return None
+        shared, dtype, stored = self.shared, layers[0].dtype, layers[0].keys.dtype
+        fits = shared.around is not None and shared.around.fits(dtype, length)
+        first = self._first(cache, mask, positions) if fits else None
+        own = first is not None
+        if not own and stored != dtype:
+            return None
         places = tuple(x.data_ptr() for y in layers for x in (y.keys, y.values, y.cumulative_length))
-        seen = self._find(("decode", batch, length, places), lambda: Buffers(batch, length, ids.device))
-        buffers, shared = seen.buffers, self.shared
-        buffers.fill(ids, positions, mask)
+
+        def make() -> Buffers:
+            if own:
+                return shared.around.buffers(batch, length, dtype, ids.device)
+            return Buffers(batch, length, ids.device, own=False)
+
+        seen = self._find(("decode", batch, length, stored, own, places), make)
+        buffers = seen.buffers
+        buffers.fill(ids, positions, mask, first)
         options: dict[str, Any] = {"logits_to_keep": keep, "position_ids": buffers.positions}
         options = {name: value for name, value in options.items() if name in self.takes}
 
@@ -152,6 +204,15 @@ class Runner:
         out["past_key_values"] = cache
         return out
 
+    def _first(self, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """`first_seen`, which is asked once in a call of generate()."""
+        run = self.run
+        if run is None or not run.expects(mask, cache):
+            return first_seen(cache, mask, positions)
+        if not run.asked:
+            run.first, run.asked = first_seen(cache, mask, positions), True
+        return run.first
+
     def _encode(
         self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype
     ) -> Any:
@@ -163,14 +224,19 @@ class Runner:
         seen = self._find(key, lambda: {name: torch.empty_like(x) for name, x in given.items()}, PATIENCE)
         for name, value in given.items():
             seen.buffers[name].copy_(value)
-        buffers = seen.buffers
+        buffers, fused = seen.buffers, self.shared.config is not None
 
         def step() -> Any:
+            # In four dimensions: else transformers would ask whether it is all ones, or make one where there
+            # is none (5.17, while a graph is captured). Fused blocks take an empty one for none.
             inputs = dict(buffers)
-            if "attention_mask" in inputs:  # in two dimensions transformers would ask whether it is all ones
+            if "attention_mask" in inputs:
                 hidden = inputs["attention_mask"].eq(0)[:, None, None, :]
                 added = torch.zeros_like(hidden, dtype=dtype)
                 inputs["attention_mask"] = added.masked_fill_(hidden, torch.finfo(dtype).min)
+            else:
+                shape = (0, 1, 1, 1) if fused else (ids.shape[0], 1, 1, ids.shape[1])
+                inputs["attention_mask"] = torch.zeros(shape, dtype=dtype, device=ids.device)
             return forward(**inputs, return_dict=True)
 
         return seen.run(step, self._place())

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from zq.errors import ZqError
+from zq.kernels.table_kv import kv_units
 from zq.models.families import FAMILIES
 from zq.models.layout import base_prefix, is_linear
 from zq.models.structure import structure_of
+from zq.runtime.blocks.around import Around
 from zq.runtime.blocks.attention import Shared
 from zq.runtime.blocks.block import FusedBlock
-from zq.runtime.blocks.build import POSTS, fuse, obstacle
+from zq.runtime.blocks.build import fuse, obstacle
+from zq.runtime.cache import check_kv, heads_of
 from zq.runtime.generation import attach
 from zq.runtime.served import NAMES, capability
 from zq.runtime.serving import ServedLinear, serve_linears
@@ -50,20 +54,30 @@ class Fused:
         return "\n".join([*lines, f"CUDA graphs: {'yes' if self.graphs else 'no'}"])
 
 
-def optimize(model: Any, *, report: bool = False) -> Any:
+def optimize(model: Any, *, kv: str | None = None, report: bool = False) -> Any:
     """Make a model of `zq.load`, or of transformers' `from_pretrained`, fast where it is, and return it.
 
     Quantized linears are packed for the operators of their device, blocks run in fused operators, and on CUDA
     decode steps are captured (docs/runtime.md). Its weights cannot be saved afterwards. What was done is in
     `model.zq_fused`; with `report` the function returns (model, that). A model that is optimized already
-    stays as it is. Raises ZqError for a model that is spread over devices or has no parameters.
+    stays as it is, but for `kv`.
+
+    kv: "int8" or "fp8": the caches that generate() makes for itself hold keys and values in 8 bits
+    (docs/kv.md); None: as they are. Raises ZqError for a model that is spread over devices or has no
+    parameters, and for a kv that it cannot have.
     """
+    if kv is not None:
+        check_kv(kv, model.config)
+        heads_of(model.config, kv)
     if getattr(model, "zq_fused", None) is None:
-        model.zq_fused = _optimize(model)
+        model.zq_fused = _optimize(model, kv)
+    elif kv != model.zq_runner.kv:
+        model.zq_runner.kv = kv
+        load_attention(model, model.zq_runner.shared, _device(model), kv)
     return (model, model.zq_fused) if report else model
 
 
-def _optimize(model: Any) -> Fused:
+def _optimize(model: Any, kv: str | None) -> Fused:
     device = _device(model)
     found = Fused()
     arch = FAMILIES.get(model.config.model_type)
@@ -84,16 +98,32 @@ def _optimize(model: Any) -> Fused:
         fuse(block, arch, structure, model.config)
         block.attend.shared, block.attend.first = shared, shared.fused == 0
         shared.fused += 1
-        _describe(found, block)
     if shared.fused == len(blocks):
         shared.config = model.config
+        if blocks:
+            _connect(model, arch, blocks, shared)
+    for block in blocks:
+        if isinstance(block, FusedBlock):
+            _describe(found, block)
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1
     _left_linears(found, model)
     if device.type == "cuda":
         load_fused(model, device)
-    found.graphs = attach(model, shared, encoder=arch is not None and arch.encoder)
+        load_attention(model, shared, device, kv)
+    found.graphs = attach(model, shared, encoder=arch is not None and arch.encoder, kv=kv)
     return found
+
+
+def _connect(model: Any, arch: Any, blocks: Any, shared: Shared) -> None:
+    """Let blocks, all of them fused, know of each other, and those of a decoder of what lies around them."""
+    for block, following in pairwise(blocks):
+        block.last = False
+        if block.order == "post":
+            block.norm_2.read_as(following.qkv.takes)
+    if not arch.encoder:
+        base = model.get_submodule(base_prefix(model).rstrip("."))
+        shared.around = Around(base, arch, [block.attend for block in blocks], shared)
 
 
 def serve_block(model: Any, block: nn.Module, device: torch.device) -> None:
@@ -119,6 +149,17 @@ def load_fused(model: nn.Module, device: torch.device) -> None:
     cuda.prepare(device, sorted(names))
 
 
+def load_attention(model: Any, shared: Shared, device: torch.device, kv: str | None) -> None:
+    """The same for attention of steps over caches of 16 bits, and of `kv`. Raises ZqError."""
+    around: Any = shared.around
+    if device.type != "cuda" or around is None or not around.fits(model.dtype, 1):
+        return
+    from zq.kernels import cuda
+
+    kind = NAMES[model.dtype]
+    cuda.prepare(device, [name for each in dict.fromkeys((None, kv)) for name in kv_units(kind, each)])
+
+
 def _device(model: Any) -> torch.device:
     places = {parameter.device for parameter in model.parameters()}
     if len(places) != 1:
@@ -141,7 +182,8 @@ def _describe(found: Fused, block: Any) -> None:
     for norm in norms:
         found.fused["norm + quantization"] += norm.takes is not None
         if norm.takes is None and read:
-            why = "it feeds the sum as well" if block.order in POSTS else "its readers or its weights differ"
+            last = block.order == "post" and norm is block.norm_2 and block.last
+            why = "nothing quantized reads it" if last else "its readers or its weights differ"
             found.left[f"norm: {why}"] += 1
     found.fused["activation + quantization"] += block.activation.takes is not None
     found.fused += Counter()  # drops what has not been found

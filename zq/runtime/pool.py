@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from zq.runtime.cache import CODES, KVCache, empty_layers, heads_of
+
 SHARE = 0.5  # of the free memory of a GPU, for keys and values that may never be used
 
 
@@ -29,53 +31,75 @@ class CachePool:
 
     def __init__(self, config: Any) -> None:
         self.config = config.get_text_config(decoder=True)
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        width = getattr(self.config, "head_dim", None)
-        width = width or self.config.hidden_size // self.config.num_attention_heads
-        self.shape = (int(heads), int(width))
-        self.held: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: keys, values (flat), length
+        self.held: list[tuple[Tensor, ...]] = []  # of each layer: length, keys, values, scales (flat)
         self.lent: Any = None  # a weak reference
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys, values and scales, in bytes."""
+        return sum(x.nbytes for _, *stored in self.held for x in stored)
 
     @torch.inference_mode(False)  # else tensors could not be written outside of it
     @torch.no_grad()
-    def lease(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> StaticCache | None:
+    def lease(
+        self, batch: int, length: int, device: torch.device, dtype: torch.dtype, kv: str | None = None
+    ) -> StaticCache | None:
         """An empty static cache for `batch` rows of at least `length` positions, or None: for sliding
-        windows, while the one before is in use, and where it would take much of the memory that is left."""
+        windows, while the one before is in use, and where it would take much of the memory that is left.
+
+        dtype: of the model. kv: int8 or fp8, for codes and scales (zq/runtime/cache.py)."""
         if self.lent is not None and self.lent() is not None:
             return None
-        cache = StaticCache(self.config, max_cache_len=bucket(length))
+        size = bucket(length)
+        cache = StaticCache(self.config, max_cache_len=size)
         if not all(type(layer) is StaticLayer for layer in cache.layers):
             return None
-        shape = (batch, self.shape[0], bucket(length), self.shape[1])
-        if not self._reserve(len(cache.layers), torch.Size(shape).numel(), device, dtype):
+        if kv is not None:
+            cache = KVCache(empty_layers(self.config, size, kv), kv)
+        heads, channels = heads_of(self.config, kv)
+        shape = (batch, heads, size, channels)
+        if not self._reserve(len(cache.layers), shape, device, dtype if kv is None else CODES[kv], dtype):
             return None
-        for (keys, values, count), layer in zip(self.held, cache.layers, strict=True):
-            _place(layer, shape, keys, values, count)
+        for held, layer in zip(self.held, cache.layers, strict=True):
+            _place(layer, shape, dtype, *held)
         self.lent = weakref.ref(cache)
         return cache
 
-    def _reserve(self, layers: int, size: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Hold `size` values twice for each layer; False where that is too much."""
+    def _reserve(
+        self,
+        layers: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+        stored: torch.dtype,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Hold values of `shape` twice for each layer; False where that is too much."""
+        size = torch.Size(shape).numel()
+        scales = 0 if stored == dtype else size // shape[-1]
         if self.held:
-            keys = self.held[0][0]
-            if keys.numel() >= size and (keys.device, keys.dtype) == (device, dtype):
+            keys = self.held[0][1]
+            if keys.numel() >= size and (keys.device, keys.dtype) == (device, stored):
                 return True
         self.held = []  # first, so that both are never there
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            if 2 * layers * size * dtype.itemsize > SHARE * free:
+            if 2 * layers * (size * stored.itemsize + 4 * scales) > SHARE * free:
                 return False
         for _ in range(layers):
-            keys, values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
-            self.held.append((keys, values, torch.zeros((), dtype=torch.int64, device=device)))
+            count = torch.zeros((), dtype=torch.int64, device=device)
+            made = [torch.empty(size, dtype=stored, device=device) for _ in range(2)]
+            made += [torch.empty(scales, device=device) for _ in range(2 if scales else 0)]
+            self.held.append((count, *made))
         return True
 
 
-def _place(layer: Any, shape: tuple[int, ...], keys: Tensor, values: Tensor, count: Tensor) -> None:
-    """Let a fresh StaticLayer lie in memory that is there, emptied."""
-    nothing = keys.new_empty(0, shape[1], 0, shape[3])
+def _place(layer: Any, shape: tuple[int, ...], dtype: torch.dtype, count: Tensor, *stored: Tensor) -> None:
+    """Let a fresh layer lie in memory that is there, emptied."""
+    nothing = torch.empty(0, shape[1], 0, shape[3], dtype=dtype, device=count.device)
     layer.lazy_initialization(nothing, nothing)
-    size = torch.Size(shape).numel()
-    layer.keys, layer.values = (flat[:size].view(shape).zero_() for flat in (keys, values))
-    layer.cumulative_length, layer.batch_size = count.zero_(), shape[0]
+    for name, flat in zip(("keys", "values", "key_scale", "value_scale"), stored, strict=False):
+        whole = shape[:3] if "scale" in name else shape
+        setattr(layer, name, flat[: torch.Size(whole).numel()].view(whole))
+    layer.cumulative_length, layer.batch_size = count, shape[0]
+    layer.reset()

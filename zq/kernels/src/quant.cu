@@ -16,7 +16,7 @@ struct Args {
   const void *residual;  // [rows, k], Add... only
   const void *weight;    // [k], norms only
   const void *bias;      // [k], LayerNorm only
-  void *sum;             // [rows, k], x + residual, Add... only
+  void *sum;             // [rows, k], x + residual, Add... only; PostLayerNorm: what is quantized
   void *q;               // [rows, k]
   float *scale;          // [rows]; Block128: [rows, ceil(k / 128)]
   int *rowsum;           // [rows], Int8 only
@@ -128,7 +128,7 @@ struct Plain {
   }
 };
 
-template <bool Add, class T, int V> __device__ __forceinline__ void load_sum(Row<T, V> &row, const Args &a) {
+template <bool Add, bool Keep = true, class T, int V> __device__ __forceinline__ void load_sum(Row<T, V> &row, const Args &a) {
   load(row, row_of<T>(a.x, a.k));
   if constexpr (Add)
     change(row, [&](Piece<T> &piece, int place) {
@@ -136,7 +136,7 @@ template <bool Add, class T, int V> __device__ __forceinline__ void load_sum(Row
 #pragma unroll
       for (int j = 0; j < Piece<T>::size; ++j)
         piece.value[j] = from_float<T>(to_float(piece.value[j]) + to_float(other.value[j]));
-      write_piece(const_cast<T *>(row_of<T>(a.sum, a.k)), place, piece);
+      if constexpr (Keep) write_piece(const_cast<T *>(row_of<T>(a.sum, a.k)), place, piece);
     });
 }
 
@@ -158,9 +158,10 @@ template <bool Add> struct RmsNorm_ {  // T(weight * T(x / sqrt(mean(x^2) + eps)
 using RmsNorm = RmsNorm_<false>;
 using AddRmsNorm = RmsNorm_<true>;
 
-template <bool Add> struct LayerNorm_ {  // T((x - mean) / sqrt(variance + eps) * weight + bias)
+// T((x - mean) / sqrt(variance + eps) * weight + bias). Post: that is what the next residual is, and is written.
+template <bool Add, bool Post = false> struct LayerNorm_ {
   template <class T, int V> static __device__ __forceinline__ void run(Row<T, V> &row, const Args &a, float (*part)[32]) {
-    load_sum<Add>(row, a);
+    load_sum<Add, !Post>(row, a);
     const float mean = block<Sum>(sum(row, [](float x) { return x; }), part[0]) / (float)a.k;
     const float squares = block<Sum>(sum(row, [&](float x) { return (x - mean) * (x - mean); }), part[1]);
     const float inverse = 1.0f / sqrtf(squares / (float)a.k + a.eps);
@@ -171,11 +172,13 @@ template <bool Add> struct LayerNorm_ {  // T((x - mean) / sqrt(variance + eps) 
         const float normed = (to_float(piece.value[j]) - mean) * inverse;
         piece.value[j] = from_float<T>(normed * to_float(weight.value[j]) + to_float(bias.value[j]));
       }
+      if constexpr (Post) write_piece(const_cast<T *>(row_of<T>(a.sum, a.k)), place, piece);
     });
   }
 };
 using LayerNorm = LayerNorm_<false>;
 using AddLayerNorm = LayerNorm_<true>;
+using PostLayerNorm = LayerNorm_<true, true>;
 
 struct SiluMul {  // T(T(silu(gate)) * up)
   template <class T, int V> static __device__ __forceinline__ void run(Row<T, V> &row, const Args &a, float (*)[32]) {

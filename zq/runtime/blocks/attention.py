@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from zq.kernels.checks import HALVES, MULTIPLE
+from zq.kernels.checks_kv import CHANNELS
+from zq.runtime.rows import Rows
 from zq.runtime.step import Step
+
+ROPES = {"": "none", "halves": "half", "pairs": "interleaved"}  # of zq.models.structure, of zq::store_kv
 
 
 class Call(NamedTuple):
@@ -21,6 +26,7 @@ class Call(NamedTuple):
     tables: tuple[Tensor, Tensor] | None
     positions: Tensor | None
     alibi: Tensor | None
+    rows: Rows | None  # of the hidden states, where the block before has quantized them
     more: dict[str, Any]
 
 
@@ -31,6 +37,8 @@ class Shared:
     step    the step that is being made (zq/runtime/step.py)
     fused   how many blocks are
     config  of the model, where all are
+    handed  (what a block has returned, its rows for the next one)
+    around  what lies around the blocks (blocks/around.py), where all are
     """
 
     def __init__(self) -> None:
@@ -38,6 +46,8 @@ class Shared:
         self.step: Step | None = None
         self.fused = 0
         self.config: Any = None
+        self.handed: tuple[Tensor, Rows] | None = None
+        self.around: Any = None
 
 
 class Attention(nn.Module):
@@ -64,7 +74,21 @@ class Attention(nn.Module):
         self.head_norm = nn.Parameter(torch.cat(weights).detach(), requires_grad=False)
         self.eps = float(queries.variance_epsilon)
 
+    @property
+    def window(self) -> int | None:
+        """Positions that a query sees at most; None: all."""
+        return getattr(self.module, "sliding_window", getattr(self.config, "sliding_window", None))
+
+    def fits(self, dtype: torch.dtype, length: int) -> bool:
+        """Whether a step over `length` positions in `dtype` can use zq's own attention."""
+        norm = self.head_norm is None or self.head_norm.dtype == dtype
+        wide = self.width % MULTIPLE == 0 and self.width <= CHANNELS and self.queries % self.keys == 0
+        return norm and wide and dtype in HALVES and (self.window is None or self.window >= length)
+
     def forward(self, qkv: Tensor, call: Call) -> Tensor:
+        step = self.shared.step
+        if step is not None and step.own:
+            return self._own(qkv, call, step)
         heads = qkv.view(call.batch, call.length, -1, self.width)
         both, v = heads.split((self.queries + self.keys, self.keys), 2)
         if self.head_norm is not None:
@@ -72,7 +96,6 @@ class Attention(nn.Module):
         if self.rope:
             both = self._rotated(both, call)
         q, k = both.split((self.queries, self.keys), 2)
-        step = self.shared.step
         if step is not None and call.cache is step.cache:
             return self._one(q, k, v, call, step)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -80,17 +103,47 @@ class Attention(nn.Module):
             k, v = call.cache.update(k, v, self.layer_idx)
         return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
 
+    def _own(self, qkv: Tensor, call: Call, step: Step) -> Tensor:
+        """A new token of each row through zq's operators, qkv [B, (queries + 2 keys) * width]."""
+        layer, buffers = step.layer(self.layer_idx), step.buffers
+        stored = (
+            layer.keys,
+            layer.values,
+            getattr(layer, "key_scale", None),
+            getattr(layer, "value_scale", None),
+        )
+        cos, sin = self._angles(call, step)
+        rope = ROPES[self.rope]
+        both = self.head_norm
+        norms = (None, None) if both is None else (both[0], both[self.queries])
+        heads = self.queries, self.keys
+        q = torch.ops.zq.store_kv(qkv, *stored, buffers.last, cos, sin, *heads, rope, *norms, self.eps)
+        y = torch.ops.zq.decode_attention(
+            q, *stored, buffers.first, buffers.last, self.scaling, buffers.slopes
+        )
+        return y.view(call.batch, -1)
+
+    def _angles(self, call: Call, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        """Cosine and sine [B, r] of the present positions."""
+        turn = step.turn() if self.rope else None
+        if turn is not None:
+            return turn[0], turn[1]
+        if not self.rope:
+            return None, None
+        assert call.tables is not None
+        cos, sin = (x.reshape(call.batch, -1) for x in call.tables)
+        return cos, sin
+
     def _one(self, q: Tensor, k: Tensor, v: Tensor, call: Call, step: Step) -> Tensor:
         """A new token of each row, q [B, 1, Hq, D]: written to the static cache, then looked at."""
         keys, values = step.write(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
         mask = _bias(call, step.added(call.mask, q.dtype))
-        return decode(q[:, 0], keys, values, step, mask, self.scaling)
+        return decode(q[:, 0], keys, values, mask, self.scaling)
 
     def _scores(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         name = self.config._attn_implementation
         function: Any = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
-        window = getattr(self.module, "sliding_window", getattr(self.config, "sliding_window", None))
-        more = {**call.more, "sliding_window": window, "position_ids": call.positions}
+        more = {**call.more, "sliding_window": self.window, "position_ids": call.positions}
         more = {name: value for name, value in more.items() if value is not None}
         mask = _bias(call, call.mask)
         return function(self.module, q, k, v, mask, dropout=0.0, scaling=self.scaling, **more)[0]
@@ -124,15 +177,11 @@ class Attention(nn.Module):
         return cos.to(dtype).unsqueeze(2), signed.to(dtype).unsqueeze(2)
 
 
-def decode(
-    q: Tensor, keys: Tensor, values: Tensor, step: Step, mask: Tensor | None, scaling: float
-) -> Tensor:
-    """One new token over a static cache: the place for a kernel of its own.
+def decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """One new token over a static cache by torch's attention, for what zq's own does not take.
 
     q [B, Hq, D]; keys, values [B, Hkv, L, D], one layer of the cache, the new token already in it; mask
-    [B or 1, 1 or Hq, 1, L], added to the scores. `step.first`, `step.last` int64 [B] are the first and
-    the last position that each row sees, where its mask is one run of ones (`step.mask` int64 [B, L]).
-    Returns [B, Hq * D].
+    [B or 1, 1 or Hq, 1, L], added to the scores. Returns [B, Hq * D].
     """
     batch, queries, width = q.shape
     grouped = q.reshape(batch, keys.shape[1], -1, width)  # heads that share keys are rows of one product

@@ -53,8 +53,8 @@ def fuse(block: Any, arch: Arch, structure: Structure, config: Any) -> None:
         attend.norm_heads(*(_at(block, path) for path in _head_norms(structure)))
     readers = _readers(structure.order, sites, norm_2 is None)
     parts = {
-        "norm_1": Norm(norm_1, readers[0]),
-        "norm_2": None if norm_2 is None else Norm(norm_2, readers[1]),
+        "norm_1": Norm(norm_1, readers[0], structure.order in POSTS),
+        "norm_2": None if norm_2 is None else Norm(norm_2, readers[1], structure.order in POSTS),
         "attend": attend,
         "activation": Activation(
             _at(block, structure.activation),
@@ -75,8 +75,8 @@ def fuse(block: Any, arch: Arch, structure: Structure, config: Any) -> None:
 def _readers(order: str, sites: dict[str, Site], one_norm: bool) -> Sequence[torch.dtype | None]:
     """What the readers of the first and the second norm take, where they agree."""
     first, second = sites["qkv"].takes, sites["up"].takes
-    if order in POSTS:
-        return None, None
+    if order == "post":
+        return second, None  # that of the second is in the next block
     if one_norm:
         return (first if first == second else None), None
     return first, second

@@ -53,22 +53,33 @@ class Site(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm with what follows it: the rows come out as `takes` says, in one operator."""
+    """RMSNorm or LayerNorm with what follows it: the rows come out as `takes` says, in one operator.
 
-    def __init__(self, norm: Any, takes: torch.dtype | None) -> None:
+    post: what it gives is the next residual as well, see `both`.
+    """
+
+    def __init__(self, norm: Any, takes: torch.dtype | None, post: bool = False) -> None:
         super().__init__()
+        self.post = post
         self.weight: Tensor | None = norm.weight
         self.bias: Tensor | None = getattr(norm, "bias", None)
         self.layer = isinstance(norm, nn.LayerNorm)
         self.eps: float = norm.eps if self.layer else norm.variance_epsilon
         self.size = int(norm.normalized_shape[-1] if self.layer else norm.weight.shape[0])
+        self.takes: torch.dtype | None = None
+        self.read_as(takes)
+
+    def read_as(self, takes: torch.dtype | None) -> None:
+        """What the reader of its rows takes, from now on; rows stay as they are where no operator does it."""
         fits = self.weight is not None and self.weight.dtype in HALVES and self.size % MULTIPLE == 0
-        affine = fits and (not self.layer or self.bias is not None)
+        affine = fits and (self.bias is not None if self.layer else not self.post)
         self.takes = takes if affine else None
 
     @property
     def units(self) -> tuple[str, ...]:
         """What the compile units of its operators begin with."""
+        if self.post:
+            return ("postlayernorm",)
         return ("layernorm", "addlayernorm") if self.layer else ("rmsnorm", "addrmsnorm")
 
     def forward(self, x: Tensor) -> Rows:
@@ -89,6 +100,15 @@ class Norm(nn.Module):
         else:
             given = (x, residual, self.weight, self.bias, self.eps, self.takes)
             made = torch.ops.zq.add_layer_norm_quant(*given)
+        return Rows(*made[:3]), made[3]
+
+    def both(self, x: Tensor, residual: Tensor) -> tuple[Rows, Tensor]:
+        """x, residual [M, K] -> (rows of the norm of their sum, the same norm in 16 bits). `post` only."""
+        if self.takes is None or self.weight is None or self.bias is None:
+            y = self.plain(residual + x)
+            return Rows(y), y
+        given = (x, residual, self.weight, self.bias, self.eps, self.takes)
+        made = torch.ops.zq.post_layer_norm_quant(*given)
         return Rows(*made[:3]), made[3]
 
     def plain(self, x: Tensor) -> Tensor:

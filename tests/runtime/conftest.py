@@ -1,0 +1,29 @@
+"""What the tests of decode steps watch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.runtime.quantized import force_kernels
+from tests.runtime.stepping import NoHost, Seen
+from zq.runtime import graphs
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, Counter[str]]]:
+    """Of each static step that was made: whether attention was zq's own, and its operators."""
+    force_kernels(monkeypatch)
+    made: list[tuple[bool, Counter[str]]] = []
+    original = graphs.static_step
+
+    def watched(forward: Any, cache: Any, buffers: Any, *more: Any) -> Any:
+        with NoHost(), Seen() as seen:
+            out = original(forward, cache, buffers, *more)
+        made.append((buffers.own, +seen.ops))
+        return out
+
+    monkeypatch.setattr(graphs, "static_step", watched)
+    return made
