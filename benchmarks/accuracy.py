@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tables
+import pages
 import torch
 from protocol import KEY, Cost, Results, Setting, add_arguments, commit_of, environment, setting
 from rows import LKD, SCHEMES, TEXT, Row, Tokens, ablation_rows, method_rows, scale_rows
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             kls = ", ".join(f"{name} {m['kl']:.4f}" for name, m in found["texts"].items())
             print(f"{row.name}, seed {seed}: KL {kls}; {found['seconds']:.0f} s", flush=True)
     if not args.out:
-        print(tables.all_tables(results.document))
+        print(pages.all_tables(results.document))
     return failed
 
 
@@ -121,10 +121,10 @@ def main() -> None:
         for row, seed in chosen_rows(args):
             print(f"# {row.name}, seed {seed}\n{row.yaml}seed: {seed}\n")
     elif args.markdown:
-        print(tables.all_tables(json.loads(args.markdown.read_text(encoding="utf-8"))))
+        print(pages.all_tables(json.loads(args.markdown.read_text(encoding="utf-8"))))
     elif args.write:
         page = args.write.read_text(encoding="utf-8")
-        args.write.write_text(tables.refreshed(page), encoding="utf-8")
+        args.write.write_text(pages.refreshed(page), encoding="utf-8")
     elif failed := run(args):
         raise SystemExit(f"{failed} rows failed")
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tables
+import pages
 import yaml
 from protocol import KEY, Cost, Results, commit_of, environment
 from rows import LKD, START
@@ -82,7 +82,7 @@ def main() -> None:
             found = measure(args.model, recipe, args.device, ids, mask)
             results.add({"recipe": text, "commit": commit} | found | place)
             print(f"{scheme} {method}: {found['agreement']['sentence_mean']:.5f}", flush=True)
-    print(tables.all_tables(results.document))
+    print(pages.all_tables(results.document))
 
 
 if __name__ == "__main__":

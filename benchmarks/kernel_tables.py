@@ -10,37 +10,51 @@ import tables
 Document = dict[str, Any]
 
 
-def markdown(document: Document) -> str:
-    """Products: microseconds by M, a table for each shape. Activations: the share of the bandwidth of a copy
-    of the same size. Ceilings: operations per second."""
-    where = document["environment"]
-    head = (
-        f"{where['device']}, torch {where['torch']}, NVRTC {where['nvrtc']}, commit {document['commit']}.\n"
-    )
-    parts = [head]
-    rows = document["rows"]
-    shapes = dict.fromkeys((row["n"], row["k"]) for row in rows if row["table"] == "products")
-    for n, k in shapes:
-        chosen = [row for row in rows if row["table"] == "products" and (row["n"], row["k"]) == (n, k)]
-        parts.append(f"Microseconds, N={n} K={k}\n\n" + _by_tokens(chosen, lambda row: f"{row['us']:.1f}"))
-        sustained = _by_tokens(chosen, lambda row: f"{row['sustained_us']:.1f}")
-        parts.append(f"Microseconds, sustained, N={n} K={k}\n\n{sustained}")
-    activations = [row for row in rows if row["table"] == "activations"]
-    for k in dict.fromkeys(row["k"] for row in activations):
-        chosen = [row for row in activations if row["k"] == k]
+BASE = "cuBLAS bf16"
+
+
+def products(document: Document) -> str:
+    """Microseconds by M, a table for each shape; in brackets how many times faster than cuBLAS in bf16."""
+    rows = [row for row in document["rows"] if row["table"] == "products"]
+    parts = []
+    for n, k in dict.fromkeys((row["n"], row["k"]) for row in rows):
+        chosen = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+        base = {row["m"]: row["us"] for row in chosen if row["kernel"] == BASE}
+
+        def cell(row: dict[str, Any], base: dict[int, float] = base) -> str:
+            us = f"{row['us']:.{0 if row['us'] >= 100 else 1}f}"
+            return us if row["kernel"] == BASE else f"{us} ({base[row['m']] / row['us']:.2f}x)"
+
+        parts.append(f"N={n} K={k}, microseconds:\n\n" + _by_tokens(chosen, cell))
+    return "\n".join(parts) + f"\n{where(document)}\n"
+
+
+def activations(document: Document) -> str:
+    """Microseconds, and the share of the bandwidth of a copy of the same input."""
+    rows = [row for row in document["rows"] if row["table"] == "activations"]
+    parts = []
+    for k in dict.fromkeys(row["k"] for row in rows):
+        chosen = [row for row in rows if row["k"] == k]
         copies = {row["m"]: bandwidth(row) for row in chosen if row["kernel"] == "copy"}
 
         def cell(row: dict[str, Any], copies: dict[int, float] = copies) -> str:
-            if row["kernel"] == "copy":
-                return f"{bandwidth(row) / 1e9:.0f} GB/s"
-            return f"{row['us']:.1f} us, {100 * bandwidth(row) / copies[row['m']]:.0f} %"
+            return f"{row['us']:.1f} ({100 * bandwidth(row) / copies[row['m']]:.0f} %)"
 
-        parts.append(f"Share of the bandwidth of a copy, K={k}\n\n" + _by_tokens(chosen, cell))
-    ceilings = [row for row in rows if row["table"] == "ceiling"]
-    if ceilings:
-        lines = [[row["kernel"], f"{rate(row) / 1e12:.0f}"] for row in ceilings]
-        parts.append("Tensor cores alone\n\n" + tables.markdown(["instruction", "TOPS"], lines))
-    return "\n".join(parts)
+        parts.append(f"K={k}, microseconds (bandwidth):\n\n" + _by_tokens(chosen, cell))
+    return "\n".join(parts) + f"\n{where(document)}\n"
+
+
+def ceilings(document: Document) -> str:
+    """Operations per second of the bare instructions."""
+    rows = [row for row in document["rows"] if row["table"] == "ceiling"]
+    lines = [[row["kernel"], f"{rate(row) / 1e12:.0f}"] for row in rows]
+    return tables.markdown(["instruction", "TOPS"], lines) + f"\n{where(document)}\n"
+
+
+def where(document: Document) -> str:
+    facts = document["environment"]
+    text = f"{facts['device']}; torch {facts['torch']}, NVRTC {facts['nvrtc']}, commit {document['commit']}"
+    return text + "."
 
 
 def _by_tokens(rows: list[dict[str, Any]], cell: Any) -> str:
@@ -74,32 +88,49 @@ def roofs(document: Document) -> tuple[float, dict[str, float]]:
     return max(copies, default=0.0), flat
 
 
+MARKERS = {"cuBLAS": "x", "zq": "o", "humming": "^", "gemlite": "s"}
+
+
 def plot(document: Document, image: Path) -> None:
-    """Operations per second by operations per byte, one line per kernel and shape, under the measured
-    roofs."""
+    """Operations per second by operations per byte under the measured roofs, a panel for each shape; the
+    marker says whose kernel it is, the colour of what scheme."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
     products = [row for row in document["rows"] if row["table"] == "products"]
-    for kernel in dict.fromkeys(row["kernel"] for row in products):
-        chosen = sorted(
-            (row for row in products if row["kernel"] == kernel), key=lambda r: (r["n"], r["k"], r["m"])
-        )
-        x = [row["operations"] / row["bytes"] for row in chosen]
-        axes.plot(x, [rate(row) / 1e12 for row in chosen], "o", markersize=4, label=kernel)
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in products))
+    kernels = list(dict.fromkeys(row["kernel"] for row in products))
+    schemes = list(dict.fromkeys(kernel.partition(" ")[2] for kernel in kernels))
+    colours = pyplot.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+    size = (5.5 * len(shapes) + 2.5, 5.5)
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=size, squeeze=False, sharey=True)
     memory, flat = roofs(document)
-    if memory and products:
-        intensities = [row["operations"] / row["bytes"] for row in products]
-        x = [min(intensities), max(intensities)]
-        axes.plot(x, [value * memory / 1e12 for value in x], "k-", linewidth=1, label="memory, as a copy")
-    for kind, value in flat.items():
-        axes.axhline(value / 1e12, linestyle="--", linewidth=1, color="gray", label=kind)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TOPS")
-    axes.set_title(f"{document['environment']['device']}, commit {document['commit']}")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(image, dpi=150)
+    for axes, (n, k) in zip(panels[0], shapes, strict=True):
+        here = [row for row in products if (row["n"], row["k"]) == (n, k)]
+        for kernel in kernels:
+            chosen = sorted((row for row in here if row["kernel"] == kernel), key=lambda row: row["m"])
+            maker, _, scheme = kernel.partition(" ")
+            x = [row["operations"] / row["bytes"] for row in chosen]
+            y = [rate(row) / 1e12 for row in chosen]
+            style = {
+                "color": colours[schemes.index(scheme) % len(colours)],
+                "marker": MARKERS.get(maker, "d"),
+            }
+            axes.plot(x, y, linewidth=0.8, markersize=5, label=kernel, **style)
+        ends = [f(row["operations"] / row["bytes"] for row in here) for f in (min, max)]
+        top = max(flat.values(), default=float("inf"))
+        if memory:
+            knee = [x for x in (ends[0], min(ends[1], top / memory)) if x]
+            axes.plot(knee, [x * memory / 1e12 for x in knee], "k-", linewidth=1, label="memory, as a copy")
+        if flat:
+            axes.axhline(top / 1e12, linestyle="--", color="black", linewidth=1, label="bare 8-bit wgmma")
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte", title=f"N={n} K={k}")
+    panels[0][0].set_ylabel("TOPS")
+    figure.suptitle(f"{document['environment']['device']}, commit {document['commit']}")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, loc="center right")
+    figure.tight_layout(rect=(0, 0, 1 - 2.2 / size[0], 1))
+    figure.savefig(image, dpi=110)
     pyplot.close(figure)

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from kernel_peers import installed, peer_rows
 from kernel_rows import SHAPES, Row, activation_rows, product_rows
-from kernel_tables import markdown, plot
+from kernel_tables import plot
+from pages import all_tables
 from protocol import commit_of, environment
 
 from zq.kernels import cuda, nvrtc
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("IMAGE", "JSON"), help="draw the roofline")
     args = parser.parse_args()
     if args.markdown:
-        print(markdown(json.loads(args.markdown.read_text(encoding="utf-8"))))
+        print(all_tables(json.loads(args.markdown.read_text(encoding="utf-8"))))
     elif args.plot:
         plot(json.loads(args.plot[1].read_text(encoding="utf-8")), args.plot[0])
     elif not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tables
+import pages
 import torch
 import yaml
 from protocol import KEY, Cost, Results, commit_of, environment
@@ -211,7 +211,7 @@ def main() -> None:
     if args.mode == "worker":
         print(json.dumps(measured(args.source, args.recipe, args.device)))
     else:
-        print(tables.all_tables(run(args).document))
+        print(pages.all_tables(run(args).document))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pages
 import protocol
 import tables
 import torch
@@ -227,7 +228,7 @@ def measured(
 def refresh(page: Path | None) -> None:
     """Make the tables of a page again, when there is one."""
     if page:
-        page.write_text(tables.refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(pages.refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main(report: Callable[[str], None] = print) -> None:

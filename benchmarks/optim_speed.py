@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pages
 import protocol
-import tables
 import torch
 from optim import refresh
 from torch import Tensor, nn
@@ -222,7 +222,7 @@ def main(report: Callable[[str], None] = print) -> None:
         results.add({**key, "commit": commit, **found})
         report(f"{scheme}, {method}: {found}")
     for name in dict.fromkeys(row["table"] for row in results.rows):
-        report(tables.TABLES[name](results.document))
+        report(pages.TABLES[name](results.document))
     refresh(args.write)
 
 

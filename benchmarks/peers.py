@@ -22,7 +22,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import tables
+import pages
 import torch
 from protocol import KEY, Cost, Results, Setting, add_arguments, commit_of, environment, setting
 
@@ -190,7 +190,7 @@ def main() -> None:
         results.add({"commit": commit} | measured | place)
         print(f"{row.name}: mean KL {measured['mean_kl']:.4f}", flush=True)
     if not args.out and results.rows:
-        print(tables.all_tables(results.document))
+        print(pages.all_tables(results.document))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,11 @@
-"""Markdown tables of results files, and the pages that hold them.
-
-In a page, what stands between `<!-- table: FILE.json NAME -->` and `<!-- end -->` is the table NAME of
-benchmarks/results/FILE.json.
-"""
+"""Markdown tables of results files; pages.py puts them in pages."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from statistics import mean, stdev
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-MARKED = re.compile(r"(<!-- table: (\S+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Cells = list[str]
 
 
@@ -290,42 +281,3 @@ def _spread(values: list[float], style: str) -> str:
         return "–"
     deviation = stdev(values) if len(values) > 1 else 0.0
     return f"{mean(values):{style}} ± {deviation:.3f}"
-
-
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "methods": lambda document: accuracy(document, "methods"),
-    "ablation": lambda document: accuracy(document, "ablation"),
-    "scales": lambda document: accuracy(document, "scales"),
-    "peers": lambda document: accuracy(document, "peers"),
-    "depth": depth,
-    "large": large,
-    "encoder": encoder,
-    "engines": engines,
-    "optim": optim,
-    "optim-speed": optim_speed,
-    "optim-block": optim_block,
-    "integer": integer,
-    "variance": variance,
-}
-
-
-def all_tables(document: dict[str, Any]) -> str:
-    """Every table that the document has rows of."""
-    names = dict.fromkeys(row["table"] for row in document["rows"])
-    return "\n".join(TABLES[name](document) for name in names)
-
-
-def refreshed(page: str, results: Path = RESULTS) -> str:
-    """The page with every marked table as the results have it. Exits when a file or a table is missing."""
-
-    def table(found: re.Match[str]) -> str:
-        begin, file, name, end = found.groups()
-        try:
-            document = json.loads((results / file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SystemExit(f"the page names {file}: {error}") from None
-        if name not in {row["table"] for row in document["rows"]}:
-            raise SystemExit(f"{file} has no rows of the table {name}")
-        return f"{begin}\n{TABLES[name](document)}\n{end}"
-
-    return MARKED.sub(table, page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engines import CASES, FLOOR, PLUGIN, cause, compare, too_different
-from tables import TABLES
+from pages import TABLES
 
 from zq.recipe import OUTPUT_FORMATS, Recipe
 

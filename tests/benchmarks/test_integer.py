@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import integer
 import optim
+import pages
 import pytest
-import tables
 import torch
 
 from zq.distill.integer import IntegerLinear, Precision
@@ -61,6 +61,6 @@ def test_tables():
         row("variance", "8 bit, 1", ratio=1.5),
     ]
     protocol = {"loss of byte frequencies": 3.0, "steps": 9, "rate": 0.1, "width": 8, "blocks": 1}
-    text = tables.all_tables({"environment": {"device": "abacus"}, "protocol": protocol, "rows": rows})
+    text = pages.all_tables({"environment": {"device": "abacus"}, "protocol": protocol, "rows": rows})
     assert "| 8 bit | 2.100 ± 0.000 | +0.100 ± 0.000 | 0 of 1 | 4.00 | 3 |" in text
     assert "| 8 bit, 1 | 1.50 |" in text

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kernel_rows
 import kernel_tables
+import pages
 import pytest
 import torch
 
@@ -84,13 +85,13 @@ DOCUMENT = {
 
 
 def test_tables():
-    text = kernel_tables.markdown(DOCUMENT)
+    text = pages.all_tables(DOCUMENT)
     assert "| cuBLAS bf16 | 5.0 | 6.0 |" in text
-    assert "| zq W8A8-INT8 | – | 3.0 |" in text
-    assert "| cuBLAS bf16 | 7.5 | 9.0 |" in text
-    assert "| copy | 2 GB/s |" in text
-    assert "| quant_int8 | 2.0 us, 75 % |" in text
+    assert "| zq W8A8-INT8 | – | 3.0 (2.00x) |" in text
+    assert "| copy | 2.0 (100 %) |" in text
+    assert "| quant_int8 | 2.0 (75 %) |" in text
     assert "| bare wgmma u8 x s8, N = 128 | 1900 |" in text
+    assert text.count("commit abc") == 3
     memory, flat = kernel_tables.roofs(DOCUMENT)
     assert memory == pytest.approx(2e9)
     assert flat == {"bare wgmma u8 x s8": pytest.approx(1.9e15)}
@@ -109,7 +110,7 @@ def test_the_script(tmp_path):
     done = subprocess.run(
         [*command, "--markdown", str(path)], env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert done.stdout.strip() == kernel_tables.markdown(DOCUMENT).strip()
+    assert done.stdout.strip() == pages.all_tables(DOCUMENT).strip()
     if not torch.cuda.is_available():
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert "torch sees none" in done.stderr

@@ -10,7 +10,7 @@ import optim_speed
 import pytest
 import torch
 from optim_speed import decoder, main, makers, prepared, tensors
-from tables import refreshed
+from pages import refreshed
 
 from zq.optim import AdamW
 

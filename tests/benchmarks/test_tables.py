@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tables import MARKED, RESULTS, TABLES, accuracy, all_tables, number, refreshed
+from pages import MARKED, RESULTS, TABLES, all_tables, refreshed
+from tables import accuracy, number
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 PAGES = sorted(p for p in PAGE.parent.glob("*.md") if MARKED.search(p.read_text(encoding="utf-8")))
