@@ -16,7 +16,6 @@ from zq.checkpoint.reader import reader
 from zq.distill import rounding
 from zq.distill.losses import divergence, token_weights, weighted_mse
 from zq.distill.rounding import LearnedRounding
-from zq.errors import ZqError
 from zq.models.capture import capture_inputs, has_head, head, run_block
 from zq.numerics.groups import ungroup
 from zq.numerics.qtensor import quantize
@@ -170,21 +169,6 @@ def test_twice_the_same_bytes(tmp_path: Path) -> None:
         _run(tmp_path / "model", tmp_path / name, "{rtn: {}}, {lkd: {iterations: 8}}", "int4:g32:two-level")
     a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
     assert a == b
-
-
-def test_it_needs_a_step_before_it(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "model")
-    with pytest.raises(ZqError, match="put gptq or rtn before it"):
-        _run(tmp_path / "model", tmp_path / "out", "{lkd: {}}")
-
-
-def test_it_refuses_to_select_on_what_it_trained_on(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "model")
-    text = RECIPE.replace("STEPS", "{rtn: {}}, {lkd: {iterations: 2}}").replace("WEIGHTS", "int4:g32")
-    plan = make_plan(tmp_path / "model", Recipe.parse(text.replace("samples: 96", "samples: 4")))
-    with pytest.raises(ZqError, match="holds windows out"):
-        run(plan, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])

@@ -170,5 +170,6 @@ METHOD = Method(
     needs=needs,
     run=run,
     batch=lambda options: options.batch,
+    fewest=lambda options: options.batch + 1,
     ahead=lambda options: options.lookahead,
 )

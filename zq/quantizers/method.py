@@ -291,7 +291,8 @@ def twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.Mo
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
     what the method is about; `batch(options)` is the number of windows that it wants to work on at once,
-    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one);
+    `fewest(options)` how many windows it cannot do without, `ahead(options)` how many blocks it wants to see
+    behind this one (a decoder's head counts as one);
     `stores(scheme, shape, options)` is the scheme of an [N, K] layer with what the method adds to what is
     stored, and raises ZqError when the layer cannot have it.
 
@@ -304,6 +305,7 @@ class Method:
     needs: Callable[[Any], Needs]
     run: Callable[[Block, Any], None]
     batch: Callable[[Any], int | None] = lambda options: None
+    fewest: Callable[[Any], int] = lambda options: 0
     ahead: Callable[[Any], int] = lambda options: 0
     view: Callable[[Skeleton, View, Any, int], View] | None = None
     stores: Callable[[Scheme, tuple[int, int], Any], Scheme] = lambda scheme, shape, options: scheme
