@@ -131,10 +131,11 @@ def _run_units(
             running = True
             _feed(plan, block, unit, captured, float_stream, quant_stream, read)
             float_stream = block.targets
-        for method, options in plan.steps:
-            started = time.monotonic()
-            method.run(block, options)
-            spent[method.name] = spent.get(method.name, 0) + time.monotonic() - started
+        with block.seeded(torch.device(plan.skeleton.device)):
+            for method, options in plan.steps:
+                started = time.monotonic()
+                method.run(block, options)
+                spent[method.name] = spent.get(method.name, 0) + time.monotonic() - started
         tensors, report = _collect(plan, unit, block, read)
         if running:
             with quantized_inputs(block.layers):

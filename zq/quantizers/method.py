@@ -160,10 +160,21 @@ class Block:
 
     def generator(self, layer: Layer) -> torch.Generator:
         """Random numbers that depend on the seed and the layer only, never on what ran before."""
-        digest = hashlib.sha256(f"{self.seed}:{layer.name}".encode()).digest()
         generator = torch.Generator(device=layer.weight.device)
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        generator.manual_seed(self._seed(layer.name))
         return generator
+
+    @contextmanager
+    def seeded(self, device: torch.device) -> Iterator[None]:
+        """Inside, torch's own generators give numbers that depend on the seed and the block only; outside,
+        they go on as if nothing had been drawn."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed(self.name))
+            yield
+
+    def _seed(self, name: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
 
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:
         """The block as it is now on every batch."""
