@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +35,7 @@ from zq.checkpoint.prefetch import Prefetch
 from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
 from zq.errors import AuditError, OutputError, OutputKept, ZqError
+from zq.finite import finite
 from zq.models.build import get
 from zq.models.capture import Captured, capture_inputs, has_head, head
 from zq.numerics.metrics import sqnr_db, tensor_hash
@@ -141,7 +141,7 @@ def _run_units(
             with quantized_inputs(block.layers):
                 quant_stream = block.forward(quant_stream)
             report["output_error"] = _relative_error(quant_stream, float_stream)
-            report |= block.facts
+            report |= finite(block.facts)
         report["tensors"] = writer.write(tensors)
         report["seconds"] = round(time.monotonic() - begun, 3)
         last = unit == plan.skeleton.n_blocks - 1
@@ -317,7 +317,7 @@ def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float |
     pairs = list(zip(candidate, reference, strict=True))
     error = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
     error /= max(sum(float(b.float().square().sum()) for _, b in pairs), 1e-30)
-    return error if math.isfinite(error) else None
+    return finite(error)
 
 
 def _overflow(plan: Plan, errors: dict[str, float | None]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import zq
 from tests.tiny import save_tiny, token_ids
 from zq.checkpoint.index import read_index
 from zq.checkpoint.reader import reader
-from zq.distill import rounding
+from zq.distill import lkd, rounding
 from zq.distill.losses import divergence, token_weights, weighted_mse
 from zq.distill.rounding import LearnedRounding
 from zq.models.capture import capture_inputs, has_head, head, run_block
@@ -161,6 +162,29 @@ def test_zero_learning_keeps_the_start(tmp_path: Path) -> None:
     _run(tmp_path / "model", tmp_path / "b", steps)
     a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
     assert a == b
+
+
+@pytest.mark.parametrize(("iterations", "checks", "times"), [(10, 4, 4), (400, 4, 4), (3, 4, 3), (7, 1, 1)])
+def test_the_state_is_checked_so_many_times(
+    iterations: int, checks: int, times: int, tmp_path: Path, monkeypatch
+) -> None:
+    """Beside the start; the last time at the end."""
+    save_tiny("llama", tmp_path / "model")
+    measured: list[int] = []
+    monkeypatch.setattr(lkd.Course, "loss", lambda self, batches: measured.append(done[-1]) or 1.0)
+    done = [0]
+
+    def descend(*args) -> Iterator[int]:
+        for i in range(iterations):
+            done.append(i + 1)
+            yield i + 1
+
+    monkeypatch.setattr(lkd, "_descend", descend)
+    _run(tmp_path / "model", tmp_path / "a", f"rtn, {{lkd: {{iterations: {iterations}, checks: {checks}}}}}")
+    first = measured[: len(measured) // 2]  # of two blocks
+    assert first[0] == 0
+    assert len(first[1:]) == times
+    assert first[-1] == iterations
 
 
 def test_twice_the_same_bytes(tmp_path: Path) -> None:

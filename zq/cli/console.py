@@ -22,6 +22,7 @@ from rich.table import Table
 
 from zq.cli.signals import watched
 from zq.errors import ZqError
+from zq.finite import finite
 
 EXIT_CODES = {
     0: "done",
@@ -61,15 +62,7 @@ def command(as_json: bool = False) -> Iterator[None]:
 
 def print_json(data: Any) -> None:
     """One JSON document on standard output. Infinite and undefined numbers are null: JSON has none."""
-    sys.stdout.write(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    sys.stdout.write(json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
 def fail(message: str) -> None:

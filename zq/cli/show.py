@@ -75,15 +75,18 @@ def _line(event: dict[str, Any], left: float) -> str:
     else:
         parts.append("copied                   ")
     if "output_error" in event:
-        error = event["output_error"]
-        parts.append("output error " + ("unknown: overflow" if error is None else f"{error:.2e}"))
+        parts.append(f"output error {_known(event['output_error'])}")
     if "smoothing" in event:
         parts.append(_smoothing(event["smoothing"]))
-    if "held_out_loss" in event:
-        loss = event["held_out_loss"]
-        parts.append(f"held-out loss {loss['start']:.2e} -> {loss['end']:.2e}")
+    for fact, what in (("held_out_loss", "held-out loss"), ("training_loss", "training loss")):
+        if fact in event:
+            parts.append(f"{what} {_known(event[fact]['start'])} -> {_known(event[fact]['end'])}")
     parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
     return "  ".join(parts)
+
+
+def _known(value: float | None) -> str:
+    return "unknown: overflow" if value is None else f"{value:.2e}"
 
 
 def _smoothing(links: list[dict[str, Any]]) -> str:
