@@ -48,6 +48,10 @@ class SiteWidths:
     schemes: dict[int, tuple[Scheme, ...]]
     nbytes: dict[int, int]
 
+    def named(self, width: int) -> dict[str, Scheme]:
+        """The schemes of the layers at a width, by name; {} when the format cannot hold that."""
+        return {x.name: s for x, s in zip(self.layers, self.schemes.get(width, ()), strict=False)}
+
 
 @dataclass
 class _Pull:
