@@ -129,9 +129,8 @@ class Trial:
                 tried[f"{producer}.bias"] = new.bias
         for layer in link.consumers:
             try:
-                q = quantize(
-                    layer.weight.float() * factor, layer.scheme.weights, self.scale, self.block.scale_dtype
-                )
+                weight, spec = layer.weight.float() * factor, layer.scheme.weights
+                q = quantize(weight, spec, self.scale, self.block.scale_dtype, places=layer.places)
             except ZqError as error:
                 raise ZqError(f"'{layer.name}.weight': {error}") from None
             dense = q.dequantize()
