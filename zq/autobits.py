@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from zq.checkpoint.job import Job
-from zq.errors import ZqError
+from zq.errors import ZqError, enough_memory
 from zq.plan import Plan, PlannedLayer, make_plan
 from zq.recipe import Bits, Recipe, Rule
 from zq.sensitivity import SiteWidths, measure
@@ -52,7 +52,8 @@ def settle(
     _refuse_mix(plan, asked, sites)
     room = _room(plan, asked, sites)
     if resume is None:
-        errors = measure(plan, sites, progress)
+        with enough_memory("give a shorter --length, another --device, or no bits"):
+            errors = measure(plan, sites, progress)
         widths = choose([site.nbytes for site in sites], errors, room)
         table = {"mean": asked.mean, "asked": plan.recipe.digest, "sites": _rows(sites, errors, widths)}
     else:

@@ -77,7 +77,8 @@ def all_windows(
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """(the planned windows and those that the model writes, int64 [S, T], or None; facts for the report).
 
-    What the model writes is kept in the job, so that a resumed run sees the same tokens.
+    What the model writes is kept in the job, so that a resumed run sees the same tokens. `progress` gets
+    {"written", "of"} while it writes, and {"calibration": the facts} at last.
     """
     wanted = recipe.calibration
     facts: dict[str, Any] = {"source": wanted.source}
@@ -90,7 +91,9 @@ def all_windows(
             job.keep(KEPT, written.to(torch.int32))
         facts["generated"] = describe(written.long())
         windows = mixed(windows, written.long(), recipe.seed)
-    return windows, facts | describe(windows)
+    facts |= describe(windows) | {"vocabulary": skeleton.config.vocab_size, "seed": recipe.seed}
+    progress({"calibration": facts})
+    return windows, facts
 
 
 def _write(

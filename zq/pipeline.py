@@ -34,7 +34,7 @@ from zq.checkpoint.job import Job, check_output
 from zq.checkpoint.prefetch import Prefetch
 from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
-from zq.errors import AuditError, OutputError, OutputKept, ZqError
+from zq.errors import AuditError, OutOfMemory, OutputError, OutputKept, ZqError, enough_memory
 from zq.finite import finite
 from zq.models.build import get
 from zq.models.capture import Captured, capture_inputs, has_head, head
@@ -48,6 +48,7 @@ from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
 FACTS = ("smoothing", "held_out_loss", "training_loss")  # of steps, about a block
 LARGE = 128 << 20  # bytes of a stream; larger ones are saved with a block only when
 SAVE_EVERY = 60.0  # seconds have passed since the last time
+LESS = "give fewer --samples and --generated, a shorter --length, or another --device"
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -72,7 +73,8 @@ def quantize(
 
     `progress` gets {"unit", "error", "seconds", ...} after every unit, and before them what `autobits.settle`
     tells when the recipe has a budget of bits and the plan is not settled yet. Raises ZqError (nothing is
-    left behind), OutputKept (disk; what is done is kept) or AuditError (what was written is not to be used).
+    left behind), OutputKept (disk; what is done is kept), OutOfMemory (likewise, if anything is done) or
+    AuditError (what was written is not to be used).
     """
     started = time.monotonic()
     if plan.recipe.bits is not None:
@@ -86,7 +88,7 @@ def quantize(
             writer.recall(out)
         else:  # also when a resumed job was killed before its files were all there
             writer.create()
-        with Prefetch(plan.view.read) as read:
+        with enough_memory(LESS), Prefetch(plan.view.read) as read:
             facts = _run_units(plan, job, writer, progress, read)
         facts["audit"] = audit(plan, job.shards, job.done)
         report = _report(plan, job, facts, time.monotonic() - started, command)
@@ -99,6 +101,12 @@ def quantize(
         raise OutputKept(f"{error}; what is done is kept, continue with --resume") from None
     except AuditError:
         raise
+    except OutOfMemory as error:
+        if not job.done:
+            job.discard()
+            raise
+        kept = f"what is done is kept: with more memory, continue with --resume, or delete {job.folder}"
+        raise OutOfMemory(f"{error}; {kept}") from None
     except ZqError:
         job.discard()
         raise

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zq.cli.signals import watched
-from zq.errors import ZqError
+from zq.errors import ZqError, enough_memory
 from zq.finite import finite
 
 EXIT_CODES = {
@@ -46,7 +46,8 @@ def command(as_json: bool = False) -> Iterator[None]:
     _quiet()
     with watched() as watch:
         try:
-            yield
+            with enough_memory("work on less at once, or take another --device"):
+                yield
         except (Exception, KeyboardInterrupt) as error:
             if watch.seen or isinstance(error, KeyboardInterrupt):
                 err.print("[bold]interrupted[/]")

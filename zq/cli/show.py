@@ -56,6 +56,8 @@ def carry_out(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, 
                 bar.update(task, description=f"writing {event['written']}/{event['of']}")
                 return
             bar.update(task, description="blocks")
+            if "calibration" in event:
+                return None if quiet else note(_tokens(event["calibration"]))
             done += 1
             bar.advance(task)
             if quiet:
@@ -64,6 +66,18 @@ def carry_out(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, 
             err.print(_line(event, left), soft_wrap=True)
 
         return run(plan, output, resume=resume, progress=show, command=command_line()).report
+
+
+def _tokens(facts: dict[str, Any]) -> str:
+    """What the calibration tokens are."""
+    count, distinct, often = facts["tokens"], facts["distinct"], facts["most_frequent_share"]
+    source = "" if facts["source"] == "none" else f" from {facts['source']}"
+    written = f", {facts['generated']['windows']} written by the model" if "generated" in facts else ""
+    return (
+        f"calibration: {facts['windows']} windows of {facts['length']} tokens{source}{written}; "
+        f"{count} tokens, {distinct} distinct ({distinct / facts['vocabulary']:.1%} of the vocabulary), the most frequent "
+        f"{often:.1%} of them; seed {facts['seed']}"
+    )
 
 
 def _line(event: dict[str, Any], left: float) -> str:

@@ -15,7 +15,7 @@ error of its group, so the order of the columns leaves no trace in the checkpoin
 float model. The weights that minimise ||W' X - W X_f||^2 are W + W D (H + damp)^-1, D = (X_f - X)^T X; a of
 that step is taken before rounding (QEP, arXiv:2504.09629), by the same factor of H + damp.
 
-`windows` w: the Hessian is that of the first w calibration windows; 0 takes all.
+`windows` w: the Hessian is that of the first w calibration windows, in whole batches; 0 takes all.
 """
 
 from __future__ import annotations
