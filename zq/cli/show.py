@@ -75,8 +75,8 @@ def _tokens(facts: dict[str, Any]) -> str:
     written = f", {facts['generated']['windows']} written by the model" if "generated" in facts else ""
     return (
         f"calibration: {facts['windows']} windows of {facts['length']} tokens{source}{written}; "
-        f"{count} tokens, {distinct} distinct ({distinct / facts['vocabulary']:.1%} of the vocabulary), the most frequent "
-        f"{often:.1%} of them; seed {facts['seed']}"
+        f"{count} tokens, {distinct} distinct ({distinct / facts['vocabulary']:.1%} of the vocabulary), "
+        f"the most frequent {often:.1%} of them; seed {facts['seed']}"
     )
 
 
