@@ -33,15 +33,16 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ANYTHING = "…"  # in the table: text of another program, which its versions may word differently
 
-# Rows that run as real processes; the number limits the size of any file, in bytes (a full disk).
-PROCESSES: dict[str, int | None] = {
+# Rows that run as real processes, some with a limit in bytes: of any file (a full disk), of all memory.
+PROCESSES: dict[str, tuple[int, int] | None] = {
     "kernels-no-compiler": None,
     "sweep-task": None,
     "no-scheme": None,
     "hub-offline": None,
     "audit-failed": None,
-    "disk-full": 100_000,
-    "disk-full-later": 200_000,
+    "disk-full": (resource.RLIMIT_FSIZE, 100_000),
+    "disk-full-later": (resource.RLIMIT_FSIZE, 200_000),
+    "out-of-memory": (resource.RLIMIT_AS, 15 << 30),
 }
 # Rows after which the output folder is there, because what is done is kept.
 KEPT = {"disk-full-later"}
@@ -68,14 +69,14 @@ class Row:
         args = words[words.index("zq") + 1 :]
         if self.id not in PROCESSES:
             return run(*args, env=env)
-        limit = PROCESSES[self.id]
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        kind, limit = PROCESSES[self.id] or (resource.RLIMIT_FSIZE, None)
+        before = resource.getrlimit(kind)
         if limit:  # inherited by the child; only the soft limit, so that it can be taken back
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            resource.setrlimit(kind, (limit, before[1]))
         try:
             return spawn(*args, cwd=folder, env=env)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            resource.setrlimit(kind, before)
 
     def expects(self, line: str) -> bool:
         """Whether `line` is the error of the table."""
@@ -171,7 +172,7 @@ def situation(
     *("unknown-option", "not-a-number", "bad-seed", "bad-shard-size", "unknown-device", "missing-device"),
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
-    *("bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
+    *("bits-gptq", "bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
     *("to-unknown", "gptq-activations", "export-unknown", "export-float"),
     *(
         "gguf-tokenizer",
@@ -293,6 +294,30 @@ def overflow(model: Model) -> None:
     model.change(lambda t: t.update({Q_PROJ: torch.full_like(t[Q_PROJ], -65472.0)}))
     rule = 'rules: [{match: "*", weights: "int4:g32"}]\nsteps: [{rtn: {scale: absmax}}]\n'
     Path("RECIPE.yaml").write_text(rule)
+
+
+def _overflowing(step: str) -> Callable[[Model], None]:
+    """The activations of the first block leave the range of float16."""
+
+    def build(model: Model) -> None:
+        model.change(lambda t: t.update({name: tensor.half() for name, tensor in t.items()}))
+        names = [f"model.layers.0.mlp.{name}.weight" for name in ("up_proj", "down_proj")]
+        model.change(lambda t: t.update({name: t[name] * 2000 for name in names}))
+        rule = 'rules: [{match: "*", weights: "int4:g32"}]\ncalibration: {source: random}\n'
+        Path("RECIPE.yaml").write_text(f"{rule}steps: [{step}]\n")
+
+    return build
+
+
+SITUATIONS["gptq-overflow"] = _overflowing("gptq")
+SITUATIONS["classic-overflow"] = _overflowing("lkd-classic: {iterations: 2}")
+
+
+@situation("classic-diverges")
+def classic_diverges(model: Model) -> None:
+    model.change(lambda t: t.update({name: tensor.half() for name, tensor in t.items()}))
+    rule = 'rules: [{match: "*", weights: "int4:g32"}]\ncalibration: {source: random}\n'
+    Path("RECIPE.yaml").write_text(f"{rule}steps: [lkd-classic: {{rate: 1.0, decay: 0.0}}]\n")
 
 
 @situation("no-scale-fits")
@@ -421,6 +446,14 @@ RECIPES = {
     "steps-in-wrong-order": RULE + "steps:\n  - rtn: {}\n  - awq: {}\n",
     "option-out-of-range": RULE + "steps:\n  - smoothquant: {alpha: 1.5}\n  - rtn: {}\n",
     "unknown-step-option": RULE + "steps:\n  - rtn: {speed: 9}\n",
+    "steps-two-quantizers": RULE + "steps:\n  - rtn: {}\n  - gptq: {}\n",
+    "steps-no-quantizer": RULE + "steps:\n  - awq: {}\n",
+    "lkd-first": RULE + "steps:\n  - lkd: {}\n",
+    "lkd-few-windows": RULE + "steps:\n  - rtn: {}\n  - lkd: {}\ncalibration: {source: random, samples: 8}\n",
+    "out-of-memory": RULE
+    + "steps:\n  - lkd-classic: {batch: 1048576}\n"
+    + "calibration: {source: random, samples: 1048576, length: 64}\n",
+    "bits-one-width": 'rules: [{match: "*", weights: "int4:g32:asym"}]\ncalibration: {source: random}\n',
     "lorc-not-last": RULE + "steps:\n  - lorc: {}\n  - rtn: {}\n",
     "lorc-rank": RULE + "steps:\n  - rtn: {}\n  - lorc: {rank: 33}\n",
     "proxy-late": RULE + "steps:\n  - rtn: {}\n  - proxy: {}\n",

@@ -21,7 +21,7 @@ import zq
 from tests.simulate import outputs, simulated, stop_after
 from tests.tiny import save_tiny, token_ids
 from zq import autobits
-from zq.autobits import choose, settle
+from zq.autobits import choose, offered, settle
 from zq.errors import ZqError
 from zq.pipeline import quantize
 from zq.plan import Plan, make_plan
@@ -274,6 +274,39 @@ def test_a_width_that_the_format_cannot_hold_is_no_choice(tmp_path: Path) -> Non
     assert {tuple(row["error"]) for row in plan.sensitivity["sites"]} == {("2", "3", "4", "6")}
     with pytest.raises(ZqError, match=r"holds none of the widths \[8\] of 'model.layers.0 qkv'"):
         settle(make_plan(tmp_path, Recipe.parse(text.replace("[2, 3, 4, 6, 8]", "[8]"))))
+
+
+@pytest.mark.parametrize(
+    ("format", "weights", "words"),
+    [
+        ("gptq", "int4:g32", "recipe:3: GPTQ has one scheme for all layers, not int4:g32:s=half and int8:"),
+        (
+            "awq",
+            "int4:g32:asym",
+            "recipe:3: awq has int4 weights only, so there are no widths to choose;",
+        ),
+    ],
+)
+def test_formats_of_one_width_are_refused_before_measuring(
+    format: str, weights: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path)
+    text = RECIPE.replace("int4:g32", weights).replace("[2, 3, 4, 6, 8]", "[4, 8]") + f"format: {format}\n"
+    monkeypatch.setattr(autobits, "measure", _no_measuring)
+    with pytest.raises(ZqError) as caught:
+        settle(make_plan(tmp_path, Recipe.parse(text)))
+    assert str(caught.value).startswith(words)
+    assert str(caught.value).endswith("or use format: compressed-tensors or zq")
+
+
+def test_what_may_be_chosen_is_offered(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    plan = make_plan(tmp_path, _recipe())
+    found = offered(plan)
+    assert [{scheme.weights.bits for scheme in at.values()} for at in found] == [
+        {2}, {3}, {4}, set(), {6}, set(), {8}
+    ]  # fmt: skip
+    assert set(found[0]) == set(plan.assigned)
 
 
 def test_activations_that_overflow_are_said(tmp_path: Path) -> None:

@@ -95,6 +95,17 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
         refuse({}, {}, source)
 
 
+def test_widths_that_no_block_holds_are_refused_before_they_are_measured(tmp_path: Path) -> None:
+    source = model(tmp_path / "model", "llama")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rules: [{match: '*', weights: 'int4:g32'}]\nbits: {mean: 4, widths: [3, 4]}\n")
+    asked = ("--recipe", recipe, "--calib", "random", "--to", "gguf", "-o", tmp_path / "out")
+    failed = run("quantize", source, *asked)
+    assert failed.code == 2
+    assert "as int3:g32:s=fp16: it has no int3 blocks" in failed.err
+    assert "sensitivity measured" not in failed.err
+
+
 def rewrite(folder: Path, **changes: object) -> None:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

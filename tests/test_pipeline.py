@@ -153,7 +153,8 @@ def test_progress_names_every_unit_and_errors_grow_from_zero(
     events: list[dict] = []
     source = tiny("llama")
     result = quantize(make_plan(source, recipe("*.1.* = int4:g32")), tmp_path / "out", progress=events.append)
-    assert [e["unit"] for e in events] == ["outside", "model.layers.0", "model.layers.1", "tail"]
+    assert events[0] == {"calibration": result.report["calibration"]}
+    assert [e["unit"] for e in events[1:]] == ["outside", "model.layers.0", "model.layers.1", "tail"]
     errors = result.report["output_error"]
     assert errors["0"] == 0.0, "block 0 is not quantized"
     assert 1e-5 < errors["1"] < 0.5

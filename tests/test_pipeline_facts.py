@@ -19,9 +19,10 @@ from tests.simulate import recipe, stop_after
 from tests.tiny import save_tiny
 from zq.audit import audit_folder
 from zq.checkpoint.writer import ShardWriter
-from zq.errors import AuditError
+from zq.errors import AuditError, ZqError
 from zq.pipeline import _fingerprint, quantize
 from zq.plan import make_plan
+from zq.recipe import Recipe
 
 OVERFLOW = "activations overflow float16 from block 1 on"
 
@@ -167,5 +168,44 @@ def test_two_runs_do_not_share_an_output(source: Path, tmp_path: Path) -> None:
             refused.append(caught.value)
 
     quantize(make_plan(source, recipe("* = int8:channel")), out, progress=intrude)
-    assert len(refused) == 8
+    assert len(refused) == 10
     audit_folder(out)
+
+
+LEARNING = """
+rules: [{match: '*', weights: 'int4:g32'}]
+steps: [STEPS]
+calibration: {source: random, samples: 16, length: 16}
+"""
+
+
+def learn(model: Path, out: Path, steps: str) -> dict:
+    return quantize(make_plan(model, Recipe.parse(LEARNING.replace("STEPS", steps))), out).report
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_loss_that_overflows_is_no_number_either(lookahead: int, overflowing: Path, tmp_path: Path) -> None:
+    report = learn(overflowing, tmp_path / "out", f"rtn, {{lkd: {{iterations: 2, lookahead: {lookahead}}}}}")
+    assert report["held_out_loss"]["1"] == {"start": None, "end": None}
+    assert (report["held_out_loss"]["0"]["end"] is None) is (lookahead == 1)
+    assert OVERFLOW in report["notes"]
+    assert strict(tmp_path / "out" / "zq_report.json") == report
+    nearest = learn(overflowing, tmp_path / "nearest", "rtn")
+    last = [name for name in report["layers"] if ".layers.1." in name]
+    assert all(report["layers"][name] == nearest["layers"][name] for name in last), (
+        "what it starts from is kept"
+    )
+
+
+def test_people_see_losses_known_or_not(overflowing: Path, tmp_path: Path) -> None:
+    recipe_file = tmp_path / "r.yaml"
+    recipe_file.write_text(LEARNING.replace("STEPS", "rtn, {lkd: {iterations: 2, lookahead: 0}}"))
+    done = run("quantize", overflowing, "--recipe", recipe_file, "-o", tmp_path / "out").ok()
+    assert "held-out loss unknown: overflow -> unknown: overflow" in done.err
+
+
+def test_the_published_training_on_an_overflow_says_so(overflowing: Path, tmp_path: Path) -> None:
+    words = r"^step lkd-classic cannot train 'model\.layers\.1': .* more range than torch\.float16"
+    with pytest.raises(ZqError, match=words):
+        learn(overflowing, tmp_path / "out", "{lkd-classic: {iterations: 2, batch: 8}}")
+    assert not (tmp_path / "out").exists()

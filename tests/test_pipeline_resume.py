@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,9 +40,9 @@ import zq.checkpoint.writer as writer
 source, out, text, resume, when, shard = sys.argv[1:]
 seen = 0
 
-def die(event=None):
+def die(event):
     global seen
-    seen += 1
+    seen += "unit" in event
     if when == f"unit {seen}":
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -157,19 +158,30 @@ def test_killed_again_and_again(source: Path, whole: dict[str, bytes], tmp_path:
     check_resumed(source, out, whole)
 
 
+FOLDED = "- smoothquant: {search: true}\n- awq: {windows: 2}\n- rtn: {}\n"
+LEARNED = "- awq: {windows: 2}\n- gptq: {asymmetry: 0.5}\n- lkd: {iterations: 6, batch: 1, lookahead: 1}\n"
+IN_INTEGERS = "- rtn: {}\n- lkd: {iterations: 6, batch: 1, gradients: int8}\n"
+
+
 @pytest.mark.parametrize("unit", [2, 3])
-def test_folded_scales_resume_to_the_same_bytes(unit: int, source: Path, tmp_path: Path) -> None:
-    """Blocks after the interruption are scaled by what the carried activations say."""
-    text = str(recipe(RULES)).replace(
-        "steps:\n", "steps:\n- smoothquant: {search: true}\n- awq: {windows: 2}\n"
-    )
-    wanted = Recipe.parse(text)
+@pytest.mark.parametrize("steps", [FOLDED, LEARNED, IN_INTEGERS], ids=["folded", "learned", "integers"])
+def test_other_steps_resume_to_the_same_bytes(steps: str, unit: int, source: Path, tmp_path: Path) -> None:
+    """Blocks after the interruption are made by what the carried activations say, and random numbers do not
+    depend on what was drawn before."""
+    text = re.sub(r"steps:\n(- .*\n|  .*\n)*", f"steps:\n{steps}", str(recipe(RULES)))
+    wanted = Recipe.parse(text.replace("length: 16", "length: 32"))
     report = quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "whole").report
+    torch.manual_seed(1)
     with pytest.raises(KeyboardInterrupt):
         quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", progress=stop_after(unit))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
     quantize(make_plan(source, wanted, shard_bytes=SHARD), tmp_path / "out", resume=True)
+    assert torch.equal(torch.get_rng_state(), before)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert set(report["changed"]) == set(report["smoothing"]) == {"0", "1", "2"}
+    if "awq" in steps:
+        assert set(report["changed"]) == set(report["smoothing"]) == {"0", "1", "2"}
+    assert [step.name for step in wanted.steps] == re.findall(r"- ([a-z]+):", steps)
 
 
 def interrupted(source: Path, out: Path, after: int = 2) -> None:

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from zq.checkpoint.job import Job
-from zq.errors import ZqError
+from zq.errors import ZqError, enough_memory
 from zq.plan import Plan, PlannedLayer, make_plan
 from zq.recipe import Bits, Recipe, Rule
 from zq.sensitivity import SiteWidths, measure
 from zq.spec import Layout, Scheme
 
 ENGINES = (4, 8)
+WIDTHS = range(2, 9)
 STEPS = 100_000  # of the budget above the least
 ASKED, TABLE = "recipe before automatic bits", "automatic bits"
 
@@ -48,9 +49,11 @@ def settle(
     if asked is None:
         return plan
     sites = _sites(plan, asked)
+    _refuse_mix(plan, asked, sites)
     room = _room(plan, asked, sites)
     if resume is None:
-        errors = measure(plan, sites, progress)
+        with enough_memory("give a shorter --length, another --device, or no bits"):
+            errors = measure(plan, sites, progress)
         widths = choose([site.nbytes for site in sites], errors, room)
         table = {"mean": asked.mean, "asked": plan.recipe.digest, "sites": _rows(sites, errors, widths)}
     else:
@@ -62,6 +65,18 @@ def settle(
     note = f"bits {asked.mean:g}: sites {mix}; {chosen.bits_per_weight:.3f} bits per weight as written"
     others = [line for line in chosen.notes if line not in plan.notes]
     return replace(chosen, notes=[*plan.notes, *others, note], sensitivity=table)
+
+
+def offered(plan: Plan) -> list[dict[str, Scheme]]:
+    """What may be chosen: for every width, the schemes of the layers that can have it, by name. Raises
+    ZqError as `settle` does for weights that are no integers."""
+    found: list[dict[str, Scheme]] = []
+    for width in WIDTHS:
+        at = {}
+        for site in _sites(plan, plan.recipe.bits) if plan.recipe.bits else []:
+            at |= site.named(width)
+        found.append(at)
+    return found
 
 
 def fingerprint(plan: Plan) -> dict[str, str]:
@@ -108,13 +123,10 @@ def _site(
             )
     for width in widths:
         found = tuple(_at(layer.scheme, width) for layer in layers if layer.scheme)
-        refused = [
-            plan.exporter.refuse(scheme, layer.shape, layer.transposed, plan.dtype)
-            for scheme, layer in zip(found, layers, strict=True)
-        ]
-        if not any(refused):
+        if reason := _refused(plan, layers, found):
+            reasons.append(reason)
+        else:
             schemes[width] = found
-        reasons += [reason for reason in refused if reason]
     if not schemes:
         raise ZqError(
             f"{asked.where}: {plan.format} holds none of the widths {widths} of '{name}': {reasons[0]}; "
@@ -125,6 +137,31 @@ def _site(
         for width, found in schemes.items()
     }
     return SiteWidths(name=name, block=block, layers=layers, schemes=schemes, nbytes=nbytes)
+
+
+def _refused(plan: Plan, layers: tuple[PlannedLayer, ...], schemes: tuple[Scheme, ...]) -> str | None:
+    """Why the format cannot hold one of these layers as the scheme at its place; None when it can."""
+    both = zip(layers, schemes, strict=True)
+    found = (plan.exporter.refuse(scheme, x.shape, x.transposed, plan.dtype) for x, scheme in both)
+    return next((reason for reason in found if reason), None)
+
+
+def _refuse_mix(plan: Plan, asked: Bits, sites: list[SiteWidths]) -> None:
+    """Raises ZqError when the format has one width only, or one for all layers."""
+    layers = sites[0].layers
+    at = {w: tuple(_at(layer.scheme, w) for layer in layers if layer.scheme) for w in WIDTHS}
+    held = [width for width in WIDTHS if not _refused(plan, layers, at[width])]
+    mixed = plan.assigned
+    for place, site in enumerate(sites):  # the narrowest and the widest in turn
+        mixed |= site.named((min, max)[place % 2](site.schemes))
+    reason = plan.exporter.refuse_all(mixed, [layer.name for layer in plan.layers if not layer.scheme])
+    if len(held) == 1:
+        reason = f"{plan.format} has int{held[0]} weights only"
+    if reason:
+        raise ZqError(
+            f"{asked.where}: {reason}, so there are no widths to choose; drop the budget of bits, or use "
+            "format: compressed-tensors or zq"
+        )
 
 
 def _at(scheme: Scheme, width: int) -> Scheme:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read
 from zq.data import beginnings, calibration_windows, describe, mixed
 from zq.errors import ZqError
+from zq.methods import refuse_few
 from zq.models.capture import positions
 from zq.models.find import load_tokenizer
 from zq.models.sampling import pieces, write_windows
@@ -21,6 +23,15 @@ from zq.quantizers.method import Method
 from zq.recipe import Recipe
 
 KEPT = "generated"
+
+
+def writable(recipe: Recipe, skeleton: Skeleton, notes: list[str]) -> Recipe:
+    """The recipe without the windows that the model would write, where it is an encoder."""
+    count = recipe.calibration.generated
+    if not count or not skeleton.arch.encoder:
+        return recipe
+    notes.append(f"an encoder writes no text: calibration goes without the {count} windows of 'generated'")
+    return replace(recipe, calibration=replace(recipe.calibration, generated=0))
 
 
 def planned_windows(
@@ -32,14 +43,13 @@ def planned_windows(
 ) -> Tensor | None:
     """Calibration tokens [samples, length]; None when the recipe wants none."""
     wanted = recipe.calibration
-    if wanted.generated and skeleton.arch.encoder:
-        raise ZqError(f"{recipe.where}: an encoder writes no text; set 'generated' of 'calibration' to 0")
     if wanted.source == "none" and recipe.bits:
         raise ZqError(f"{recipe.bits.where}: bits are chosen by calibration tokens; drop --calib none")
     if wanted.source == "none" and not wanted.generated:
         if any(method.needs(options) for method, options in steps):
             raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
         return None
+    refuse_few(recipe, wanted.generated + (0 if wanted.source == "none" else wanted.samples))
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:
         notes.append(f"calibration windows of {length} tokens: the model has no more positions")
@@ -67,7 +77,8 @@ def all_windows(
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """(the planned windows and those that the model writes, int64 [S, T], or None; facts for the report).
 
-    What the model writes is kept in the job, so that a resumed run sees the same tokens.
+    What the model writes is kept in the job, so that a resumed run sees the same tokens. `progress` gets
+    {"written", "of"} while it writes, and {"calibration": the facts} at last.
     """
     wanted = recipe.calibration
     facts: dict[str, Any] = {"source": wanted.source}
@@ -80,7 +91,9 @@ def all_windows(
             job.keep(KEPT, written.to(torch.int32))
         facts["generated"] = describe(written.long())
         windows = mixed(windows, written.long(), recipe.seed)
-    return windows, facts | describe(windows)
+    facts |= describe(windows) | {"vocabulary": skeleton.config.vocab_size, "seed": recipe.seed}
+    progress({"calibration": facts})
+    return windows, facts
 
 
 def _write(

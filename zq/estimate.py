@@ -8,6 +8,7 @@ number of operations.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import replace
@@ -72,12 +73,14 @@ def _per_weight(plan: Plan, scheme: Scheme) -> float:
         module.weight.normal_(generator=torch.Generator(device=plan.skeleton.device).manual_seed(0))
         best = math.inf
         for _ in range(2):  # the first call warms up
-            layer = Layer("probe.1", "mlp", module, False, scheme)
+            layer = Layer("probe.1", "mlp", module, False, _on_probe(scheme))
             both = nn.Sequential(norm, module)
             block = Block("probe", both, [layer], plan.dtype, 0, [[layer]])
             block.inputs = block.teacher_inputs = [tokens, tokens]
             block.calls = [NO_CALL, NO_CALL]
             block.targets = block.forward(block.inputs)
+            if any(Needs.TEACHER in method.needs(options) for method, options in plan.steps):
+                block.teacher = copy.deepcopy(both)
             block.links = [BlockLink("probe.0", norm, None, True, False, (layer,), channels, stored)]
             begun = time.perf_counter()
             for method, options in plan.steps:  # learning is charged by its tokens
@@ -87,6 +90,12 @@ def _per_weight(plan: Plan, scheme: Scheme) -> float:
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - begun)
     return best / math.prod(PROBE)
+
+
+def _on_probe(scheme: Scheme) -> Scheme:
+    """The scheme with no more kept columns than half of those of the probe."""
+    kept = min(scheme.weights.kept, PROBE[1] // 2)
+    return replace(scheme, weights=replace(scheme.weights, kept=kept))
 
 
 def _per_folded(plan: Plan) -> float:

@@ -23,6 +23,7 @@ _ROWS = (
     lorc.METHOD,
 )
 METHODS: dict[str, Method] = {m.name: m for m in _ROWS}
+QUANTIZERS = (rtn.METHOD, gptq.METHOD, classic.METHOD)  # one of them, once
 
 
 def resolve(step: Step, where: str) -> tuple[Method, Any]:
@@ -56,28 +57,45 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
 
 def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:
     """The steps of a recipe, each as `resolve` has it, in order. Raises ZqError also for an order that makes
-    no sense: first what changes the whole model, then what scales float weights, then what quantizes them,
-    and last a correction of what that left."""
+    no sense: first what changes the whole model, then what scales float weights and chooses columns, then one
+    step that quantizes, what learns from that, and last a correction of what is left."""
     found = [resolve(step, recipe.where) for step in recipe.steps]
-    quantizer = None
-    for place, (step, (method, options)) in enumerate(zip(recipe.steps, found, strict=True)):
-        spot = step.where or recipe.where
-        if method.view and place:
-            raise ZqError(
-                f"{spot}: step '{step.name}' changes the whole model, so it must be the first step, and "
-                "given once; move it up or drop it"
-            )
-        if Needs.LINKS in method.needs(options) and quantizer:
-            raise ZqError(f"{spot}: step '{step.name}' scales float weights; put it before '{quantizer}'")
-        if method is proxy.METHOD and quantizer:
-            raise ZqError(
-                f"{spot}: step 'proxy' chooses columns of float weights; put it before '{quantizer}'"
-            )
-        if method is lorc.METHOD and (not quantizer or step is not recipe.steps[-1]):
-            raise ZqError(
-                f"{spot}: step 'lorc' corrects what the steps before it left; put it once, as the last step, "
-                "after rtn or gptq"
-            )
-        if not method.view and not method.needs(options) & (Needs.LINKS | Needs.SPREADS):
-            quantizer = quantizer or method.name
+    for place, step in enumerate(recipe.steps):
+        if reason := _misplaced(found, place):
+            raise ZqError(f"{step.where or recipe.where}: step '{step.name}' {reason}")
+    if not any(method in QUANTIZERS for method, _ in found):
+        spot = recipe.steps[-1].where or recipe.where
+        raise ZqError(f"{spot}: no step quantizes; add one, such as - rtn: {{}}")
     return found
+
+
+def refuse_few(recipe: Recipe, samples: int) -> None:
+    """Raises ZqError when a step needs more calibration windows than these."""
+    for step, (method, options) in zip(recipe.steps, resolve_all(recipe), strict=True):
+        least = method.fewest(options)
+        if samples < least:
+            raise ZqError(
+                f"{step.where or recipe.where}: step '{step.name}' needs at least {least} calibration "
+                f"windows, more than one batch, and has {samples}; give more --samples, or a smaller 'batch'"
+            )
+
+
+def _misplaced(steps: list[tuple[Method, Any]], place: int) -> str | None:
+    """Why a step cannot stand behind those before it; None when it can."""
+    (method, options), before = steps[place], steps[:place]
+    last = place == len(steps) - 1
+    quantizer = next((m.name for m, _ in before if m in QUANTIZERS), None)
+    scaling = next((m.name for m, o in before if Needs.LINKS in m.needs(o)), None)
+    if method.view and before:
+        return "changes the whole model, so it must be the first step, and given once; move it up or drop it"
+    if Needs.LINKS in method.needs(options) and quantizer:
+        return f"scales float weights; put it before '{quantizer}'"
+    if method is proxy.METHOD and (scaling or quantizer):
+        return f"chooses columns of float weights; put it before '{scaling or quantizer}'"
+    if method in QUANTIZERS and quantizer:
+        return f"would quantize what '{quantizer}' has rounded; keep one of them"
+    if method is lkd.METHOD and not quantizer:
+        return "learns from what a step that quantizes left; put rtn or gptq before it"
+    if method is lorc.METHOD and not (quantizer and last):
+        return "corrects what the steps before it left; put it once, as the last step, after rtn or gptq"
+    return None

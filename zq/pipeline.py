@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,7 +34,8 @@ from zq.checkpoint.job import Job, check_output
 from zq.checkpoint.prefetch import Prefetch
 from zq.checkpoint.reader import Read
 from zq.checkpoint.writer import ShardWriter
-from zq.errors import AuditError, OutputError, OutputKept, ZqError
+from zq.errors import AuditError, OutOfMemory, OutputError, OutputKept, ZqError, enough_memory
+from zq.finite import finite
 from zq.models.build import get
 from zq.models.capture import Captured, capture_inputs, has_head, head
 from zq.numerics.metrics import sqnr_db, tensor_hash
@@ -48,6 +48,7 @@ from zq.quantizers.method import Block, Layer, Needs, quantized_inputs
 FACTS = ("smoothing", "held_out_loss", "training_loss")  # of steps, about a block
 LARGE = 128 << 20  # bytes of a stream; larger ones are saved with a block only when
 SAVE_EVERY = 60.0  # seconds have passed since the last time
+LESS = "give fewer --samples and --generated, a shorter --length, or another --device"
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -72,7 +73,8 @@ def quantize(
 
     `progress` gets {"unit", "error", "seconds", ...} after every unit, and before them what `autobits.settle`
     tells when the recipe has a budget of bits and the plan is not settled yet. Raises ZqError (nothing is
-    left behind), OutputKept (disk; what is done is kept) or AuditError (what was written is not to be used).
+    left behind), OutputKept (disk; what is done is kept), OutOfMemory (likewise, if anything is done) or
+    AuditError (what was written is not to be used).
     """
     started = time.monotonic()
     if plan.recipe.bits is not None:
@@ -86,7 +88,7 @@ def quantize(
             writer.recall(out)
         else:  # also when a resumed job was killed before its files were all there
             writer.create()
-        with Prefetch(plan.view.read) as read:
+        with enough_memory(LESS), Prefetch(plan.view.read) as read:
             facts = _run_units(plan, job, writer, progress, read)
         facts["audit"] = audit(plan, job.shards, job.done)
         report = _report(plan, job, facts, time.monotonic() - started, command)
@@ -99,6 +101,12 @@ def quantize(
         raise OutputKept(f"{error}; what is done is kept, continue with --resume") from None
     except AuditError:
         raise
+    except OutOfMemory as error:
+        if not job.done:
+            job.discard()
+            raise
+        kept = f"what is done is kept: with more memory, continue with --resume, or delete {job.folder}"
+        raise OutOfMemory(f"{error}; {kept}") from None
     except ZqError:
         job.discard()
         raise
@@ -131,16 +139,17 @@ def _run_units(
             running = True
             _feed(plan, block, unit, captured, float_stream, quant_stream, read)
             float_stream = block.targets
-        for method, options in plan.steps:
-            started = time.monotonic()
-            method.run(block, options)
-            spent[method.name] = spent.get(method.name, 0) + time.monotonic() - started
+        with block.seeded(torch.device(plan.skeleton.device)):
+            for method, options in plan.steps:
+                started = time.monotonic()
+                method.run(block, options)
+                spent[method.name] = spent.get(method.name, 0) + time.monotonic() - started
         tensors, report = _collect(plan, unit, block, read)
         if running:
             with quantized_inputs(block.layers):
                 quant_stream = block.forward(quant_stream)
             report["output_error"] = _relative_error(quant_stream, float_stream)
-            report |= block.facts
+            report |= finite(block.facts)
         report["tensors"] = writer.write(tensors)
         report["seconds"] = round(time.monotonic() - begun, 3)
         last = unit == plan.skeleton.n_blocks - 1
@@ -252,8 +261,7 @@ def _collect(plan: Plan, unit: int | str, block: Block, read: Read) -> tuple[dic
     skeleton = plan.skeleton
     for layer in block.layers:
         q = layer.quantized
-        if q is None:
-            raise ZqError(f"no step of {plan.recipe.where} quantized '{layer.name}'; add a step such as rtn")
+        assert q is not None, layer.name  # zq/methods.py refuses steps of which none quantizes
         tensors.update(plan.exporter.pack(layer.name, q, layer.scheme))
         if not bool(torch.isfinite(layer.weight).all()):
             raise ZqError(
@@ -317,7 +325,7 @@ def _relative_error(candidate: list[Tensor], reference: list[Tensor]) -> float |
     pairs = list(zip(candidate, reference, strict=True))
     error = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
     error /= max(sum(float(b.float().square().sum()) for _, b in pairs), 1e-30)
-    return error if math.isfinite(error) else None
+    return finite(error)
 
 
 def _overflow(plan: Plan, errors: dict[str, float | None]) -> list[str]:

@@ -10,7 +10,6 @@ Only headers are read, so a plan of a 70B model takes seconds and no memory.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zq.calibration import planned_windows
+from zq.calibration import planned_windows, writable
 from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_index
 from zq.checkpoint.reader import reader, same_tensor
 from zq.checkpoint.writer import Shard, Slot, plan_shards
@@ -30,7 +29,7 @@ from zq.methods import resolve_all
 from zq.models.find import find_arch, load_config
 from zq.models.layout import is_transposed, linear_shape
 from zq.models.sampling import CACHE_BYTES
-from zq.models.skeleton import Skeleton, build_skeleton
+from zq.models.skeleton import Skeleton, build_skeleton, refuse_lost_blocks
 from zq.quantizers.links import at_work, may_change, without_scale
 from zq.quantizers.method import Method
 from zq.quantizers.view import View
@@ -202,7 +201,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
             notes.append(
                 f"config.json ties {target} to {source}, but they are stored and differ: both are kept"
             )
-    layers, recipe = _assign(skeleton, recipe, notes)
+    layers, recipe = _assign(skeleton, writable(recipe, skeleton, notes), notes)
     layers = [_with_stored(layer, steps, recipe) for layer in layers]
     if recipe.format != "auto":
         layers = _adapted(layers, recipe.format, notes)
@@ -210,7 +209,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
     notes += without_scale(skeleton, {layer.name for layer in layers if layer.scheme}, steps)
     format_name = _choose_format(recipe, layers, dtype, notes)
     _check_dtypes(skeleton, view.index, layers)
-    _refuse_lost_blocks(skeleton, where)
+    refuse_lost_blocks(skeleton, where)
     if skeleton.extra:
         count, cls = len(skeleton.extra), type(skeleton.model).__name__
         notes.append(f"{count} tensors that {cls} does not use are left out, first {skeleton.extra[0]}")
@@ -232,18 +231,6 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
         notes=notes,
         shard_bytes=shard_bytes,
     )
-
-
-def _refuse_lost_blocks(skeleton: Skeleton, where: str) -> None:
-    """A checkpoint with more blocks than its config would lose them without a word."""
-    numbered = re.compile(rf"(?:^|\.){re.escape(skeleton.arch.blocks)}\.(\d+)\.")
-    for key in skeleton.extra:
-        found = numbered.search(key)
-        if found and int(found[1]) >= skeleton.n_blocks:
-            raise ZqError(
-                f"{where}: the config has {skeleton.n_blocks} blocks, but the checkpoint also holds '{key}'; "
-                "correct the number of layers in config.json"
-            )
 
 
 def _check_dtypes(skeleton: Skeleton, index: CheckpointIndex, layers: list[PlannedLayer]) -> None:

@@ -31,7 +31,9 @@ from zq.errors import ZqError
 from zq.models.capture import Call, capture_inputs, has_head, head, last_hidden, run_block
 from zq.numerics.qtensor import SCALES, quantize
 from zq.plan import Plan, PlannedLayer
-from zq.quantizers.method import Layer, quantized_inputs
+from zq.quantizers.feeders import spreads
+from zq.quantizers.method import Layer, Needs, quantized_inputs
+from zq.quantizers.proxy import columns
 from zq.spec import Scheme
 
 MOST_TOKENS = 4096  # of the calibration windows, the first ones; each is kept before every block
@@ -47,6 +49,10 @@ class SiteWidths:
     layers: tuple[PlannedLayer, ...]
     schemes: dict[int, tuple[Scheme, ...]]
     nbytes: dict[int, int]
+
+    def named(self, width: int) -> dict[str, Scheme]:
+        """The schemes of the layers at a width, by name; {} when the format cannot hold that."""
+        return {x.name: s for x, s in zip(self.layers, self.schemes.get(width, ()), strict=False)}
 
 
 @dataclass
@@ -78,15 +84,17 @@ def measure(
     pulls = _from_the_end(plan, streams.pop(), read)
     tokens = sum(pull.values.shape[0] * pull.values.shape[1] for pull in pulls)
     errors: dict[str, dict[int, float]] = {}
+    keeps = any(Needs.SPREADS in method.needs(options) for method, options in plan.steps)
     for i in reversed(range(skeleton.n_blocks)):
         begun = time.monotonic()
         skeleton.load_block(i, read)
         block, inputs = skeleton.block(i), [h.to(skeleton.device) for h in streams.pop()]
         targets, pulls_before = _pull_back(block, inputs, calls[i], pulls)
+        spread = spreads(skeleton, i, read) if keeps else {}
         for site in (site for site in sites if site.block == i):
             outcome = {}
             for width, schemes in site.schemes.items():
-                with _quantized(plan, site, schemes):
+                with _quantized(plan, site, schemes, spread.get(site.name.rpartition(" ")[2])):
                     outputs = [run_block(block, h, call) for h, call in zip(inputs, calls[i], strict=True)]
                 outcome[width] = _effect(outputs, targets, pulls) / tokens
             _refuse_nan(plan, site.name, all(map(math.isfinite, outcome.values())))
@@ -175,18 +183,23 @@ def _effect(outputs: list[Tensor], targets: list[Tensor], pulls: list[_Pull]) ->
 
 
 @contextmanager
-def _quantized(plan: Plan, site: SiteWidths, schemes: tuple[Scheme, ...]) -> Iterator[None]:
-    """Inside, the layers of the site are rounded to nearest and quantize their inputs."""
+def _quantized(
+    plan: Plan, site: SiteWidths, schemes: tuple[Scheme, ...], spread: Tensor | None
+) -> Iterator[None]:
+    """Inside, the layers of the site are rounded to nearest, but for columns that step `proxy` would keep,
+    and quantize their inputs. `spread` [K] of the site as that step has it."""
     scale = next((o.scale for _, o in plan.steps if getattr(o, "scale", None) in SCALES), "mse")
-    layers, kept = [], []
+    layers, before = [], []
     for planned, scheme in zip(site.layers, schemes, strict=True):
         module = plan.skeleton.model.get_submodule(planned.name)
         layer = Layer(planned.name, planned.kind, module, planned.transposed, scheme)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        kept.append((weight, weight.detach().clone()))
+        before.append((weight, weight.detach().clone()))
         try:
-            layer.replace(quantize(layer.weight, scheme.weights, scale, plan.dtype))
+            kept = planned.scheme.weights.kept if planned.scheme else 0
+            places = columns(layer, spread, kept) if kept else None
+            layer.replace(quantize(layer.weight, scheme.weights, scale, plan.dtype, places=places))
         except ZqError as error:
             raise ZqError(f"'{layer.name}.weight': {error}") from None
         layers.append(layer)
@@ -194,5 +207,5 @@ def _quantized(plan: Plan, site: SiteWidths, schemes: tuple[Scheme, ...]) -> Ite
         with quantized_inputs(layers):
             yield
     finally:
-        for weight, before in kept:
-            weight.data.copy_(before)
+        for weight, copy in before:
+            weight.data.copy_(copy)

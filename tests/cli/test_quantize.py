@@ -235,6 +235,41 @@ def test_calibration_sources(source, llama, tmp_path):
         assert 0 < done.json["output_error"]["1"] < 0.05
 
 
+def test_the_tokens_are_said(llama, tmp_path):
+    asked = [
+        "--w8a8",
+        "--calib",
+        "random",
+        "--samples",
+        "6",
+        "--generated",
+        "2",
+        "--length",
+        "32",
+        "--seed",
+        "5",
+    ]
+    done = run("quantize", llama, *asked, "-o", tmp_path / "out").ok()
+    facts = json.loads((tmp_path / "out" / "zq_report.json").read_text())["calibration"]
+    (line,) = [line for line in done.err.splitlines() if line.startswith("calibration: ")]
+    said = f"8 windows of 32 tokens from random, 2 written by the model; 256 tokens, {facts['distinct']} dist"
+    assert line.startswith(f"calibration: {said}inct ({facts['distinct'] / 160:.1%} of the vocabulary), the ")
+    assert line.endswith("seed 5")
+    assert (facts["vocabulary"], facts["seed"], facts["generated"]["windows"]) == (160, 5, 2)
+    assert "calibration: " not in run("quantize", llama, *asked, "-o", tmp_path / "q", "--json").ok().err
+    none = run("quantize", llama, "--w8a8", "--calib", "none", "-o", tmp_path / "n").ok()
+    assert "calibration: " not in none.err
+
+
+def test_a_published_training_shows_its_loss(llama, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("rules: [{match: '*', weights: 'int4:g32'}]\nsteps: [lkd-classic: {iterations: 2}]\n")
+    done = run("quantize", llama, "--recipe", recipe, "--calib", "random", "-o", tmp_path / "out").ok()
+    lines = [line for line in done.err.splitlines() if line.startswith("model.layers")]
+    assert len(lines) == 2
+    assert all(re.search(r"  training loss \d\.\d\de-\d\d -> \d\.\d\de-\d\d  ", line) for line in lines)
+
+
 def test_an_empty_folder_is_a_fine_output(llama, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -180,3 +180,10 @@ def test_without_iterations_it_is_rounding_to_nearest(tmp_path: Path) -> None:
         run(_plan(tmp_path / "model", steps), tmp_path / out)
     a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
     assert a == b
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", torch.float16)
+    plan = _plan(tmp_path / "model", "{lkd-classic: {iterations: 100, rate: 1.0, decay: 0.0}}")
+    with pytest.raises(ZqError, match=r"^'model\.layers\.0\.\S+': step lkd-classic .* smaller 'rate'"):
+        run(plan, tmp_path / "out")

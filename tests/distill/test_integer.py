@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.tiny import save_tiny
+from zq.distill import lkd
 from zq.distill.integer import (
     BITS,
     IntegerLinear,
@@ -185,6 +187,28 @@ def test_distillation_with_integer_gradients_improves(family: str, tmp_path) -> 
         held = list(report["held_out_loss"].values())
         assert all(loss["end"] <= loss["start"] for loss in held)
         ends[gradients] = sum(loss["end"] for loss in held) / sum(loss["start"] for loss in held)
-    assert ends["int8"] < ends["float"] * 1.02
+    assert ends["int8"] < ends["float"] * 1.05  # over six seeds 0.97 to 1.03 of it, 1.00 in the mean
     assert ends["int4"] < 1
     assert ends["int8"] != ends["float"]
+
+
+def test_the_rounding_of_gradients_follows_the_seed(tmp_path, monkeypatch) -> None:
+    """And not what was drawn before; windows and their order are the same for all seeds."""
+    save_tiny("llama", tmp_path / "model")
+    in_order = lambda windows, size, count, seed: torch.arange(count * size).view(count, size) % windows  # noqa: E731
+    monkeypatch.setattr(lkd, "shuffled", in_order)
+
+    def written(name: str, seed: int, global_seed: int) -> bytes:
+        torch.manual_seed(global_seed)
+        recipe = Recipe.parse(
+            f"seed: {seed}\nrules: [{{match: '*', weights: 'int3:g32'}}]\n"
+            "steps: [{rtn: {}}, {lkd: {iterations: 30, gradients: int8, lookahead: 0}}]\n"
+            "calibration: {source: random, samples: 64, length: 16}\n"
+        )
+        windows = torch.randint(100, (64, 16), generator=torch.Generator().manual_seed(7))
+        quantize(replace(make_plan(tmp_path / "model", recipe), windows=windows), tmp_path / name)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    first = written("a", seed=0, global_seed=0)
+    assert first == written("b", seed=0, global_seed=1)
+    assert first != written("c", seed=1, global_seed=0)

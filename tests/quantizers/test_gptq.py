@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -128,7 +129,23 @@ def test_correction_is_the_least_squares_solution() -> None:
     weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
     hessian, cross = seen.T @ seen, (clean - seen).T @ seen
     best = torch.linalg.lstsq(seen, clean @ weight.T).solution.T
-    assert torch.allclose(weight + correction(weight, hessian, cross, 0.0), best, atol=1e-8)
+    for order in ("activation", "natural"):
+        found = correction(weight, cross, factorise(hessian, 0.0, order))
+        assert torch.allclose(weight + found, best, atol=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_the_correction_of_few_tokens_and_dead_inputs_stays_small(tokens: int) -> None:
+    """H is singular; without damping the step of least squares would have no bound."""
+    generator = torch.Generator().manual_seed(4)
+    clean = torch.randn(tokens, 24, generator=generator)
+    seen = clean + 0.1 * torch.randn(tokens, 24, generator=generator)
+    seen[:, 3] = 0
+    weight = torch.randn(8, 24, generator=generator)
+    wanted = clean @ weight.T
+    step = correction(weight, (clean - seen).T @ seen, factorise(seen.T @ seen, 0.0))
+    assert float((seen @ (weight + step).T - wanted).norm()) < 0.5 * float((seen @ weight.T - wanted).norm())
+    assert float(step.norm()) < float(weight.norm())
 
 
 RECIPE = """
@@ -149,6 +166,38 @@ def test_in_the_pipeline_it_beats_nearest(family: str, tmp_path: Path) -> None:
         errors.append(list(report["output_error"].values())[-1])
     assert errors[1] < errors[0]
     assert errors[2] < errors[0]
+
+
+@pytest.mark.parametrize("samples", [1, 16])
+def test_no_damping_at_all(samples: int, tmp_path: Path) -> None:
+    """OPT's ReLU makes inputs that are always zero; one window of 32 tokens makes H singular."""
+    save_tiny("opt", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name in (n for n in tensors if n.endswith("fc1.bias")):
+        tensors[name][3] = -9.0
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    errors = []
+    for i, options in enumerate(("", "damp: 0.0, asymmetry: 0.5")):
+        text = RECIPE.replace("STEP", f"{{gptq: {{{options}}}}}").replace(
+            "samples: 16", f"samples: {samples}"
+        )
+        report = run(make_plan(tmp_path / "model", Recipe.parse(text)), tmp_path / str(i)).report
+        errors.append(list(report["output_error"].values())[-1])
+    assert errors[1] < errors[0]
+
+
+def test_an_overflow_is_named_by_its_layer(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model", torch.float16)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("up_proj", "down_proj"):
+        tensors[f"model.layers.0.mlp.{name}.weight"] *= 2000
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    plan = make_plan(tmp_path / "model", Recipe.parse(RECIPE.replace("STEP", "{gptq: {}}")))
+    with pytest.raises(
+        ZqError, match=r"^'model\.layers\.\d\.\S+': the Hessian of its .*NaN or Inf .*bfloat16"
+    ):
+        run(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_signed_scales_reload_in_transformers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 import zq
+from tests.quantizers.blocks import distance, link_to, load_block
 from tests.tiny import save_tiny, token_ids
+from zq.autobits import _sites
 from zq.checkpoint.reader import reader
 from zq.errors import ZqError
 from zq.numerics.qtensor import quantize as quantize_matrix
 from zq.numerics.qtensor import without
 from zq.pipeline import quantize
 from zq.plan import make_plan
+from zq.quantizers import proxy
 from zq.quantizers.feeders import spreads
 from zq.quantizers.gptq import factorise, quantize_weight
-from zq.recipe import Recipe
+from zq.quantizers.search import Trial
+from zq.recipe import Bits, Recipe
+from zq.sensitivity import _quantized, measure
 from zq.spec import TensorSpec
 
 RECIPE = """
@@ -146,3 +152,40 @@ def test_refusals(text: str, words: str, tmp_path: Path) -> None:
 def test_a_rule_cannot_ask_for_columns() -> None:
     with pytest.raises(ZqError, match=r"a rule keeps no columns; drop 'keep=4' and add the step"):
         Recipe.parse("rules: [{match: '*', weights: 'int4:g32:keep=4'}]")
+
+
+@torch.no_grad()
+def test_a_search_behind_it_measures_what_will_be_written(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    rule = "{match: '*', weights: 'int3:g32'}"
+    _, block = load_block(tmp_path, rule, "{proxy: {share: 0.3}}, {awq: {windows: 8}}, {rtn: {}}")
+    proxy.run(block, proxy.Options(share=0.3))
+    link = link_to(block, "down_proj")
+    searched = Trial(block, 8, "mse").error(link, None)
+    wanted = block.forward(block.inputs)
+    for layer in link.consumers:
+        assert layer.places is not None
+        spec = layer.scheme.weights
+        layer.replace(quantize_matrix(layer.weight, spec, "mse", torch.float32, places=layer.places))
+    written = distance(block.forward(block.inputs), wanted) ** 2
+    assert searched == pytest.approx(written, rel=1e-5)
+
+
+def test_the_sensitivity_is_that_of_the_columns_that_are_rounded(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    bits = Bits(mean=6.0, widths=(3,))
+    plan = make_plan(tmp_path, replace(recipe("{rtn: {}}"), bits=bits))
+    skeleton, original = plan.skeleton, load_file(tmp_path / "model.safetensors")
+    skeleton.load_block(1, plan.view.read)
+    found = spreads(skeleton, 1, plan.view.read)
+    for site in (site for site in _sites(plan, bits) if site.block == 1):
+        spread = found[site.name.rpartition(" ")[2]]
+        with _quantized(plan, site, site.schemes[3], spread):
+            for layer in site.layers:
+                now = skeleton.model.get_submodule(layer.name).weight
+                same = (now == original[f"{layer.name}.weight"]).all(0)
+                assert layer.scheme is not None
+                count = layer.scheme.weights.kept
+                assert set(same.nonzero().flatten().tolist()) >= set(spread.topk(count).indices.tolist())
+                assert count <= int(same.sum()) < 2 * count
+    assert measure(plan, _sites(plan, bits), lambda event: None)

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from zq.cli.signals import watched
-from zq.errors import ZqError
+from zq.errors import ZqError, enough_memory
+from zq.finite import finite
 
 EXIT_CODES = {
     0: "done",
@@ -45,7 +46,8 @@ def command(as_json: bool = False) -> Iterator[None]:
     _quiet()
     with watched() as watch:
         try:
-            yield
+            with enough_memory("work on less at once, or take another --device"):
+                yield
         except (Exception, KeyboardInterrupt) as error:
             if watch.seen or isinstance(error, KeyboardInterrupt):
                 err.print("[bold]interrupted[/]")
@@ -61,15 +63,7 @@ def command(as_json: bool = False) -> Iterator[None]:
 
 def print_json(data: Any) -> None:
     """One JSON document on standard output. Infinite and undefined numbers are null: JSON has none."""
-    sys.stdout.write(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    sys.stdout.write(json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
 def fail(message: str) -> None:

@@ -27,6 +27,7 @@ from zq.errors import ZqError
 from zq.kernels.unit import parse_archs
 
 if TYPE_CHECKING:
+    from zq.plan import Plan
     from zq.recipe import Recipe
 
 SHORTCUTS = ("w8a8", "w4a8", "w4a16", "w8a16", "fp8", "w4afp8", "w4w8a8")
@@ -177,9 +178,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
 
         plan = make_plan(folder, chosen, shard_bytes=int(shard_size * 1e9), device=place)
         if plan.recipe.bits:
-            from zq.autobits import settle
-
-            plan = settle(plan, resume=output if resume and not dry_run else None, progress=measuring(json))
+            plan = _settled(plan, to, output if resume and not dry_run else None, quiet=json)
         if to == "gguf":
             from zq import llamacpp
 
@@ -267,6 +266,17 @@ def _with_format(recipe: Recipe, to: str | None) -> Recipe:
         rules = tuple(replace(r, scheme=r.scheme and adapt(r.scheme)) for r in recipe.rules)
         return replace(recipe, rules=rules, format="zq")
     return replace(recipe, format=to) if to else recipe
+
+
+def _settled(plan: Plan, to: str | None, resume: Path | None, quiet: bool) -> Plan:
+    """The plan with a width for every site; one that `to` cannot hold is refused before any is measured."""
+    from zq import llamacpp
+    from zq.autobits import offered, settle
+
+    for schemes in offered(plan) if to == "gguf" else []:
+        shapes = {layer.name: layer.shape for layer in plan.layers}
+        llamacpp.refuse(schemes, shapes, plan.folder, fresh=True)
+    return settle(plan, resume=resume, progress=measuring(quiet))
 
 
 def _check_output(output: Path, resume: bool) -> None:

@@ -56,6 +56,8 @@ def carry_out(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, 
                 bar.update(task, description=f"writing {event['written']}/{event['of']}")
                 return
             bar.update(task, description="blocks")
+            if "calibration" in event:
+                return None if quiet else note(_tokens(event["calibration"]))
             done += 1
             bar.advance(task)
             if quiet:
@@ -64,6 +66,18 @@ def carry_out(plan: Plan, output: Path, resume: bool, quiet: bool) -> dict[str, 
             err.print(_line(event, left), soft_wrap=True)
 
         return run(plan, output, resume=resume, progress=show, command=command_line()).report
+
+
+def _tokens(facts: dict[str, Any]) -> str:
+    """What the calibration tokens are."""
+    count, distinct, often = facts["tokens"], facts["distinct"], facts["most_frequent_share"]
+    source = "" if facts["source"] == "none" else f" from {facts['source']}"
+    written = f", {facts['generated']['windows']} written by the model" if "generated" in facts else ""
+    return (
+        f"calibration: {facts['windows']} windows of {facts['length']} tokens{source}{written}; "
+        f"{count} tokens, {distinct} distinct ({distinct / facts['vocabulary']:.1%} of the vocabulary), "
+        f"the most frequent {often:.1%} of them; seed {facts['seed']}"
+    )
 
 
 def _line(event: dict[str, Any], left: float) -> str:
@@ -75,15 +89,18 @@ def _line(event: dict[str, Any], left: float) -> str:
     else:
         parts.append("copied                   ")
     if "output_error" in event:
-        error = event["output_error"]
-        parts.append("output error " + ("unknown: overflow" if error is None else f"{error:.2e}"))
+        parts.append(f"output error {_known(event['output_error'])}")
     if "smoothing" in event:
         parts.append(_smoothing(event["smoothing"]))
-    if "held_out_loss" in event:
-        loss = event["held_out_loss"]
-        parts.append(f"held-out loss {loss['start']:.2e} -> {loss['end']:.2e}")
+    for fact, what in (("held_out_loss", "held-out loss"), ("training_loss", "training loss")):
+        if fact in event:
+            parts.append(f"{what} {_known(event[fact]['start'])} -> {_known(event[fact]['end'])}")
     parts.append(f"[dim]{event['seconds']:.1f} s, ETA {left:.0f} s[/]")
     return "  ".join(parts)
+
+
+def _known(value: float | None) -> str:
+    return "unknown: overflow" if value is None else f"{value:.2e}"
 
 
 def _smoothing(links: list[dict[str, Any]]) -> str:

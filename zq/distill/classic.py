@@ -24,7 +24,7 @@ from torch import Tensor
 from zq.distill.lkd import shuffled
 from zq.errors import ZqError
 from zq.models.capture import run_block
-from zq.numerics.qtensor import SCALES, quantize
+from zq.numerics.qtensor import SCALES, QTensor, quantize
 from zq.optim import AdamW
 from zq.optim.config import states
 from zq.quantizers.method import Block, Layer, Method, Needs, quantized_inputs
@@ -54,10 +54,7 @@ def run(block: Block, options: Options) -> None:
     if block.inputs:
         _train(block, learned, options)
     for layer in block.layers:
-        spec = layer.scheme.weights
-        layer.replace(
-            quantize(learned[layer.name], spec, options.scale, block.scale_dtype, places=layer.places)
-        )
+        layer.replace(_quantized(learned[layer.name], layer, options.scale, block.scale_dtype))
 
 
 def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
@@ -71,6 +68,11 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
     optimizer = AdamW(held.values(), **rates, **options.optimizer)
     losses: list[Tensor] = []
     inputs, targets = torch.cat(block.teacher_inputs), torch.cat(block.targets)
+    if options.iterations and not bool(torch.isfinite(targets).all()):
+        raise ZqError(
+            f"step lkd-classic cannot train '{block.name}': the activations of the float model are NaN or "
+            f"Inf there; save the model in a dtype with more range than {inputs.dtype}, or use another step"
+        )
     size, call = block.inputs[0].shape[0], block.calls[0]
     for chosen in shuffled(len(inputs), size, options.iterations, block.seed).to(inputs.device):
         with torch.enable_grad(), quantized_inputs(block.layers, straight_through=True):
@@ -96,10 +98,24 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
         block.facts["training_loss"] = {**ends, "optimizer_bytes": optimizer.state_bytes}
 
 
+def _quantized(weight: Tensor, layer: Layer, scale: str, dtype: torch.dtype) -> QTensor:
+    """A weight [N, K] that training made of the layer's."""
+    try:
+        return quantize(weight, layer.scheme.weights, scale, dtype, places=layer.places)
+    except ZqError as error:
+        name = f"{layer.name}.weight"
+        if bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(layer.weight).all()):
+            raise ZqError(f"'{name}': {error}") from None
+        raise ZqError(
+            f"'{name}': step lkd-classic trained it to NaN or Inf; give the step a smaller 'rate', or save "
+            "the model in a dtype with more range, such as bfloat16"
+        ) from None
+
+
 def _rounded(weight: Tensor, layer: Layer, scale: str) -> Tensor:
     """A weight as its module stores it, rounded to nearest; the gradient passes as if it were not."""
     dense = weight.detach().T if layer.transposed else weight.detach()
-    rounded = quantize(dense, layer.scheme.weights, scale, torch.float32, places=layer.places).dequantize()
+    rounded = _quantized(dense, layer, scale, torch.float32).dequantize()
     return weight + ((rounded.T if layer.transposed else rounded) - weight).detach()
 
 

@@ -72,7 +72,7 @@ class Operand:
 
 def encode(x: Tensor, precision: Precision, stochastic: bool = False, shared: bool = False) -> Operand:
     """x [M, K] -> Operand with K as the inner index. stochastic: unbiased rounding with torch's generator of
-    the device. shared: one scale for all rows."""
+    the device (the pipeline seeds that for every block). shared: one scale for all rows."""
     x = x.float()
     row = x.abs().amax(keepdim=True) if shared else x.abs().amax(1, keepdim=True)
     row = row.clamp_min(LEAST)

@@ -79,7 +79,7 @@ def run(block: Block, options: Options) -> None:
     best, states = course.loss(held), [part.state() for part in learned]
     facts = block.facts["held_out_loss"] = {"start": best, "end": best}
     for done in _descend(course, learned, training, options):
-        if done % max(1, options.iterations // options.checks) and done != options.iterations:
+        if done * options.checks // options.iterations == (done - 1) * options.checks // options.iterations:
             continue
         for part in learned:
             part.settle()
@@ -170,5 +170,6 @@ METHOD = Method(
     needs=needs,
     run=run,
     batch=lambda options: options.batch,
+    fewest=lambda options: options.batch + 1,
     ahead=lambda options: options.lookahead,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -60,7 +61,7 @@ class Course:
             with quantized_inputs(self.block.layers):
                 outputs = run_block(self.block.module, self.inputs[chosen], self.block.calls[i])
             total += float(self.distance(outputs, chosen, i))
-        return total / len(batches)
+        return total / len(batches) if math.isfinite(total) else math.inf  # so that what is finite is better
 
 
 def _all_ahead(block: Block) -> list[Tensor]:

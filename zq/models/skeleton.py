@@ -16,6 +16,7 @@ of its source. Where the checkpoint stores two that differ, they are two paramet
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -256,3 +257,15 @@ def build_skeleton(
             f"{'; '.join(problems[:5])}{more}; complete the download or correct config.json"
         )
     return skeleton
+
+
+def refuse_lost_blocks(skeleton: Skeleton, where: str) -> None:
+    """A checkpoint with more blocks than its config would lose them without a word: raises ZqError."""
+    numbered = re.compile(rf"(?:^|\.){re.escape(skeleton.arch.blocks)}\.(\d+)\.")
+    for key in skeleton.extra:
+        found = numbered.search(key)
+        if found and int(found[1]) >= skeleton.n_blocks:
+            raise ZqError(
+                f"{where}: the config has {skeleton.n_blocks} blocks, but the checkpoint also holds '{key}'; "
+                "correct the number of layers in config.json"
+            )

@@ -13,9 +13,9 @@ error of its group, so the order of the columns leaves no trace in the checkpoin
 
 `asymmetry` a: the inputs X come through quantized blocks, while the target is W X_f with inputs X_f of the
 float model. The weights that minimise ||W' X - W X_f||^2 are W + W D (H + damp)^-1, D = (X_f - X)^T X; a of
-that step is taken before rounding (QEP, arXiv:2504.09629).
+that step is taken before rounding (QEP, arXiv:2504.09629), by the same factor of H + damp.
 
-`windows` w: the Hessian is that of the first w calibration windows; 0 takes all.
+`windows` w: the Hessian is that of the first w calibration windows, in whole batches; 0 takes all.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ def factorise(hessian: Tensor, damp: float, order: str = "activation") -> Factor
     """hessian [K, K], symmetric, positive semidefinite -> Factor in the same dtype.
 
     `damp` times the mean of the diagonal is added to it, ten times more whenever the factorisation fails.
-    Inputs that were always zero get the mean. Raises ZqError when no damping up to 100 helps.
+    Inputs that were always zero get the mean. Raises ZqError when it is not finite, or no damping up to 100
+    helps.
     """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ZqError(
+            "the Hessian of its calibration inputs holds NaN or Inf and cannot be factorised; save the model "
+            "in a dtype that its activations do not overflow, such as bfloat16, or skip the layer with a rule"
+        )
     h = hessian.clone()
     diagonal = h.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(h.dtype).tiny)
@@ -79,8 +85,16 @@ def factorise(hessian: Tensor, damp: float, order: str = "activation") -> Factor
                 return Factor(columns, upper, kept)
         amount = 10 * amount or 1e-4
     raise ZqError(
-        "the Hessian of the calibration inputs cannot be factorised; use other or more calibration text"
+        "the Hessian of its calibration inputs cannot be factorised; use other or more calibration text"
     )
+
+
+def factor_of(site: list[Layer], hessian: Tensor, damp: float, order: str) -> Factor:
+    """`factorise` for the layers of a site; a ZqError names the first."""
+    try:
+        return factorise(hessian, damp, order)
+    except ZqError as error:
+        raise ZqError(f"'{site[0].name}': {error}") from None
 
 
 def quantize_weight(
@@ -169,11 +183,12 @@ def _per_column(scale: Tensor, spec: TensorSpec, n: int, k: int) -> Tensor:
     return scale.expand(n, -1).repeat_interleave(size, dim=1)[:, :k]
 
 
-def correction(weight: Tensor, hessian: Tensor, cross: Tensor, damp: float) -> Tensor:
+def correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
     """W D (H + damp)^-1 [N, K], the step from W to the weights that undo the error of the inputs."""
-    mean = hessian.diagonal().mean()
-    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damp * mean)
-    return torch.linalg.solve(damped, (weight.to(hessian.dtype) @ cross).T).T
+    order, upper = factor.order, factor.upper
+    back = torch.empty_like(weight, dtype=upper.dtype)
+    back[:, order] = (weight.to(upper.dtype) @ cross)[:, order] @ upper.T @ upper
+    return back
 
 
 def run(block: Block, options: Options) -> None:
@@ -182,9 +197,9 @@ def run(block: Block, options: Options) -> None:
         return rtn.run(block, rtn.Options(scale=options.scale))
     for site in block.sites:
         hessian, cross = block.second_moments(site, options.asymmetry > 0, options.windows)
-        factor = factorise(hessian, options.damp, options.order)
+        factor = factor_of(site, hessian, options.damp, options.order)
         for layers in _stackable(site):
-            weights = [_target(layer, hessian, cross, options) for layer in layers]
+            weights = [_target(layer, factor, cross, options) for layer in layers]
             spec = layers[0].scheme.weights
             stacked, latent = quantize_weight(
                 torch.cat(weights),
@@ -201,13 +216,13 @@ def run(block: Block, options: Options) -> None:
                 layer.latent = kept
 
 
-def _target(layer: Layer, hessian: Tensor, cross: Tensor | None, options: Options) -> Tensor:
+def _target(layer: Layer, factor: Factor, cross: Tensor | None, options: Options) -> Tensor:
     weight = layer.weight.float()
     if not bool(torch.isfinite(weight).all()):
         raise ZqError(f"'{layer.name}.weight' holds NaN or Inf; repair the checkpoint first")
     if cross is None:
         return weight
-    return weight + options.asymmetry * correction(weight, hessian, cross, options.damp)
+    return weight + options.asymmetry * correction(weight, cross, factor)
 
 
 def _stackable(site: list[Layer]) -> list[list[Layer]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zq.errors import ZqError
-from zq.quantizers.gptq import factorise
+from zq.quantizers.gptq import factor_of
 from zq.quantizers.method import Block, Method, Needs
 from zq.spec import Scheme
 
@@ -56,7 +56,7 @@ def run(block: Block, options: Options) -> None:
     for site in block.sites:
         upper = None
         if options.weighting == "hessian" and block.inputs:  # outside the blocks nobody computes inputs
-            upper = factorise(block.second_moments(site)[0], options.damp, "natural").upper
+            upper = factor_of(site, block.second_moments(site)[0], options.damp, "natural").upper
         for layer in site:
             q = layer.quantized
             if q is None:

@@ -160,10 +160,21 @@ class Block:
 
     def generator(self, layer: Layer) -> torch.Generator:
         """Random numbers that depend on the seed and the layer only, never on what ran before."""
-        digest = hashlib.sha256(f"{self.seed}:{layer.name}".encode()).digest()
         generator = torch.Generator(device=layer.weight.device)
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        generator.manual_seed(self._seed(layer.name))
         return generator
+
+    @contextmanager
+    def seeded(self, device: torch.device) -> Iterator[None]:
+        """Inside, torch's own generators give numbers that depend on the seed and the block only; outside,
+        they go on as if nothing had been drawn."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed(self.name))
+            yield
+
+    def _seed(self, name: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
 
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:
         """The block as it is now on every batch."""
@@ -291,7 +302,8 @@ def twin(block: nn.Module | None, teacher: nn.Module, layer: nn.Module) -> nn.Mo
 class Method:
     """`options` is a frozen dataclass with defaults; `needs(options)` and `run(block, options)` say and do
     what the method is about; `batch(options)` is the number of windows that it wants to work on at once,
-    `ahead(options)` how many blocks it wants to see behind this one (a decoder's head counts as one);
+    `fewest(options)` how many windows it cannot do without, `ahead(options)` how many blocks it wants to see
+    behind this one (a decoder's head counts as one);
     `stores(scheme, shape, options)` is the scheme of an [N, K] layer with what the method adds to what is
     stored, and raises ZqError when the layer cannot have it.
 
@@ -304,6 +316,7 @@ class Method:
     needs: Callable[[Any], Needs]
     run: Callable[[Block, Any], None]
     batch: Callable[[Any], int | None] = lambda options: None
+    fewest: Callable[[Any], int] = lambda options: 0
     ahead: Callable[[Any], int] = lambda options: 0
     view: Callable[[Skeleton, View, Any, int], View] | None = None
     stores: Callable[[Scheme, tuple[int, int], Any], Scheme] = lambda scheme, shape, options: scheme

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from zq.errors import ZqError
 from zq.quantizers.feeders import spread_of
-from zq.quantizers.method import Block, Method, Needs
+from zq.quantizers.method import Block, Layer, Method, Needs
 from zq.spec import Scheme
 
 
@@ -30,9 +32,13 @@ def run(block: Block, options: Options) -> None:
     for place, site in enumerate(block.sites):
         spread = block.spreads[place] if block.spreads else None
         for layer in site:
-            count = layer.scheme.weights.kept
-            found = spread_of(layer.weight, True) if spread is None else spread
-            layer.places = found.topk(count).indices.sort().values
+            layer.places = columns(layer, spread, layer.scheme.weights.kept)
+
+
+def columns(layer: Layer, spread: Tensor | None, count: int) -> Tensor:
+    """int64 [count]: the inputs with the largest `spread` [K], that of the layer's own columns when None."""
+    found = spread_of(layer.weight, True) if spread is None else spread
+    return found.topk(count).indices.sort().values
 
 
 def needs(options: Options) -> Needs:

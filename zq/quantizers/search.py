@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zq.errors import ZqError
+from zq.finite import finite
 from zq.models.capture import run_block
 from zq.numerics.qtensor import quantize
 from zq.quantizers.fold import divided
@@ -99,7 +100,7 @@ class Trial:
             error = self.error(link, scale)
             if error < least:
                 best, least = key, error
-        return best, {"start": _finite(start), "end": _finite(least)}
+        return best, finite({"start": start, "end": least})
 
     def error(self, link: BlockLink, scale: Tensor | None) -> float:
         """||y - y_float||^2 / ||y_float||^2 of the block with this scale [K] folded and the consumers
@@ -128,16 +129,11 @@ class Trial:
                 tried[f"{producer}.bias"] = new.bias
         for layer in link.consumers:
             try:
-                q = quantize(
-                    layer.weight.float() * factor, layer.scheme.weights, self.scale, self.block.scale_dtype
-                )
+                weight, spec = layer.weight.float() * factor, layer.scheme.weights
+                q = quantize(weight, spec, self.scale, self.block.scale_dtype, places=layer.places)
             except ZqError as error:
                 raise ZqError(f"'{layer.name}.weight': {error}") from None
             dense = q.dequantize()
             name = layer.name.removeprefix(f"{self.block.name}.")
             tried[f"{name}.weight"] = dense.T if layer.transposed else dense
         return {name: value.to(self.block.scale_dtype) for name, value in tried.items()}
-
-
-def _finite(error: float) -> float | None:
-    return error if math.isfinite(error) else None
