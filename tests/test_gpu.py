@@ -99,6 +99,7 @@ STEPS = {
     "smooth": "{smoothquant: {}}, {awq: {windows: 4}}, {gptq: {}}",
     "classic": "{lkd-classic: {iterations: 3, batch: 4}}",
     "lorc": "{gptq: {asymmetry: 0.5}}, {lorc: {rank: 4}}",
+    "integers": "{rtn: {}}, {lkd: {iterations: 12, batch: 4, lookahead: 0, gradients: int8}}",
     "small": "{gptq: {asymmetry: 0.5}}, {lkd: {iterations: 2, batch: 1, lookahead: 1}}",
 }
 LONG = """
@@ -138,6 +139,18 @@ def test_a_recorded_step_is_the_step(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lkd, "recorded", lambda step, device: step)
         _run_on_gpu("llama", tmp_path / "b", STEPS["lkd"].replace("LOOK", "0"))
+    a, b = ((tmp_path / x / "out" / "model.safetensors").read_bytes() for x in "ab")
+    assert a == b
+
+
+def test_recorded_random_numbers_follow_the_seed(tmp_path: Path) -> None:
+    """Gradients are rounded at random inside a graph; what was drawn before the run does not matter."""
+    torch.cuda.manual_seed(1)
+    _run_on_gpu("llama", tmp_path / "a", STEPS["integers"])
+    torch.cuda.manual_seed(2)
+    before = torch.cuda.get_rng_state()
+    _run_on_gpu("llama", tmp_path / "b", STEPS["integers"])
+    assert torch.equal(torch.cuda.get_rng_state(), before)
     a, b = ((tmp_path / x / "out" / "model.safetensors").read_bytes() for x in "ab")
     assert a == b
 
