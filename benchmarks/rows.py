@@ -32,25 +32,35 @@ SCHEMES: dict[str, tuple[str, str | None]] = {
     "w8a8": ("int8:channel", "int8:token"),
     "w4a16 g64": ("int4:g64", None),
     "w4a8 g64": ("int4:g64", "int8:token"),
+    "w4a8 g64 two-level": ("int4:g64:two-level", "int8:token"),
     "w3 g64": ("int3:g64", None),
     "w2 g64": ("int2:g64", None),
 }
+# Of some schemes only what differs from another scheme's rows.
+FEW = {"w4a8 g64 two-level": ("rtn", "gptq", "awq, gptq", "lkd")}
 SHIPPED = ("w8a8", "w8a16", "fp8", "w4w8a8", "w4a16", "w4a8", "w4afp8")
 
 # (step, option, values) of the ablation; the value that `LKD` has already is left out.
 SWITCHES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
-    ("lkd", "iterations", (100, 200, 400, 800)),
+    ("lkd", "iterations", (100, 400, 800)),
     ("lkd", "rounding_rate", (0.0, 1.0, 2.0)),
     ("lkd", "scale_rate", (0.0, 0.2, 1.0)),
+    ("lkd", "norm_rate", (0.0, 0.02)),
     ("lkd", "batch", (4, 8, 16)),
     ("lkd", "lookahead", (0, 1, 2)),
+    ("lkd", "window", (1, 2)),
     ("lkd", "loss", ("normalised", "mse")),
     ("lkd", "inputs", ("quantized", "float")),
-    ("gptq", "damp", (0.01, 0.03, 0.1, 0.3)),
+    ("lkd", "gradients", ("float", "int8", "int4")),
+    ("lkd", "holdout", (0.0625, 0.25)),
+    ("gptq", "weighting", ("compensated", "diagonal")),
+    ("gptq", "damp", (0.01, 0.1, 0.3)),
     ("gptq", "scale", ("mse-signed", "mse", "absmax")),
-    ("gptq", "asymmetry", (0.0, 0.25, 0.5, 1.0)),
+    ("gptq", "asymmetry", (0.0, 0.25, 1.0)),
     ("gptq", "order", ("activation", "natural")),
-    ("gptq", "windows", (0, 128, 256)),
+    ("gptq", "windows", (0, 256)),
+    ("awq", "scale", ("absmax", "mse")),
+    ("awq", "duo", (False, True)),
 )
 
 
@@ -126,11 +136,13 @@ def method_rows(tokens: Tokens) -> Iterator[Row]:
             ("lkd", LKD, written),
         ]
         for method, steps, calibration in table:
+            if method not in FEW.get(scheme, (method,)):
+                continue
             yield Row("methods", scheme, method, _yaml(scheme, steps, calibration))
 
 
 def ablation_rows(tokens: Tokens, scheme: str) -> Iterator[Row]:
-    """The first row is `LKD` as it is; no other row has the same options."""
+    """The first row is `LKD` as it is; no other row does the same."""
 
     def row(method: str, steps: Steps, generated: int = tokens.generated, source: str = TEXT) -> Row:
         calibration = _text(tokens, generated) | {"source": source}
@@ -138,6 +150,8 @@ def ablation_rows(tokens: Tokens, scheme: str) -> Iterator[Row]:
 
     yield row("lkd", LKD)
     for step, option, values in SWITCHES:
+        if step == "awq" and not SCHEMES[scheme][1]:  # `LKD` scales only inputs that are quantized
+            continue
         for value in values:
             if (steps := _switched(step, option, value)) != LKD:
                 yield row(f"{option} {value}" if step == "lkd" else f"{step}, {option} {value}", steps)
@@ -154,6 +168,8 @@ def ablation_rows(tokens: Tokens, scheme: str) -> Iterator[Row]:
     else:
         yield row("awq before", AWQ + without["awq"])
     yield row("rotate before", [{"rotate": {}}, *LKD])
+    yield row("as published, batch 8", [{"lkd-classic": {"batch": 8}}])
+    yield row("as published, then lkd", [{"lkd": "classic"}, LKD[-1]])
 
 
 def _switched(name: str, option: str, value: Any) -> Steps:

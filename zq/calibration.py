@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from zq.models.capture import positions
 from zq.models.find import load_tokenizer
 from zq.models.sampling import pieces, write_windows
 from zq.models.skeleton import Skeleton
-from zq.quantizers.method import Method
+from zq.quantizers.method import Method, portions
 from zq.recipe import Recipe
 
 KEPT = "generated"
@@ -58,6 +58,7 @@ def planned_windows(
             f"{wanted.generated} calibration windows are written by the model itself (sampled, seeded); for "
             "that it is loaded as a whole"
         )
+    notes += _batches(steps, wanted.generated + (wanted.samples if wanted.source != "none" else 0))
     if wanted.source == "none":
         return torch.empty(0, length, dtype=torch.int64)
     tokenizer = (
@@ -65,6 +66,17 @@ def planned_windows(
     )
     vocabulary = skeleton.config.vocab_size
     return calibration_windows(wanted.source, tokenizer, vocabulary, wanted.samples, length, recipe.seed)
+
+
+def _batches(steps: list[tuple[Method, Any]], windows: int) -> Iterator[str]:
+    """A note about every step that gets other batches than it asks for."""
+    asked = [(method.name, size) for method, options in steps if (size := method.batch(options))]
+    size = min([windows, *(size for _, size in asked)])
+    for name, batch in asked:
+        got = size * portions(batch, size, windows)
+        if got != batch:
+            why = f"of {windows}" if windows < batch else f"a multiple of {size}, which another step asks for"
+            yield f"{name} learns from batches of {got} windows, {why}, where it asks for {batch}"
 
 
 def all_windows(

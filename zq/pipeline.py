@@ -201,16 +201,11 @@ def _carry(float_stream: list[Tensor], quant_stream: list[Tensor]) -> dict[str, 
 def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     """Materialise a unit. Outside of the blocks only layers that a rule names are worked on."""
     skeleton = plan.skeleton
-    planned = [layer for layer in plan.layers if layer.unit == unit and layer.scheme]
     if isinstance(unit, int):
         skeleton.load_block(unit, read)
-    elif planned:
+    elif any(layer.unit == unit and layer.scheme for layer in plan.layers):
         (skeleton.load_tail if unit == "tail" else skeleton.load_outside)(read)
-    layers = [
-        Layer(p.name, p.kind, skeleton.model.get_submodule(p.name), p.transposed, p.scheme)
-        for p in planned
-        if p.scheme
-    ]
+    layers = _layers(plan, unit)
     if not isinstance(unit, int):
         return Block(unit, None, layers, plan.dtype, plan.recipe.seed, [[layer] for layer in layers])
     prefix, by_name = skeleton.block_prefix(unit), {layer.name: layer for layer in layers}
@@ -227,6 +222,16 @@ def _load(plan: Plan, unit: int | str, read: Read) -> Block:
     if folding(plan.steps):
         block.links = block_links(skeleton, unit, layers, lambda name: COMPUTE[plan.source(name).dtype])
     return block
+
+
+def _layers(plan: Plan, unit: int | str) -> list[Layer]:
+    """The layers of a unit that the recipe quantizes."""
+    modules = plan.skeleton.model
+    return [
+        Layer(p.name, p.kind, modules.get_submodule(p.name), p.transposed, p.scheme)
+        for p in plan.layers
+        if p.unit == unit and p.scheme
+    ]
 
 
 def _keys_after(plan: Plan, unit: int | str) -> list[str]:
@@ -314,6 +319,8 @@ def _look_ahead(plan: Plan, block: Block, index: int, captured: Captured, read: 
     for i in range(index + 1, min(index + 1 + distance, skeleton.n_blocks)):
         skeleton.load_block(i, read)
         block.ahead.append((skeleton.block(i), captured.calls[i]))
+    if block.ahead:
+        block.following = _layers(plan, index + 1)
     if index + distance >= skeleton.n_blocks and has_head(skeleton):
         skeleton.load_outside(read)  # a tied head takes its weight from there
         skeleton.load_tail(read)

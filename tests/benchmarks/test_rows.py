@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import rows
 from rows import LKD, SCHEMES, Tokens, ablation_rows, method_rows, scale_rows
 
-from zq.methods import resolve_all
+from zq.methods import METHODS, resolve_all
 
 TOKENS = Tokens()
 ALL = [*method_rows(TOKENS), *scale_rows(), *(r for s in SCHEMES for r in ablation_rows(TOKENS, s))]
@@ -34,8 +36,11 @@ def test_methods_of_each_scheme():
     for scheme, (weights, activations) in SCHEMES.items():
         mine = [row for row in method_rows(TOKENS) if row.scheme == scheme]
         smoothed = ["smoothquant", "smoothquant, gptq", "awq, gptq"]
-        assert [row.method for row in mine if row.method not in smoothed] == common
-        assert {row.method for row in mine} == {*common, *(smoothed if activations else [])}
+        expected = {*common, *(smoothed if activations else [])} & set(
+            rows.FEW.get(scheme, (*common, *smoothed))
+        )
+        assert [r.method for r in mine if r.method in common] == [m for m in common if m in expected]
+        assert {row.method for row in mine} == expected
         for row in mine:
             (rule,) = row.recipe(0, "").rules
             assert (str(rule.scheme.weights), rule.scheme.activations and str(rule.scheme.activations)) == (
@@ -53,6 +58,12 @@ def test_an_ablation_changes_one_thing_and_repeats_nothing():
         if len(steps) == len(base[0]):
             differing = [a != b for a, b in zip(steps, base[0], strict=True)]
             assert sum(differing) + (calibration != base[1]) == 1
+
+
+def test_every_option_of_lkd_has_a_row():
+    """But `checks`, which only says how often the held-out windows are looked at."""
+    switched = {option for step, option, _ in rows.SWITCHES if step == "lkd"}
+    assert switched == {f.name for f in fields(METHODS["lkd"].options)} - {"checks"}
 
 
 def test_the_ablation_follows_the_default(monkeypatch):

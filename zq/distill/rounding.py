@@ -1,68 +1,80 @@
 """Learned rounding and scales of one linear layer, starting exactly at a given quantization.
 
-    u = latent / s(t) + V,    q = clamp(round(u) + z),    W^ = (q - z) s(t),    s(t) = s_0 (1 + t)
+    u = place(latent / s(t)) + V,    q = clamp(round(u)),    W^ = value(q) s(t)
 
-With V = 0 and t = 0 this is the quantization it starts from (GPTQ's latent rounds to GPTQ's codes). V counts
-in steps of the grid, so one rate fits every layer (SignRound, arXiv:2309.05516); t changes the scale of a
-group, up or down. Gradients pass the rounding straight through:
+place and value number the values of the format (distill/grid.py); for integers u = latent / s + z + V and
+W^ = (q - z) s. With V = 0 and t = 0 this is the quantization it starts from: where the latent of an earlier
+step does not round to the codes at hand, it is moved to the nearest place that does. V counts in steps of the
+grid, so one rate fits every layer (SignRound, arXiv:2309.05516); t changes the scale of a group,
+s(t) = s_0 (1 + t). Gradients pass the rounding straight through:
 
-    dL/dV = s dL/dW^ inside the range, else 0        dL/ds = sum over the group of dL/dW^ (q - z - u_0),
-                                                     u_0 = latent / s inside the range, else 0
+    dL/dV = (gap of the grid) s dL/dW^ inside the range, else 0
+    dL/ds = sum over the group of dL/dW^ (value(q) - x_0),    x_0 = latent / s inside the range, else 0
 
-Two-level scales stay as they were chosen and only the rounding learns: moved to the nearest that can be
-stored, they lose more than they gained (docs/log.md). Both gradients are followed by their sign only. So one
-pass over the weights takes dL/dW^ and gives the next W^; on a CPU it goes over a few rows at a time, which
-stay in the cache.
+Both are followed by their sign only. So one pass over the weights takes dL/dW^ and gives the next W^; on a
+CPU it goes over a few rows at a time, which stay in the cache. Scales of two levels move from one product
+that can be stored to the next (distill/subs.py). Scales of power-of-two groups and rank-1 scales, which are
+shared by values that would disagree, stay; so do means, code values and columns that are stored as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from zq.numerics.groups import group, grouped_scale, ungroup
-from zq.numerics.qtensor import QTensor, assemble
-from zq.numerics.scales import Scale, int_range, rounded
+from zq.distill.grid import Grid
+from zq.distill.subs import Subs
+from zq.numerics.groups import group, stored_scale, ungroup
+from zq.numerics.qtensor import QTensor, without
+from zq.numerics.scales import store
 from zq.quantizers.method import Layer
-from zq.spec import TensorSpec
 
 CACHED = 1 << 16  # values that are worked on at once on a CPU
-
-
-def learnable(spec: TensorSpec) -> bool:
-    """Whether the rounding can be learned: integers whose steps are plain or two-level scales."""
-    plain = not (spec.inner or spec.center or spec.kept) and spec.layout.kind != "rank1"
-    return spec.info.is_int and plain
+INSIDE = 0.49  # how far from its number a place is put that did not round to it
+LEAST = 0.05  # of itself remains of a scale
 
 
 class LearnedRounding:
     """The trainable state of one layer: `offset` V [R, G, S] and `stretch` t [R, G, 1], float32. Over
     all iterations an offset can move by at most `offset_rate` / 2 steps of the grid, a scale by
-    `stretch_rate` / 2 of itself."""
+    `stretch_rate` / 2 of itself up to 4 bits. Each bit more halves that, so that the end of the range
+    never moves by more steps."""
 
     def __init__(self, layer: Layer, offset_rate: float = 1.0, stretch_rate: float = 0.2) -> None:
         q = layer.quantized
         assert q is not None
-        assert learnable(q.spec)
-        self.layer, self.spec, self.shape = layer, q.spec, q.shape
-        self.offset_rate, self.stretch_rate = offset_rate, stretch_rate
-        self.dtype = q.scale.dtype
-        source = layer.latent if layer.latent is not None else layer.original
-        self.latent = group(source.float(), q.spec).contiguous()
-        self.scale = grouped_scale(q.scale, q.spec).float()
-        self.sub = None if q.sub is None else q.sub.int()
-        unit = self.scale if self.sub is None else self.scale * self.sub
-        self.unit = unit.unsqueeze(-1)
-        self.zero = None if q.zero is None else grouped_scale(q.zero, q.spec).float().unsqueeze(-1)
+        self.layer, self.given, self.spec, self.shape = layer, q, q.spec, q.shape
+        self.offset_rate, self.stretch_rate = offset_rate, stretch_rate * min(1.0, 2.0 ** (4 - q.spec.bits))
+        scale = q.scales()
+        self.grid = Grid.of(q, scale.zero)
+        self.center = None if scale.center is None else scale.center.unsqueeze(-1)
+        self.unit = scale.step.unsqueeze(-1)
+        self.subs = Subs.of(scale, self.spec, q.scale.dtype) if self.spec.two_level else None
+        self.stretches = not self.spec.inner and self.spec.layout.kind != "rank1"
+        self.latent = self._start(layer.latent if layer.latent is not None else layer.original)
         self.offset = torch.zeros_like(self.latent)
         self.stretch = torch.zeros_like(self.unit)
 
+    def _start(self, source: Tensor) -> Tensor:
+        """Values [R, G, S] that round to the codes at hand, as near to `source` [N, K] as they can be."""
+        coded = source.float() if self.given.places is None else without(source.float(), self.given.places)
+        latent = group(coded, self.spec)
+        latent = latent.contiguous() if self.center is None else latent - self.center
+        number = self.grid.decode(group(self.given.codes, self.spec))
+        everything = slice(None)
+        place = self.grid.place(latent / self.unit, everything)
+        wrong = place.round().clamp_(self.grid.low, self.grid.high) != number
+        lowest = torch.where(number == self.grid.low, -torch.inf, number - INSIDE)
+        highest = torch.where(number == self.grid.high, torch.inf, number + INSIDE)
+        moved = self.grid.value(place.clamp(lowest, highest), everything) * self.unit
+        return torch.where(wrong, moved, latent)
+
     def weight(self) -> Tensor:
         """W^ [N, K] in float32."""
-        dense = torch.cat([self._values(rows) for rows in self._parts()])
-        return ungroup(dense, self.shape, self.spec)
+        return self._dense([self._values(rows) for rows in self._parts()])
 
     @property
     def parameter(self) -> Tensor:
@@ -81,63 +93,85 @@ class LearnedRounding:
         self.layer.compute_with(self.weight())
 
     def settle(self) -> None:
-        """Let the layer be what the state stands for, as it would be written."""
+        """Let the layer be what the state stands for, as it would be written, for the next step too."""
         self.layer.replace(self.harden())
+        self.layer.latent = self._ideal()
 
     def update(self, gradient: Tensor, offset_step: Tensor | float, stretch_step: Tensor | float) -> None:
         """Go against dL/dW^ `gradient` [N, K]: V by `offset_step`, t by `stretch_step`; the layer computes
         with the new W^ afterwards."""
-        grouped = group(gradient, self.spec)
+        if self.given.places is not None:
+            gradient = without(gradient, self.given.places)
+        grouped = group(gradient, replace(self.spec, format="int8", center=False))  # padding counts nothing
         parts = []
         for rows in self._parts():
             self._descend(rows, grouped[rows].float(), offset_step, stretch_step)
             parts.append(self._values(rows).to(gradient.dtype))
-        self.layer.compute_with(ungroup(torch.cat(parts), self.shape, self.spec))
+        self.layer.compute_with(self._dense(parts))
 
     def _parts(self) -> Iterator[slice]:
         rows = self.latent.shape[0]
         size = rows if self.latent.is_cuda else max(1, CACHED * rows // self.latent.numel())
         return (slice(first, first + size) for first in range(0, rows, size))
 
+    def _step(self, rows: slice) -> Tensor:
+        """s(t) [r, G, 1]."""
+        if self.subs is not None:
+            return self.subs.step(self.stretch, rows)
+        return self.unit[rows] * (1 + self.stretch[rows])
+
     def _descend(
         self, rows: slice, gradient: Tensor, offset_step: Tensor | float, stretch_step: Tensor | float
     ) -> None:
-        low, high = int_range(self.spec)
-        unit, stretch, offset = self.unit[rows], self.stretch[rows], self.offset[rows]
-        step = unit * (1 + stretch)
+        low, high = self.grid.low, self.grid.high
+        step, stretch, offset = self._step(rows), self.stretch[rows], self.offset[rows]
         ideal = self.latent[rows] / step
-        u = ideal + offset
-        rounded = torch.round(u)
-        if self.zero is not None:
-            u, rounded = u + self.zero[rows], rounded + self.zero[rows]
-        inside = (u >= low - 0.5) & (u <= high + 0.5)
-        residual = rounded.clamp_(low, high)
-        if self.zero is not None:
-            residual = residual - self.zero[rows]
-        residual = residual - ideal * inside
-        slope = (gradient * residual).sum(-1, keepdim=True) * unit
+        place = self.grid.place(ideal, rows) + offset
+        inside = (place >= low - 0.5) & (place <= high + 0.5)
+        residual = self.grid.value(place.round_().clamp_(low, high), rows) - ideal * inside
+        slope = (gradient * residual).sum(-1, keepdim=True) * self.unit[rows]
         offset.sub_((gradient * step).sign_().mul_(inside).mul_(offset_step))
-        if not self.spec.two_level:
-            stretch.sub_(slope.sign_().mul_(stretch_step))
+        if self.stretches:
+            stretch.sub_(slope.sign_().mul_(stretch_step)).clamp_(min=LEAST - 1)
 
     def _values(self, rows: slice) -> Tensor:
         """W^ of some rows, grouped [r, G, S]."""
-        step = self.unit[rows] * (1 + self.stretch[rows])
-        q = torch.round((self.latent[rows] / step).add_(self.offset[rows]))
-        zero = 0 if self.zero is None else self.zero[rows]
-        return (q + zero).clamp_(*int_range(self.spec)).sub_(zero).mul_(step)
+        step = self._step(rows)
+        number = self.grid.place(self.latent[rows] / step, rows).add(self.offset[rows]).round_()
+        values = self.grid.value(number.clamp_(self.grid.low, self.grid.high), rows) * step
+        return values if self.center is None else values + self.center[rows]
+
+    def _dense(self, parts: list[Tensor]) -> Tensor:
+        """Grouped rows -> [N, K], with the columns that were not quantized."""
+        dense, q = ungroup(torch.cat(parts), self.shape, self.spec), self.given
+        if q.kept is None or q.places is None:
+            return dense
+        return dense.index_copy(1, q.places.long(), q.kept.to(dense.dtype))
+
+    def _ideal(self) -> Tensor:
+        """What the state rounds, [N, K]."""
+        everything = slice(None)
+        step = self._step(everything)
+        place = self.grid.place(self.latent / step, everything) + self.offset
+        values = self.grid.value(place, everything) * step
+        return self._dense([values if self.center is None else values + self.center])
 
     def harden(self) -> QTensor:
-        """The quantization that the state stands for, scales in their stored dtype."""
-        stored = self.scale
-        if not self.spec.two_level:
-            stored = rounded(self.scale * (1 + self.stretch.squeeze(-1)), self.spec, self.dtype)
-        scale = Scale(stored, None if self.zero is None else self.zero.squeeze(-1).int(), self.sub)
-        q = (self.latent / scale.step.unsqueeze(-1)).add_(self.offset).round_()
-        if self.zero is not None:
-            q = q + self.zero
-        codes = q.clamp_(*int_range(self.spec)).to(torch.int8)
-        return assemble(codes, scale, self.spec, self.shape, self.dtype)
+        """The quantization that the state stands for, scales as they are stored; the given one where nothing
+        has moved."""
+        if not bool(self.offset.any()) and not bool(self.stretch.any()):
+            return self.given
+        q, step = self.given, self._step(slice(None))
+        scale, sub = q.scale, q.sub
+        if self.subs is not None:
+            scale, sub = self.subs.stored(self.stretch)
+        elif self.stretches:
+            found = store(step.squeeze(-1), self.spec, scale.dtype)
+            step, scale = found.unsqueeze(-1), stored_scale(found, self.shape, self.spec).to(scale.dtype)
+        number = self.grid.place(self.latent / step, slice(None)).add(self.offset).round_()
+        codes = self.grid.encode(number.clamp_(self.grid.low, self.grid.high))
+        codes = ungroup(codes, self.shape, self.spec).contiguous()
+        return replace(q, codes=codes, scale=scale, sub=sub)
 
     def state(self) -> tuple[Tensor, ...]:
         """A copy of the state, for `restore`."""

@@ -98,8 +98,13 @@ def _by_rows(choose: Callable[..., Scale], values: int, *tensors: Tensor) -> Sca
     rows = max(1, (CACHED << 7 if tensors[0].is_cuda else CACHED) // values)
     found = [choose(*parts) for parts in zip(*(t.split(rows) for t in tensors), strict=True)]
     sub = torch.cat([scale.sub for scale in found if scale.sub is not None])
+    return reduced(torch.cat([scale.scale for scale in found]), sub)
+
+
+def reduced(channel: Tensor, sub: Tensor) -> Scale:
+    """channel [R, 1], sub int32 [R, G] -> the pair with the same products whose subs are smallest."""
     common = reduce(torch.gcd, sub.abs().unbind(1)).unsqueeze(1)
-    return Scale(torch.cat([scale.scale for scale in found]) * common, sub=sub // common)
+    return Scale(channel * common, sub=sub // common)
 
 
 def _search(x: Tensor, weight: Tensor, spec: TensorSpec, dtype: torch.dtype, signed: bool) -> Scale:

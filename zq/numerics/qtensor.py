@@ -67,7 +67,7 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """-> [N, K] in `dtype`, computed in float32 and rounded once at the end."""
-        scale = self._scale()
+        scale = self.scales()
         dense = ungroup(_decode(group(self.codes, self.spec), self.spec, scale), self.shape, self.spec)
         if self.left is not None and self.right is not None:
             a, b = self.left.float(), self.right.float()
@@ -77,7 +77,8 @@ class QTensor:
             dense = dense.index_copy(1, self.places.long(), self.kept.float())
         return dense.to(dtype)
 
-    def _scale(self) -> Scale:
+    def scales(self) -> Scale:
+        """What is stored beside the codes, grouped [R, G] and in float32."""
         spec, rows = self.spec, self.shape[0]
         return Scale(
             grouped_scale(self.scale, spec, rows).float(),

@@ -8,8 +8,10 @@ Columns are taken in the order of decreasing H_kk. With U the upper Cholesky fac
 which is optimal brain surgery with a fixed order (Frantar et al. 2022, arXiv:2210.17323); the update of
 distant columns is done once per block of columns as a matrix product.
 
-Scales are fixed before the first column is rounded ("static groups"), each by the least H-weighted squared
-error of its group, so the order of the columns leaves no trace in the checkpoint.
+Scales are fixed before the first column is rounded ("static groups"), each by the least weighted squared
+error of its group, so the order of the columns leaves no trace in the checkpoint. The loss is the sum of
+e_k^2, so the weight of column k would be 1 / U_kk^2 (`compensated`): what an error there costs once the
+columns that are left have made up for it. H_kk (`diagonal`) is what it would cost if none did.
 
 `asymmetry` a: the inputs X come through quantized blocks, while the target is W X_f with inputs X_f of the
 float model. The weights that minimise ||W' X - W X_f||^2 are W + W D (H + damp)^-1, D = (X_f - X)^T X; a of
@@ -42,6 +44,7 @@ class Options:
     columns: int = field(default=128, metadata={"range": (1, 1 << 20)})
     asymmetry: float = field(default=0.0, metadata={"range": (0.0, 1.0)})
     windows: int = field(default=0, metadata={"range": (0, 1 << 20)})
+    weighting: str = field(default="diagonal", metadata={"allowed": ("compensated", "diagonal")})
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class Factor:
     order: Tensor
     upper: Tensor
     diagonal: Tensor
+
+    @property
+    def compensated(self) -> Tensor:
+        """1 / U_kk^2 [K] in the original order of columns."""
+        return torch.empty_like(self.diagonal).index_copy_(
+            0, self.order, self.upper.diagonal().square().reciprocal()
+        )
 
 
 def factorise(hessian: Tensor, damp: float, order: str = "activation") -> Factor:
@@ -106,6 +116,7 @@ def quantize_weight(
     scale: str = "mse",
     columns: int = 128,
     places: Tensor | None = None,
+    weighting: str = "diagonal",
 ) -> tuple[QTensor, Tensor]:
     """weight [N, K] float -> (QTensor, latent [N, K]).
 
@@ -117,10 +128,11 @@ def quantize_weight(
     dtype = DTYPES[spec.scale_dtype] if spec.scale_dtype else scale_dtype
     work = weight.to(factor.upper.dtype)
     importance = None
+    cost = (factor.compensated if weighting == "compensated" else factor.diagonal).float()
     if spec.layout.kind in ("group", "channel", "token"):
-        importance = group(factor.diagonal.float().expand(1, -1), spec)
+        importance = group(cost.expand(1, -1), spec)
     elif spec.layout.kind == "rank1":
-        importance = factor.diagonal.float().reshape(1, -1, 1)
+        importance = cost.reshape(1, -1, 1)
     coded = work.float() if places is None else without(work.float(), places)
     chosen = SCALES[scale](group(coded, spec), spec, dtype, importance)
     kept = {} if places is None else dict.fromkeys(places.tolist(), scale_dtype)
@@ -209,6 +221,7 @@ def run(block: Block, options: Options) -> None:
                 scale=options.scale,
                 columns=options.columns,
                 places=layers[0].places,
+                weighting=options.weighting,
             )
             rows = [len(weight) for weight in weights]
             for layer, part, kept in zip(layers, split_rows(stacked, rows), latent.split(rows), strict=True):

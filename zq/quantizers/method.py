@@ -129,6 +129,7 @@ class Block:
     inputs   hidden states [B, T, D] that the quantized blocks before this one produce, per batch
     targets  what the float block makes of the float inputs; the same shapes
     ahead    the float blocks that follow, with their calls: as many as a step looks ahead
+    following   the layers of the first of `ahead` that the recipe quantizes, for a step that learns both
     logits   from the output of the last block to logits, when a step looks ahead to the end of the model
     teacher  the block as it was, and (`teacher_inputs`) the float model's inputs to it: only when a step
              needs them
@@ -149,6 +150,7 @@ class Block:
     targets: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     ahead: list[tuple[nn.Module, list[Call]]] = field(default_factory=list)
+    following: list[Layer] = field(default_factory=list)
     logits: Callable[[Tensor], Tensor] | None = None
     spreads: list[Tensor | None] = field(default_factory=list)
     teacher: nn.Module | None = None
@@ -222,6 +224,12 @@ class Block:
                 x = x.float()
                 cross.addmm_((wanted.float() - x).T, x)
         return hessian, cross
+
+
+def portions(batch: int, size: int, windows: int) -> int:
+    """How many batches of `size` windows, which is what runs through a block at once, make up the `batch`
+    that a step asks for; no more than there are `windows`."""
+    return max(1, min(batch, windows) // size)
 
 
 class _StraightThrough(torch.autograd.Function):
