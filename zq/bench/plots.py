@@ -29,7 +29,7 @@ def check_file(file: Path) -> None:
     kinds = FigureCanvasBase.get_supported_filetypes()
     kind = file.suffix.removeprefix(".").lower()
     if kind not in kinds:
-        raise ZqError(f"--plot {file}: figures are no '{kind}'; allowed: {', '.join(sorted(kinds))}")
+        raise ZqError(f"--plot {file}: matplotlib draws no '{kind}' here; give a .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise ZqError(f"--plot {file}: there is no folder {file.parent}; make it first")
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import zq
+from zq.checkpoint.writer import disk_error
 from zq.errors import ZqError
 
 TIMES = {"decode": ("prefill_ms", "ms_per_token"), "prefill": ("prefill_ms",), "encode": ("ms_per_batch",)}
@@ -69,11 +70,12 @@ class Results:
     complete: whether every row that was asked for is there."""
 
     def __init__(self, setting: dict[str, Any], environment: dict[str, Any], file: Path | None) -> None:
-        """Raises ZqError when the file cannot be written."""
+        """Raises ZqError when the file could not be written."""
         self.setting, self.environment, self.file = setting, environment, file
         self.rows: list[Row] = []
         self.complete = False
-        self.write()
+        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK)):
+            raise ZqError(f"--json {file}: cannot be written; give a file in a folder that is there")
 
     def add(self, row: Row) -> None:
         self.rows = with_ratios([*self.rows, row], self.setting["mode"])
@@ -88,27 +90,23 @@ class Results:
         return {**parts, "complete": self.complete, "rows": self.rows}
 
     def write(self) -> None:
-        """The file has all of this, or all of what it had before."""
-        if self.file is None:
+        """The file has all of this, or all of what it had before; nothing before the first figure."""
+        if self.file is None or all("error" in row for row in self.rows):
             return
         text = json.dumps(_finite(self.to_dict()), indent=1) + "\n"
         try:
             handle, name = tempfile.mkstemp(dir=self.file.parent, prefix=f".{self.file.name}.")
         except OSError as error:
-            raise _unwritable(self.file, error) from None
+            raise disk_error(error, self.file, len(text)) from None
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as opened:
                 opened.write(text)
             os.replace(name, self.file)
         except OSError as error:
-            raise _unwritable(self.file, error) from None
+            raise disk_error(error, self.file, len(text)) from None
         finally:
             with suppress(OSError):
                 os.unlink(name)
-
-
-def _unwritable(file: Path, error: OSError) -> ZqError:
-    return ZqError(f"cannot write {file}: {error.strerror}; give a file in a folder that is there")
 
 
 def _finite(data: Any) -> Any:

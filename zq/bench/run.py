@@ -43,7 +43,7 @@ def run(
             yield from ({"engine": engine, "batch": batch, "error": LATE} for batch in batches)
             continue
         progress(f"{engine}: loading")
-        left = list(batches)
+        left, message = list(batches), {}
         child, ours = _start(subject, task, engine, batches)
         try:
             while left:
@@ -54,7 +54,8 @@ def run(
                 found = left[:1] if "row" in message else left[:]
                 del left[: len(found)]
                 yield from ({"engine": engine, "batch": b, **message.get("row", message)} for b in found)
-            child.join(SECONDS)
+            if "row" in message:
+                child.join(SECONDS)
         finally:
             child.kill()
             child.join()

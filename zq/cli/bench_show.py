@@ -61,9 +61,9 @@ def run(
                 err.print(_line(row, task.mode), soft_wrap=True, markup=False)
         results.finish()
     finally:
-        if results.rows:
+        measured = [row for row in results.rows if "error" not in row]
+        if measured:
             _show(results.rows, task, wanted.markdown)
-    measured = [row for row in results.rows if "error" not in row]
     if not measured:
         raise ZqError(f"nothing could be measured: {results.rows[0]['engine']}: {results.rows[0]['error']}")
     if wanted.plot is not None:

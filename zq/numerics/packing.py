@@ -25,6 +25,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     n, k = codes.shape
     chunks = -(-k // 32)
     padded = torch.nn.functional.pad(codes, (0, chunks * 32 - k)) if k % 32 else codes
+    if 8 % bits == 0:
+        return _pack_bytes(padded, bits)[:, : packed_words(k, bits)].contiguous()
     lanes = padded.reshape(n, chunks, 32).to(torch.int32)
     words = torch.zeros(n, chunks, bits, dtype=torch.int32, device=codes.device)
     for i in range(32):
@@ -44,6 +46,8 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
             f"packed row has {words.shape[1]} words; {k} codes of {bits} bits need "
             f"{packed_words(k, bits)}: the checkpoint disagrees with its config"
         )
+    if 8 % bits == 0:
+        return _unpack_bytes(words, bits)[:, :k].contiguous()
     chunks = -(-k // 32)
     pad = chunks * bits - words.shape[1]
     if pad:
@@ -57,6 +61,22 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
             value = value | (words[:, :, word + 1] & _low(shift + bits - 32)) << (32 - shift)
         codes[:, :, i] = value.to(torch.uint8)
     return codes.reshape(n, chunks * 32)[:, :k].contiguous()
+
+
+def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """`pack` of widths that divide a byte, much faster; K is a multiple of 32."""
+    lanes = codes.to(torch.uint8).unflatten(1, (codes.shape[1] * bits // 8, 8 // bits))
+    made = lanes[:, :, 0].clone(memory_format=torch.contiguous_format)
+    for i in range(1, 8 // bits):
+        made |= lanes[:, :, i] << i * bits
+    return made.view(torch.int32)
+
+
+def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
+    """The inverse, with what fills the last word."""
+    held = words.contiguous().view(torch.uint8)
+    lanes = [(held >> shift) & _low(bits) for shift in range(0, 8, bits)]
+    return torch.stack(lanes, -1).flatten(1)
 
 
 def _low(bits: int) -> int:

@@ -72,7 +72,8 @@ def load(
         read = reader(index)
         state = read([name for name in index.tensors if name not in slots])
         for name, scheme in assigned.items():
-            q = exporter.unpack(name, lambda key: read([key])[key], scheme, layers[name])
+            held = read([s.name for s in exporter.slots(name, scheme, layers[name], torch.float32)])
+            q = exporter.unpack(name, held.__getitem__, scheme, layers[name])
             state.update(native.pack(name, q, scheme))
         config.quantization_config = native.config(assigned, [])
         model, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
