@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 PORTION = 512  # inputs of INT8 x (INT8 - zero point) whose sum stays below 2^24
-FEW = 32  # rows from which a product in bfloat16 is worth unpacking the weight
+FEW = 48  # rows from which a product in bfloat16 is worth unpacking the weight
 REACH = 127.5  # codes of INT8, zq's int8:token
 TINY, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -97,7 +97,7 @@ def _portion(x: Tensor, codes: Tensor, zero: Tensor | None) -> Tensor:
 def pack4(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """codes int8 [N, K] in -8..7, scale bfloat16 [N, G] -> what torch's 4-bit product takes: (nibbles uint8
     [N, K / 2] in an order of its own, bfloat16 [G, N, 2] of scales and zeros)."""
-    nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().add_(8), 1)
     both = torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).contiguous()
     return nibbles, both
 
