@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from os import _exit
 from typing import Any
@@ -34,7 +34,7 @@ def run(
     batches: Sequence[int],
     limit: float | None = None,
     progress: Callable[[str], None] = lambda message: None,
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """Yields a row for each engine and batch: {"engine", "batch", "dtype", "load_s", ...} with the figures of
     `measure`, or with "error" in one line. limit: seconds for all together."""
     end = None if limit is None else time.monotonic() + limit

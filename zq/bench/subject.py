@@ -39,7 +39,7 @@ class Subject:
         """transformers' config, without a quantization. Raises ZqError."""
         if self.folder is None:
             return shape_config(self.shape, self.layers)
-        config = copy.deepcopy(load_config(self.folder))
+        config: Any = copy.deepcopy(load_config(self.folder))
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config

@@ -86,7 +86,8 @@ def random_model(
     tied = model.all_tied_weights_keys
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta and name not in tied:
-            put(model, name, _filled(name, parameter, normal, device))
+            # As transformers loads them: torch copies a head without gradients for every prompt.
+            put(model, name, torch.nn.Parameter(_filled(name, parameter, normal, device)))
     for name, source in tied.items():
         put(model, name, get(model, source))
     return model

@@ -56,7 +56,7 @@ def integer_linear(
     [N] float32 and zero [N] int8 or None -> [M, N] in the dtype of x."""
     q, sx = codes_of(x)
     if has_int8():
-        acc = torch._int_mm(q.to(torch.int8), codes.t())
+        acc = torch.ops.aten._int_mm(q.to(torch.int8), codes.t())
         if zero is not None:
             acc -= q.sum(1, keepdim=True).int() * zero.int()
     else:
@@ -128,7 +128,7 @@ def packed_linear(
     elif nibbles is not None:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), nibbles, group, scales)
     else:
-        y = torch._weight_int8pack_mm(x.contiguous(), codes, scale[:, 0])
+        y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scale[:, 0])
     if sx is None and bias is None:
         return y
     wide = y.float()
