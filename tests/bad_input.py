@@ -185,6 +185,9 @@ def situation(
     *("kernels-arch", "kernels-arch-quantize", "kernels-not-quantized", "kernels-output"),
     *("sweep-no-output", "sweep-bits", "sweep-types", "sweep-blocks", "sweep-nothing", "sweep-seeds"),
     *("sweep-twice", "sweep-length", "sweep-device"),
+    *("bench-nothing", "bench-both", "bench-shape", "bench-no-scheme", "bench-own-scheme", "bench-compile"),
+    *("bench-shape-against", "bench-batch", "bench-length", "bench-positions", "bench-mode", "bench-decoder"),
+    *("bench-dtype", "bench-device", "bench-plot", "bench-plot-folder", "bench-json"),
     *("window-too-long", "bad-start", "prompt-too-long", "prompt-empty", "no-chat-template", "bad-kv"),
     "generate-bad-kv",
 )
@@ -404,7 +407,7 @@ def output_is_file(model: Model) -> None:
     Path("OUT").write_text("mine")
 
 
-@situation("encoder-eval", "encoder-generate", "sweep-encoder", "encoder-kv")
+@situation("encoder-eval", "encoder-generate", "sweep-encoder", "encoder-kv", "bench-encoder")
 def encoder(model: Model) -> None:
     shutil.rmtree(model.folder)
     save_model(model.folder, "bert")
@@ -417,7 +420,7 @@ def base_only(model: Model) -> None:
     save_tokenizer(model.folder)
 
 
-@situation("other-kind")
+@situation("other-kind", "bench-other")
 def other_kind(model: Model) -> None:
     save_model(Path("OTHER"), "bert")
 
@@ -471,6 +474,7 @@ RECIPES = {
     "lorc-in-rule": 'rules:\n  - {match: "*", weights: "int4:g32:lorc=8"}\n',
     "lorc-not-expressible": RULE + "steps:\n  - rtn: {}\n  - lorc: {}\nformat: compressed-tensors\n",
     "gptq-mixed": 'rules:\n  - {match: "@mlp", weights: "int4:g32"}\n  - {match: "*", weights: "int8:g32"}\n',
+    "bench-skipped": 'rules:\n  - {match: "*", skip: true}\n',
     "sweep-budget": RULE + "bits: 5\n",
     "bits-no-number": RULE + "bits: many\n",
     "bits-widths": RULE + "bits: {mean: 5, widths: [4, 9]}\n",
@@ -666,6 +670,16 @@ def lost_tensor(model: Model) -> None:
     """OUT is a finished output whose weights were replaced by those of the original."""
     run("quantize", model.folder, "--w8a8", "--calib", "random", "-o", "OUT").ok()
     shutil.copyfile(model.weights, Path("OUT", WEIGHTS))
+
+
+@situation("bench-quantized")
+def quantized_original(model: Model) -> None:
+    run("quantize", model.folder, "--w8a8", "--calib", "random", "-o", "OUT").ok()
+
+
+@situation("bench-broken")
+def broken_weights(model: Model) -> None:
+    model.change(lambda tensors: tensors.pop(Q_PROJ))
 
 
 @situation("sweep-task")

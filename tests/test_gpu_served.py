@@ -7,7 +7,8 @@ import torch
 
 from tests.kernels.inputs import activations
 from zq.numerics.qtensor import QTensor, quantize
-from zq.runtime.served import DenseLinear, IntegerLinear, KernelLinear, serve
+from zq.runtime.cpu import IntegerLinear
+from zq.runtime.served import DenseLinear, KernelLinear, serve
 from zq.spec import Scheme
 
 pytestmark = [

@@ -18,8 +18,9 @@ from torch import Tensor
 from zq.errors import ZqError
 from zq.export import compressed_tensors, native
 from zq.numerics.qtensor import QTensor, quantize
+from zq.runtime.cpu import PackedLinear
 from zq.runtime.linear import QuantLinear
-from zq.runtime.served import IntegerLinear, serve
+from zq.runtime.served import DenseLinear, serve
 from zq.spec import Scheme
 
 pytest.importorskip("vllm", reason="needs vLLM")
@@ -206,8 +207,12 @@ def test_the_integers_are_what_runs_and_float16_scales_are_kept() -> None:
             K, 96, bias=False, quant_config=config_of(scheme, ["m.x"], "zq"), prefix="m.x", params_dtype=dtype
         )
         load(layer, q, scheme, "zq")
-        assert type(finish(layer).served) is IntegerLinear
-        assert torch.equal(layer.served.scale, q.scale.float())
+        if dtype == torch.bfloat16:
+            assert type(finish(layer).served) is PackedLinear
+            assert torch.equal(layer.served.scale, q.scale)
+        else:
+            assert type(finish(layer).served) is DenseLinear
+            assert torch.equal(layer.served.weight, q.dequantize(dtype))
         assert not list(layer.parameters())
         x = torch.randn(3, K).to(dtype)
         assert torch.equal(layer(x)[0], serve(q, scheme.activations, dtype)(x, None))

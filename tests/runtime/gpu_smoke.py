@@ -31,13 +31,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import zq
 from tests.simulate import block_linears
+from zq.bench.shapes import shape_config
+from zq.bench.synthetic import empty, random_model, schemes
 from zq.models.layout import linear_shape
-from zq.numerics.qtensor import QTensor, quantize
+from zq.numerics.qtensor import quantize
 from zq.runtime.blocks.around import Around
 from zq.runtime.cache import make_cache
 from zq.runtime.graphs import PATIENCE
 from zq.runtime.linear import replace_linear
-from zq.runtime.serving import served
 from zq.spec import Scheme
 
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
@@ -82,31 +83,10 @@ def build(config: Any, scheme: str) -> Any:
 
 
 def fill_llama(blocks: int, positions: int) -> Any:
-    """A Llama of 8B's shape, packed block by block; no weight is ever there in 16 bits."""
-    config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=positions, rope_theta=500000.0,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).to(BF16)
-    scheme = Scheme.parse(W4A8)
-    for name in block_linears(model):
-        linear = replace_linear(model, name, scheme, BF16)
-        n, k = linear.out_features, linear.in_features
-        codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=CUDA)
-        scale = torch.full((n, k // 128), 0.2 / k**0.5, dtype=BF16, device=CUDA)
-        linear.to_empty(device=CUDA)
-        linear.set_weight(QTensor(codes, scale, None, None, scheme.weights))
-        model.set_submodule(name, served(linear, BF16, CUDA))
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            made = torch.ones if "norm" in name else torch.randn
-            fresh = made(parameter.shape, dtype=BF16, device=CUDA) * (1 if "norm" in name else 0.02)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(fresh, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(CUDA)
-    return model.eval()
+    """A Llama of 8B's shape, packed layer by layer; no weight is ever there in 16 bits."""
+    config = shape_config("llama-3-8b", blocks)
+    config.max_position_embeddings = positions
+    return random_model(config, BF16, "cuda", schemes(empty(config, BF16, "cpu"), W4A8))
 
 
 def distance(a: Tensor, b: Tensor) -> float:

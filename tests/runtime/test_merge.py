@@ -80,7 +80,7 @@ def test_another_order_of_a_plain_linear(make: Any) -> None:
         ("int8:channel @ int8:token", "int4:g64 @ int8:token"),
         ("int4:g64 @ int8:token", "int4:g32 @ int8:token"),
         ("int4:g64 @ int8:token", "int4:g64"),
-        ("int4:g32:asym", "int4:g32"),
+        ("int4:g32:asym", "int3:g32:asym"),
     ],
 )
 def test_what_is_not_merged(one: str, other: str, kernels: bool) -> None:

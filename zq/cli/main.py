@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from zq import __version__
-from zq.cli import doctor, evaluate, export, generate, inspect, kernels, quantize, recipes, serve, sweep
+from zq.cli import (
+    bench,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    kernels,
+    quantize,
+    recipes,
+    serve,
+    sweep,
+)
 from zq.cli.console import EXIT_CODES, fail
 
 app = typer.Typer(
@@ -43,6 +55,7 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 app.command("sweep")(sweep.sweep)

@@ -167,11 +167,15 @@ def to_unsigned(codes: Tensor, spec: TensorSpec) -> Tensor:
     """int8 q -> offset binary uint8; float bit patterns stay."""
     if not spec.info.is_int:
         return codes
-    return (codes.to(torch.int16) + (1 << (spec.bits - 1))).to(torch.uint8)
+    if spec.bits == 8:
+        return codes.view(torch.uint8) ^ 128
+    return (codes + (1 << (spec.bits - 1))).view(torch.uint8)
 
 
 def from_unsigned(codes: Tensor, spec: TensorSpec) -> Tensor:
     """Inverse of `to_unsigned`."""
     if not spec.info.is_int:
         return codes
-    return (codes.to(torch.int16) - (1 << (spec.bits - 1))).to(torch.int8)
+    if spec.bits == 8:
+        return (codes ^ 128).view(torch.int8)
+    return codes.view(torch.int8) - (1 << (spec.bits - 1))

@@ -25,6 +25,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     n, k = codes.shape
     chunks = -(-k // 32)
     padded = torch.nn.functional.pad(codes, (0, chunks * 32 - k)) if k % 32 else codes
+    if bits in (4, 8):
+        return _pack_bytes(padded, bits)[:, : packed_words(k, bits)].contiguous()
     lanes = padded.reshape(n, chunks, 32).to(torch.int32)
     words = torch.zeros(n, chunks, bits, dtype=torch.int32, device=codes.device)
     for i in range(32):
@@ -44,6 +46,8 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
             f"packed row has {words.shape[1]} words; {k} codes of {bits} bits need "
             f"{packed_words(k, bits)}: the checkpoint disagrees with its config"
         )
+    if bits in (4, 8):
+        return _unpack_bytes(words, bits)[:, :k].contiguous()
     chunks = -(-k // 32)
     pad = chunks * bits - words.shape[1]
     if pad:
@@ -57,6 +61,26 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
             value = value | (words[:, :, word + 1] & _low(shift + bits - 32)) << (32 - shift)
         codes[:, :, i] = value.to(torch.uint8)
     return codes.reshape(n, chunks * 32)[:, :k].contiguous()
+
+
+def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """`pack` of 4 and 8 bits, much faster; K is a multiple of 32."""
+    n, k = codes.shape
+    held = codes.to(torch.uint8).reshape(n * k)  # flat, as strides of single rows and columns mean nothing
+    if bits == 4:
+        pairs = held.view(torch.int16)
+        held = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)  # the low byte: one code above the other
+    return held.view(torch.int32).view(n, packed_words(k, bits))
+
+
+def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
+    """The inverse, with what fills the last word."""
+    n, count = words.shape
+    held = words.reshape(n * count).view(torch.uint8)
+    if bits == 4:
+        pairs = held.to(torch.int16)
+        held = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
+    return held.view(n, count * 32 // bits)
 
 
 def _low(bits: int) -> int:

@@ -26,6 +26,8 @@ from zq.models.layout import linear_shapes
 from zq.runtime.serving import serve_linears
 from zq.spec import Scheme
 
+TOGETHER = 8  # layers that are read at a time: opening a file takes longer than reading a small one
+
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
     """`quantization_config` of a folder's config.json, or None. Raises ZqError when unreadable."""
@@ -71,9 +73,13 @@ def load(
     else:
         read = reader(index)
         state = read([name for name in index.tensors if name not in slots])
-        for name, scheme in assigned.items():
-            q = exporter.unpack(name, lambda key: read([key])[key], scheme, layers[name])
-            state.update(native.pack(name, q, scheme))
+        every = list(assigned.items())
+        for part in (every[i : i + TOGETHER] for i in range(0, len(every), TOGETHER)):
+            wanted = (exporter.slots(name, scheme, layers[name], torch.float32) for name, scheme in part)
+            held = read([slot.name for of_layer in wanted for slot in of_layer])
+            for name, scheme in part:
+                q = exporter.unpack(name, held.__getitem__, scheme, layers[name])
+                state.update(native.pack(name, q, scheme))
         config.quantization_config = native.config(assigned, [])
         model, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
     _check(info, where)

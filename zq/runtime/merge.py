@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zq.kernels import layout
-from zq.runtime.served import DenseLinear, IntegerLinear, KernelLinear
+from zq.runtime.cpu import IntegerLinear, PackedLinear
+from zq.runtime.served import DenseLinear, KernelLinear
 from zq.runtime.serving import ServedLinear
 
 
@@ -36,6 +37,7 @@ def merged(linears: Sequence[ServedLinear]) -> ServedLinear:
     else:
         for name, value in made._buffers.items():
             made._buffers[name] = None if value is None else torch.cat([getattr(p, name) for p in parts])
+        _repack(made)
     return ServedLinear(made, _biases(linears), sum(x.out_features for x in linears), linears[0].in_features)
 
 
@@ -52,6 +54,7 @@ def reordered(linear: nn.Module, order: Tensor) -> nn.Module:
     else:
         for name, value in made._buffers.items():
             made._buffers[name] = None if value is None else value[order.to(value.device)]
+        _repack(made)
     bias = None if linear.bias is None else linear.bias[order.to(linear.bias.device)]
     return ServedLinear(made, bias, linear.out_features, linear.in_features)
 
@@ -71,9 +74,16 @@ def _kind(served: Any) -> tuple[Any, ...]:
     if isinstance(served, KernelLinear):
         return (KernelLinear, served.op, served.k, served.packing, served.ws is None)
     if isinstance(served, IntegerLinear):
-        return (IntegerLinear, served.group, served.codes.shape[1], served.zero is None)
+        return (IntegerLinear, served.codes.shape[1], served.zero is None)
+    if isinstance(served, PackedLinear):
+        return (PackedLinear, served.codes.shape[1], served.group, served.quantize)
     assert isinstance(served, DenseLinear)
     return (DenseLinear, served.activations, served.weight.shape[1])
+
+
+def _repack(made: Any) -> None:
+    if isinstance(made, PackedLinear):
+        made.pack()
 
 
 def _packed(parts: Sequence[KernelLinear]) -> Tensor:

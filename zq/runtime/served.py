@@ -1,7 +1,7 @@
 """A quantized weight made ready for serving, in one of three ways:
 
     kernel      packed once for an operator of `torch.ops.zq` (CUDA, where a kernel has the scheme)
-    integers    codes as they are and the exact product with INT8 activations (integers.py, CPU)
+    torch's     a product of torch that takes codes (cpu.py, CPU)
     dequantized dequantized once, activations rounded in simulation as zq.load does: any other scheme
 
 `serve` chooses. What is computed is what zq measured, up to the rounding of the output. Unlike QuantLinear
@@ -19,7 +19,7 @@ from zq.kernels import layout
 from zq.kernels.select import kernel_op
 from zq.kernels.tiles import packing, unit_name
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
-from zq.runtime.integers import integer_linear
+from zq.runtime.cpu import cpu_linear
 from zq.runtime.rows import Rows, quantized
 from zq.spec import Layout, Scheme, TensorSpec
 
@@ -52,9 +52,8 @@ def serve(q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> nn.
         if op is not None and (op != "w4a16" or _holds(q.scale, dtype)):
             load_kernels(op, scheme, dtype, device)
             return KernelLinear(q, op, dtype)
-    if device.type == "cpu" and _whole(q.spec) and activations is not None and activations.format == "int8":
-        return IntegerLinear(q)
-    return DenseLinear(q, activations, dtype)
+    made = cpu_linear(q, activations, dtype) if device.type == "cpu" else None
+    return DenseLinear(q, activations, dtype) if made is None else made
 
 
 def capability(device: torch.device) -> int | None:
@@ -63,11 +62,6 @@ def capability(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _whole(spec: TensorSpec) -> bool:
-    """Whether a weight is integers times a scale per channel or group."""
-    return spec.info.is_int and spec.layout.kind in ("channel", "group") and not spec.extras
 
 
 def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
@@ -147,33 +141,6 @@ def pack(q: QTensor, op: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     return layout.pack(p, codes, q.scale, None if q.zero is None else (q.zero + 8).to(torch.uint8)), None
 
 
-class IntegerLinear(nn.Module):
-    """Codes int8 [N, K]; two levels of scales become INT8 weights with a scale per channel, exactly."""
-
-    way = "integers on the CPU"
-    takes = None
-
-    def __init__(self, q: QTensor) -> None:
-        super().__init__()
-        self.codes: Tensor
-        self.scale: Tensor
-        self.zero: Tensor | None
-        spec = q.spec
-        size = spec.layout.size or 0
-        codes, scale, self.group = q.codes, q.scale.float(), group_of(spec)
-        if q.sub is not None:
-            codes = (codes.short() * q.sub.short().repeat_interleave(size, 1)[:, : q.shape[1]]).to(torch.int8)
-            self.group = 0
-        self.register_buffer("codes", codes.contiguous())
-        self.register_buffer("scale", scale.contiguous())
-        self.register_buffer("zero", None if q.zero is None else q.zero.contiguous())
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = integer_linear(rows, self.codes, self.scale, self.zero, bias, self.group)
-        return y.reshape(*x.shape[:-1], self.codes.shape[0])
-
-
 class DenseLinear(nn.Module):
     """The weight in `dtype` [N, K]."""
 
@@ -188,16 +155,18 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.activations is not None:
-            x = simulate(x, self.activations)
+            x = (simulate_op if torch.compiler.is_compiling() else simulate)(x, self.activations)
         return nn.functional.linear(x, self.weight, bias)
 
 
-@torch.library.custom_op("zq::simulate_tokens", mutates_args=())
 def simulate(x: Tensor, format: str) -> Tensor:
-    """`fake_quantize_tokens`, as one operator: torch.compile would change its rounding."""
+    """`fake_quantize_tokens`, as one operator where torch.compile would change its rounding."""
     return fake_quantize_tokens(x, TensorSpec(format=format, layout=Layout("token")))
 
 
-@simulate.register_fake
+simulate_op = torch.library.custom_op("zq::simulate_tokens", simulate, mutates_args=())
+
+
+@simulate_op.register_fake
 def _(x: Tensor, format: str) -> Tensor:
     return torch.empty_like(x)
