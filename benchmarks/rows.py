@@ -53,7 +53,7 @@ SWITCHES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("lkd", "inputs", ("quantized", "float")),
     ("lkd", "gradients", ("float", "int8", "int4")),
     ("lkd", "holdout", (0.0625, 0.25)),
-    ("gptq", "weighting", ("compensated", "diagonal")),
+    ("gptq", "importance", (0.0, 0.5, 1.0)),
     ("gptq", "damp", (0.01, 0.1, 0.3)),
     ("gptq", "scale", ("mse-signed", "mse", "absmax")),
     ("gptq", "asymmetry", (0.0, 0.25, 1.0)),

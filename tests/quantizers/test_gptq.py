@@ -14,7 +14,9 @@ import zq
 from tests.quantizers.blocks import load_block
 from tests.tiny import save_tiny, token_ids
 from zq.errors import ZqError
+from zq.numerics.groups import group
 from zq.numerics.qtensor import quantize
+from zq.numerics.scales import mse
 from zq.pipeline import quantize as run
 from zq.plan import make_plan
 from zq.quantizers.gptq import Options, correction, factorise, quantize_weight
@@ -241,28 +243,17 @@ def test_the_hessian_is_that_of_the_first_windows(windows: int, count: int, tmp_
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_compensated_weight_is_what_an_error_costs_after_the_best_compensation() -> None:
-    """min over e_j, j after k in the order, of e^T H e with e_k = 1 and nothing before k."""
+def test_importance_is_the_power_of_the_diagonal_that_weighs_errors() -> None:
     torch.manual_seed(0)
-    x = torch.randn(50, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
-    hessian = x.T @ x
-    for order in ("activation", "natural"):
-        factor = factorise(hessian, 0.0, order)
-        for place, column in enumerate(factor.order.tolist()):
-            later = factor.order[place + 1 :]
-            inside, across = hessian[later][:, later], hessian[later][:, column]
-            least = hessian[column, column] - across @ torch.linalg.solve(inside, across)
-            assert torch.isclose(factor.compensated[column], least)
-
-
-def test_weighting_by_compensated_costs_lowers_the_output_error() -> None:
-    errors = {"diagonal": 0.0, "compensated": 0.0}
-    for seed in range(8):
-        torch.manual_seed(seed)
-        x = torch.randn(400, 20) @ torch.randn(20, 64) + 0.3 * torch.randn(400, 64)  # much can be made up for
-        weight, hessian = torch.randn(32, 64), x.T @ x
-        factor, spec = factorise(hessian, 0.01), TensorSpec.parse("int3:g32")
-        for weighting in errors:
-            q, _ = quantize_weight(weight, factor, spec, torch.float32, weighting=weighting)
-            errors[weighting] += float((x @ (q.dequantize() - weight).T).square().sum())
-    assert errors["compensated"] < 0.97 * errors["diagonal"]
+    x = torch.randn(200, 64) * torch.exp(torch.randn(64))
+    weight, spec = torch.randn(16, 64), TensorSpec.parse("int3:g32")
+    factor = factorise(x.T @ x, 0.01)
+    for importance in (0.0, 0.5, 1.0):
+        found = quantize_weight(weight, factor, spec, torch.float32, importance=importance)[0]
+        weights = group(factor.diagonal.pow(importance).expand(1, -1), spec)
+        assert torch.equal(found.scale, mse(group(weight, spec), spec, torch.float32, weights).scale)
+    plain = quantize(weight, spec, "mse")
+    assert torch.equal(
+        quantize_weight(weight, factor, spec, torch.float32, importance=0.0)[0].scale, plain.scale
+    )
+    assert not torch.equal(quantize_weight(weight, factor, spec, torch.float32)[0].scale, plain.scale)

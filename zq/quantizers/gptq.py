@@ -8,10 +8,8 @@ Columns are taken in the order of decreasing H_kk. With U the upper Cholesky fac
 which is optimal brain surgery with a fixed order (Frantar et al. 2022, arXiv:2210.17323); the update of
 distant columns is done once per block of columns as a matrix product.
 
-Scales are fixed before the first column is rounded ("static groups"), each by the least weighted squared
-error of its group, so the order of the columns leaves no trace in the checkpoint. The loss is the sum of
-e_k^2, so the weight of column k would be 1 / U_kk^2 (`compensated`): what an error there costs once the
-columns that are left have made up for it. H_kk (`diagonal`) is what it would cost if none did.
+Scales are fixed before the first column is rounded ("static groups"), each by the least squared error of its
+group, weighted by H_kk^importance, so the order of the columns leaves no trace in the checkpoint.
 
 `asymmetry` a: the inputs X come through quantized blocks, while the target is W X_f with inputs X_f of the
 float model. The weights that minimise ||W' X - W X_f||^2 are W + W D (H + damp)^-1, D = (X_f - X)^T X; a of
@@ -44,7 +42,7 @@ class Options:
     columns: int = field(default=128, metadata={"range": (1, 1 << 20)})
     asymmetry: float = field(default=0.0, metadata={"range": (0.0, 1.0)})
     windows: int = field(default=0, metadata={"range": (0, 1 << 20)})
-    weighting: str = field(default="diagonal", metadata={"allowed": ("compensated", "diagonal")})
+    importance: float = field(default=1.0, metadata={"range": (0.0, 1.0)})
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,6 @@ class Factor:
     order: Tensor
     upper: Tensor
     diagonal: Tensor
-
-    @property
-    def compensated(self) -> Tensor:
-        """1 / U_kk^2 [K] in the original order of columns."""
-        return torch.empty_like(self.diagonal).index_copy_(
-            0, self.order, self.upper.diagonal().square().reciprocal()
-        )
 
 
 def factorise(hessian: Tensor, damp: float, order: str = "activation") -> Factor:
@@ -116,25 +107,26 @@ def quantize_weight(
     scale: str = "mse",
     columns: int = 128,
     places: Tensor | None = None,
-    weighting: str = "diagonal",
+    importance: float = 1.0,
 ) -> tuple[QTensor, Tensor]:
     """weight [N, K] float -> (QTensor, latent [N, K]).
 
     The latent is the value that each column had when it was rounded: rounding it again to nearest with the
     same scales gives the same codes. Computed in the dtype of the factor. The columns `places` are rounded to
-    `scale_dtype` only, and take up the errors of the columns before them.
+    `scale_dtype` only, and take up the errors of the columns before them. `importance` is the power of
+    diag(H) that weighs the errors by which scales are chosen.
     """
     shape = (weight.shape[0], weight.shape[1])
     dtype = DTYPES[spec.scale_dtype] if spec.scale_dtype else scale_dtype
     work = weight.to(factor.upper.dtype)
-    importance = None
-    cost = (factor.compensated if weighting == "compensated" else factor.diagonal).float()
+    weights = None
+    each = factor.diagonal.float() ** importance
     if spec.layout.kind in ("group", "channel", "token"):
-        importance = group(cost.expand(1, -1), spec)
+        weights = group(each.expand(1, -1), spec)
     elif spec.layout.kind == "rank1":
-        importance = cost.reshape(1, -1, 1)
+        weights = each.reshape(1, -1, 1)
     coded = work.float() if places is None else without(work.float(), places)
-    chosen = SCALES[scale](group(coded, spec), spec, dtype, importance)
+    chosen = SCALES[scale](group(coded, spec), spec, dtype, weights)
     kept = {} if places is None else dict.fromkeys(places.tolist(), scale_dtype)
     latent = _compensate(work, factor, spec, chosen, columns, kept)
     coded = latent.float() if places is None else without(latent.float(), places)
@@ -221,7 +213,7 @@ def run(block: Block, options: Options) -> None:
                 scale=options.scale,
                 columns=options.columns,
                 places=layers[0].places,
-                weighting=options.weighting,
+                importance=options.importance,
             )
             rows = [len(weight) for weight in weights]
             for layer, part, kept in zip(layers, split_rows(stacked, rows), latent.split(rows), strict=True):
