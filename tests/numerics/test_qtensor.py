@@ -102,7 +102,7 @@ def test_every_value_is_within_half_a_step_or_at_the_end(x: torch.Tensor, spec: 
     if not spec.info.is_int:
         return
     q = quantize(x, spec, scale_dtype=FP32)
-    step = q._scale().step.unsqueeze(-1)
+    step = q.scales().step.unsqueeze(-1)
     low, high = int_range(spec)
     codes = group(q.codes, spec).float()
     error = group(q.dequantize(), spec) - group(x, spec)
