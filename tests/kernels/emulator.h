@@ -268,7 +268,7 @@ static void store_transposed(u32 address, u32 first, u32 second) {
     }
   __syncwarp();
 }
-static void mma(Acc* d, const u32* a, u32 b0, u32 b1) {
+static void mma(Acc (&d)[4], const u32* a, u32 b0, u32 b1) {
   int lane = threadIdx.x % 32;
   memcpy(my_warp()[lane].a, a, 16);
   my_warp()[lane].b[0] = b0, my_warp()[lane].b[1] = b1;

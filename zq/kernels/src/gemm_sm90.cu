@@ -14,7 +14,6 @@
 // blocks share the tiles evenly (share90.cuh).
 //
 // -DZQ_PLAIN=1 copies x, 2 the weights, 3 both with ordinary loads: slow, to find out which copy is wrong.
-#include "mma.cuh"
 #include "output90.cuh"
 #include "share90.cuh"
 #include "wgmma.cuh"
@@ -260,36 +259,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         for (int i = 0; i < BT / 2; ++i) sum[r][i] = 0;
 
       if (count) load_stage();
-      constexpr int FRAGMENTS = ROWS * HALVES;
-      // A wgmma of 16-bit operands covers 16 k only, and with few tokens it takes its least time, which all of them
-      // together exceed the time that the weights need to come. Warps of mma.sync do not wait for each other either.
-      if constexpr (WIDE && BT <= FEWEST) {
-        for (int i = 0; i < count; ++i) {
-          const int slot = s;
-#pragma unroll
-          for (int part = 0; part < FRAGMENTS; ++part) {
-            const u32 x = x_ring + slot * S::X + part % HALVES * BT * 128 + lane % 8 * 128;
-            u32 b[BT / 8][2][4];
-#pragma unroll
-            for (int n = 0; n < BT / 8; ++n)
-#pragma unroll
-              for (int h = 0; h < 2; ++h) load_matrices(b[n][h], x + n * 1024 + ((h * 4 + lane / 8) ^ lane % 8) * 16);
-            make(f[0]);
-            if (part + 1 < FRAGMENTS) {
-              load_ahead(part + 1);
-            } else {
-              release(slot);
-              advance(S::TURNS);
-              if (i + 1 < count) load_stage();
-            }
-#pragma unroll
-            for (int n = 0; n < BT / 8; ++n)
-#pragma unroll
-              for (int j = 0; j < 4; ++j)
-                mma(sum[part / HALVES] + 4 * n, f[0].a + 4 * j, b[n][j / 2][j % 2 * 2], b[n][j / 2][j % 2 * 2 + 1]);
-          }
-        }
-      } else if constexpr (PART_STEPS == 0) {
+      if constexpr (PART_STEPS == 0) {
+        constexpr int FRAGMENTS = ROWS * HALVES;
         int before = -1;  // the stage that the tensor core may still be reading
         auto step = [&](auto set, bool more) {
           const int slot = s;

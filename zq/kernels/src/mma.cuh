@@ -17,7 +17,7 @@ __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
                : "memory");
 }
 
-__device__ __forceinline__ void mma(Acc* d, const u32* a, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma(Acc (&d)[4], const u32* a, u32 b0, u32 b1) {
 #define MMA(TYPES, REG)                                                                                        \
   asm volatile("mma.sync.aligned." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
                : REG(d[0]), REG(d[1]), REG(d[2]), REG(d[3])                                                    \
