@@ -54,8 +54,8 @@ class Prompt:
         self._written.append(layer.cumulative_length)
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores [B, 1, S, S]; None: the causal mask and no other, as attention functions
-        make it. Made once for all layers."""
+        """What is added to the scores [B, 1, S, S]; None: the causal mask and no other, as attention
+        functions make it. Made once for all layers."""
         if self.mask is not None and self._added is None:
             count = self.mask.shape[1]
             seen = torch.ones(count, count, dtype=torch.bool, device=self.mask.device).tril()
@@ -85,12 +85,13 @@ def prompt_step(
     shared: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Reads `buffers`, writes the empty `cache`, returns what `forward` does. `shared.step` is set meanwhile."""
+    """Reads `buffers`, writes the empty `cache`, returns what `forward` does. `shared.step` is set
+    meanwhile."""
     step = Prompt(cache, buffers)
     with during(step, shared):
         out = forward(
             input_ids=buffers.ids,
-            # One of four dimensions transformers passes on as it is, and fused blocks take an empty one for none.
+            # transformers passes one of four dimensions on, and fused blocks take an empty one for none
             attention_mask=buffers.ids.new_empty((0, 1, 1, 1)),
             position_ids=buffers.positions,
             use_cache=True,

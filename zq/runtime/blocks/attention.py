@@ -10,8 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zq.kernels.checks import HALVES, MULTIPLE
 from zq.kernels.checks_kv import CHANNELS
-from zq.runtime.rows import Rows
 from zq.runtime.prompt import Prompt
+from zq.runtime.rows import Rows
 from zq.runtime.step import Step
 
 ROPES = {"": "none", "halves": "half", "pairs": "interleaved"}  # of zq.models.structure, of zq::store_kv
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         return cos.to(dtype).unsqueeze(2), signed.to(dtype).unsqueeze(2)
 
     def _pairs(self, call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Sine and cosine [B, S, r / 2] of GPT-J, which the model gives its blocks since transformers 5.24."""
+        """Sine and cosine [B, S, r / 2] of GPT-J, which its model has computed since transformers 5.24."""
         if call.tables is not None:
             return call.tables
         assert call.positions is not None
