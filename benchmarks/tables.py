@@ -93,12 +93,13 @@ def _overall(seeds: list[dict[str, Any]]) -> dict[str, str]:
         values = [row[key] for row in seeds if row.get(key) is not None]
         return mean(values) if values else None
 
+    alone = [row["seconds"] for row in seeds if row.get("seconds") is not None and not row.get("beside")]
     kls = [row["mean_kl"] for row in seeds]
     spread = f" (sd {number(stdev(kls), 4)}, {len(kls)} seeds)" if len(kls) > 1 else ""
     return {
         "mean KL": number(mean(kls), 4) + spread,
         "mean KL, four texts": number(average("mean_kl_four_texts"), 4),
-        "s": number(average("seconds"), 0),
+        "s": number(mean(alone) if alone else None, 0),
         "GPU": megabytes(average("peak_gpu_bytes")),
         "memory": megabytes(average("peak_rss_bytes")),
     }
