@@ -39,7 +39,6 @@ from zq.errors import ZqError
 from zq.pipeline import quantize
 from zq.plan import make_plan
 
-
 Task = tuple[Row, int]  # with its seed
 
 

@@ -1,6 +1,7 @@
 """Tasks over processes, one for each device named; a device named twice gets two.
 
-The parent hands out tasks in their order and gets results as they come. A worker sees its GPU as the only one.
+The parent hands out tasks in their order and gets results as they come. A worker sees its GPU as the only
+one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def spread(
     except TimeoutError:
         print(f"stopped after {seconds:.0f} s; the same command continues", flush=True)
     except BrokenProcessPool:
-        raise SystemExit("a process was ended (out of memory?), see above; the same command continues") from None
+        raise SystemExit(
+            "a process was ended (out of memory?), see above; the same command continues"
+        ) from None
     finally:
         for child in multiprocessing.active_children():
             child.kill()

@@ -90,9 +90,9 @@ def all_windows(
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """(the planned windows and those that the model writes, int64 [S, T], or None; facts for the report).
 
-    `written` is what written_windows gave for the same model, recipe and windows, where that is known already.
-    What the model writes is kept in the job, so that a resumed run sees the same tokens. `progress` gets
-    {"written", "of"} while it writes, and {"calibration": the facts} at last.
+    `written` is what written_windows gave for the same model, recipe and windows, where that is known
+    already. What the model writes is kept in the job, so that a resumed run sees the same tokens. `progress`
+    gets {"written", "of"} while it writes, and {"calibration": the facts} at last.
     """
     wanted = recipe.calibration
     facts: dict[str, Any] = {"source": wanted.source}
