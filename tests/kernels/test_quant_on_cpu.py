@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls
-from tests.kernels.on_cpu import Sources, aligned
+from tests.kernels.on_cpu import Sources, aligned, into
 from zq.kernels import checks, launch, reference
 from zq.kernels.table import UNITS
 
@@ -38,12 +38,12 @@ def on_host(host, monkeypatch):
     )
     launched = []
 
-    def run(device, unit, entry, grid, block, arguments, **options) -> None:
-        launched.append(entry)
-        number = {"quantize_1": 1, "quantize_4": 4, "quantize_long": 0}[entry]
-        host(unit).run(ctypes.byref(arguments[0]), number, grid[0], block)
+    def run(it) -> None:
+        launched.append(it.entry)
+        number = {"quantize_1": 1, "quantize_4": 4, "quantize_long": 0}[it.entry]
+        host(it.unit).run(ctypes.byref(it.arguments), number, it.grid[0], it.block)
 
-    monkeypatch.setattr(launch.cuda, "launch", run)
+    monkeypatch.setattr(launch.Launch, "__call__", run)
     return launched
 
 
@@ -55,7 +55,7 @@ def compare(name: str, args: tuple) -> None:
         poisoned = aligned(torch.zeros(shape, dtype=dtype))
         poisoned.view(torch.uint8).fill_(0xFF) if poisoned.numel() else None
         made.append(poisoned)
-    launch.LAUNCH[name](name, made, *args)
+    into(name, args, made)
     for a, b in zip(made, getattr(reference, name)(*args), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         apart = (a.double() - b.double()).abs()
@@ -98,7 +98,7 @@ def test_extreme_rows(on_host):
     poisoned = aligned(torch.ones(2, 64))
     poisoned[1, 33] = torch.nan
     made = [aligned(torch.zeros(shape, dtype=dtype)) for shape, dtype in checks.quant_int8(poisoned)]
-    launch.LAUNCH["quant_int8"]("quant_int8", made, poisoned)
+    into("quant_int8", (poisoned,), made)
     assert torch.isnan(made[1]).tolist() == [False, True]
 
 
