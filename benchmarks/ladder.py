@@ -200,7 +200,12 @@ def make(args: argparse.Namespace, data: Data, task: tuple[str, Size]) -> dict[s
     """Trains and saves a size."""
     name, size = task
     model, found = train(size, data, args)
-    facts = {**found, "options": options_of(args), **protocol.environment(data.training.device.type)}
+    facts = {
+        **found,
+        "options": options_of(args),
+        "commit": args.commit,
+        **protocol.environment(data.training.device.type),
+    }
     save(model, data.tokenizer, args.out / name)
     (args.out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     return found
@@ -208,7 +213,9 @@ def make(args: argparse.Namespace, data: Data, task: tuple[str, Size]) -> dict[s
 
 def options_of(args: argparse.Namespace) -> dict[str, str]:
     """What makes other weights."""
-    return {name: str(value) for name, value in vars(args).items() if name not in ("out", "devices")}
+    return {
+        name: str(value) for name, value in vars(args).items() if name not in ("out", "devices", "commit")
+    }
 
 
 def missing(args: argparse.Namespace) -> list[tuple[str, Size]]:
@@ -242,7 +249,9 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu", help="a process for each: cuda:0,cuda:0,cuda:1")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--tiny", action="store_true", help="two models of no use, in seconds")
+    parser.add_argument("--commit", help="to note beside the models, where there is no git")
     args = parser.parse_args()
+    args.commit = protocol.commit_of(args.commit)
     if not args.text:
         raise SystemExit("give at least one --text FILE to train on")
     wanted = missing(args)
