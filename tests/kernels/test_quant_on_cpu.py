@@ -14,34 +14,37 @@ from zq.kernels import checks, launch, reference
 from zq.kernels.table import UNITS
 
 EXACT = {"quant_int8", "quant_fp8", "quant_fp8_block128"}
-RUN = """
-extern "C" void run(const Args *a, int entry, int blocks, int threads) {
-  run_blocks(blocks, threads, [=] { entry == 1 ? quantize_1(*a) : entry == 4 ? quantize_4(*a) :
-  quantize_long(*a); });
-}
+ENTRIES = UNITS["plain_int8_bf16"].entries
+RUN = f"""
+extern "C" void run(const Args *a, int entry, int blocks, int threads, int cluster) {{
+  void (*const entries[])(Args) = {{{", ".join(ENTRIES)}}};
+  shared_bytes = sizeof(Parts);
+  run_grid({{blocks, 1, 1}}, threads, [=] {{ entries[entry](*a); }}, false, cluster);
+}}
 """
+EDITS = {
+    "extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];",
+    "__shared__ Parts parts;": "static Parts all[8]; Parts &parts = all[cluster_rank()];",
+}
+HOST = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """name of a unit -> its `run`, compiled when it is asked for."""
     sources = Sources(tmp_path_factory.mktemp("host"))
-    edits = {"extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];"}
-    return lambda name: sources.compile(UNITS[name], RUN, edits)
+    return lambda name: sources.compile(UNITS[name], RUN, EDITS)
 
 
 @pytest.fixture
 def on_host(host, monkeypatch):
     """Operators launch there; memory is that of the CPU."""
-    monkeypatch.setattr(
-        launch.cuda, "describe", lambda index: launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
-    )
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: HOST)
     launched = []
 
-    def run(device, unit, entry, grid, block, arguments, **options) -> None:
+    def run(device, unit, entry, grid, block, arguments, *, cluster, **options) -> None:
         launched.append(entry)
-        number = {"quantize_1": 1, "quantize_4": 4, "quantize_long": 0}[entry]
-        host(unit).run(ctypes.byref(arguments[0]), number, grid[0], block)
+        host(unit).run(ctypes.byref(arguments[0]), ENTRIES.index(entry), grid[0], block, cluster)
 
     monkeypatch.setattr(launch.cuda, "launch", run)
     return launched
@@ -74,7 +77,14 @@ def compare(name: str, args: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "entry"), [(16, "quantize_1"), (272, "quantize_1"), (1040, "quantize_4"), (33280, "quantize_long")]
+    ("k", "entry"),
+    [
+        (16, "quantize_1"),
+        (272, "quantize_1"),
+        (1040, "quantize_1"),
+        (8208, "quantize_cluster"),
+        (33280, "quantize_long"),
+    ],
 )
 def test_every_operator(k, entry, on_host):
     for name, args in quant_calls(3, k):
