@@ -104,17 +104,17 @@ template <class Team, int V> __device__ __forceinline__ void quantize(const Args
 }
 
 // The name says how many pieces of 16 bytes a thread has and who shares a row.
-#define KERNEL(NAME, TEAM, V) \
-  extern "C" __global__ void __launch_bounds__(1024) NAME(const __grid_constant__ Args a) { quantize<TEAM, V>(a); }
-KERNEL(quantize_warp, Warp, 4)
-KERNEL(quantize_1, Block, 1)
-KERNEL(quantize_4, Block, 4)
-KERNEL(quantize_cluster, Cluster, 1)
-KERNEL(quantize_long, Block, 0)
+#define KERNEL(NAME, TEAM, V, THREADS) \
+  extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Args a) { quantize<TEAM, V>(a); }
+KERNEL(quantize_warp, Warp, 4, 1024)
+KERNEL(quantize_1, Block, 1, 1024)
+KERNEL(quantize_4, Block, 4, 1024)
+KERNEL(quantize_cluster, Cluster, 1, 1024)
+KERNEL(quantize_long, Block, 0, 1024)
 #ifdef ZQ_VARIANTS
-KERNEL(quantize_2, Block, 2)
-KERNEL(quantize_8, Block, 8)
-KERNEL(quantize_warp8, Warp, 8)
-KERNEL(quantize_cluster2, Cluster, 2)
-KERNEL(quantize_cluster4, Cluster, 4)
+KERNEL(quantize_2, Block, 2, 1024)
+KERNEL(quantize_8, Block, 8, 512)
+KERNEL(quantize_warp8, Warp, 8, 256)
+KERNEL(quantize_cluster2, Cluster, 2, 1024)
+KERNEL(quantize_cluster4, Cluster, 4, 1024)
 #endif
