@@ -211,7 +211,7 @@ def shapes_to_time(pieces: int, variants: bool) -> Iterator[RowShape]:
     if not variants or pieces > launch.WIDE:
         return
     for each in (2, 8):
-        if pieces <= 4096:
+        if pieces <= launch.WIDE:
             yield RowShape(f"quantize_{each}", -(-warps // each) * 32)
     if 64 < pieces <= 256:
         yield from (RowShape("quantize_warp8", 32 * rows, rows=rows) for rows in (2, 4, 8))

@@ -18,14 +18,10 @@ ENTRIES = UNITS["plain_int8_bf16"].entries
 RUN = f"""
 extern "C" void run(const Args *a, int entry, int blocks, int threads, int cluster) {{
   void (*const entries[])(Args) = {{{", ".join(ENTRIES)}}};
-  shared_bytes = sizeof(Parts);
   run_grid({{blocks, 1, 1}}, threads, [=] {{ entries[entry](*a); }}, false, cluster);
 }}
 """
-EDITS = {
-    "extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];",
-    "__shared__ Parts parts;": "static Parts all[8]; Parts &parts = all[cluster_rank()];",
-}
+EDITS = {"extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];"}
 HOST = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
 
 

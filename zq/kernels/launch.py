@@ -18,7 +18,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PIECE = 16  # bytes that a thread reads at once
 THREADS = 1024
 RESERVED = 2048  # bytes of shared memory that reductions use
-SHORT, WIDE = 128, 4096  # pieces: what a warp keeps in registers, and a block
+SHORT, WIDE = 128, 3584  # pieces: what a warp keeps in registers, and a block
 CLUSTER, CLUSTERED = 8, 512  # blocks, and threads of each
 
 

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -50,7 +51,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
   ucontext_t context;
   jmp_buf place;
-  int turn = 0, cluster_turn = 0;
+  int turn = 0, cluster_turn = -1;
   bool begun = false, ended = false;
 };
 static std::deque<Fiber> fibers;  // of a block, or of the blocks of a cluster one after the other
@@ -89,12 +90,23 @@ static void __syncthreads() {
 }
 static u32 cluster_rank() { return rank_of_block; }
 static u32 cluster_size() { return cluster_blocks; }
-static void cluster_arrive() { fiber().cluster_turn = of_cluster.arrive(blockDim.x * cluster_blocks); }
-static void cluster_wait() { of_cluster.wait(fiber().cluster_turn); }
-static long shared_bytes;  // of each block of a cluster, one after the other: the source is edited so
-static void store_remote(u32 *to, u32 rank, u32 value) {
-  *(u32 *)((char *)to + ((long)rank - rank_of_block) * shared_bytes) = value;
+static void cluster_arrive() {
+  if (fiber().cluster_turn >= 0) abort();  // twice without a wait
+  fiber().cluster_turn = of_cluster.arrive(blockDim.x * cluster_blocks);
 }
+static void cluster_wait() {
+  if (fiber().cluster_turn < 0) abort();
+  of_cluster.wait(fiber().cluster_turn);
+  fiber().cluster_turn = -1;
+}
+static uint4 words_of_blocks[8][2048 / 16];
+static u32 *word_of(u32 address, int rank = rank_of_block) { return &words_of_blocks[rank]->x + address / 4; }
+static u32 shared_words() { return 0; }
+static uint4 load_shared(u32 from) { return *(const uint4 *)word_of(from); }
+static void store_shared(u32 to, u32 value, bool if_true) {
+  if (if_true) *word_of(to) = value;
+}
+static void store_remote(u32 to, u32 rank, u32 value) { *word_of(to, rank) = value; }
 // What every thread of the block gave; the caller reads those of its own warp.
 template <class A> const Exchange *exchange(const A &value) {
   static_assert(sizeof value <= sizeof(Exchange));
@@ -151,7 +163,7 @@ static void run_grid(Index grid, int threads, std::function<void()> kernel, bool
   if ((int)fibers.size() < threads * cluster) fibers.resize(threads * cluster);
   for (int i = 0, all = grid.x * grid.y * grid.z; i < all; i += cluster) {
     const int first = backwards ? all - cluster - i : i;
-    for (int t = 0; t < threads * cluster; ++t) fibers[t].turn = 0, fibers[t].ended = false;
+    for (int t = 0; t < threads * cluster; ++t) fibers[t].turn = 0, fibers[t].cluster_turn = -1, fibers[t].ended = false;
     for (int left = threads * cluster; left > 0;)
       for (int t = 0; t < threads * cluster; ++t)
         if (!fibers[t].ended) {
@@ -214,6 +226,7 @@ static float from_half(u16 x) {
   std::memcpy(&y, &x, 2);
   return (float)y;
 }
+static uint4 load_once(const uint4 *from) { return *from; }
 static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 template <class F> u32 of_bf16x2(u32 a, u32 b, F f) {

@@ -1,8 +1,7 @@
 // What happens to a row before it is quantized: OP of quant.cu. Each leaves in the row what the unfused model would
 // quantize, with the roundings to T (bf16, fp16) that the unfused model makes.
 //
-// What no earlier kernel writes, the vectors of a norm, is asked for before the wait for that kernel; the next kernel
-// may begin when everything is asked for.
+// What no earlier kernel writes, the vectors of a norm, is asked for before the wait for that kernel.
 #pragma once
 #include "row.cuh"
 
@@ -21,62 +20,53 @@ struct Args {
   float eps;
 };
 
-template <class T, class Team> __device__ __forceinline__ void *row_of(const void *base, Team &team, int k) {
-  return const_cast<T *>(reinterpret_cast<const T *>(base) + (u64)team.row() * k);
+template <class T, class Team> __device__ __forceinline__ uint4 *row_of(const void *base, const Team &team, int k) {
+  return reinterpret_cast<uint4 *>(const_cast<T *>(reinterpret_cast<const T *>(base)) + (u64)team.row() * k);
 }
 
 // A vector of k: of a thread with one piece it is there early, else it is read when it is needed.
 template <int V> struct Vector {
-  const void *from;
+  const uint4 *from;
   Piece kept;
-  __device__ __forceinline__ Vector(const void *from, const Row<V> &row) : from(from) {
-    if constexpr (V == 1)
-      if (row.has(0)) kept = read_piece(from, row.place(0));
+  __device__ __forceinline__ Vector(const void *from, const Row<V> &row) : from(reinterpret_cast<const uint4 *>(from)) {
+    if constexpr (V == 1) kept = read(row, 0);
   }
   __device__ __forceinline__ Piece get(const Row<V> &row, int i) const {
     if constexpr (V == 1) return kept;
-    else return read_piece(from, row.place(i));
+    else return read(row, i);
+  }
+  __device__ __forceinline__ Piece read(const Row<V> &row, int i) const {
+    return row.has(i) ? Piece::of(*row.in(from, i)) : Piece{};
   }
 };
 
-template <class T, int V, class Team>
-__device__ __forceinline__ void load_x(Row<V> &row, const Args &a, Team &team) {
+// The next kernel may begin, which waits for this one where it has to; what earlier ones wrote is there.
+__device__ __forceinline__ void meet_neighbours() {
   pdl_wait();
-  load(row, row_of<T>(a.x, team, a.k));
   pdl_launch();
 }
 
 struct Plain {
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    load_x<T>(row, a, team);
+    meet_neighbours();
+    load(row, row_of<T>(a.x, team, a.k));
   }
 };
 
 template <bool Add, bool Keep, class T, int V, class Team>
 __device__ __forceinline__ void load_sum(Row<V> &row, const Args &a, Team &team) {
+  meet_neighbours();
+  load(row, row_of<T>(a.x, team, a.k));
   if constexpr (Add) {
-    pdl_wait();
-    load(row, row_of<T>(a.x, team, a.k));
-    const void *residual = row_of<T>(a.residual, team, a.k);
-    if constexpr (V > 0) {
-      Row<V> other(team.warp(), row.pieces);
-      load(other, residual);
-      pdl_launch();
-      change(row, [&](Piece &piece, int i) {
+    const uint4 *residual = row_of<T>(a.residual, team, a.k);
+    Row<V> other(team.warp(), row.pieces);
+    if constexpr (V > 0) load(other, residual);
+    change(row, [&](Piece &piece, int i) {
+      const Piece more = V ? other.get(i) : Piece::of(*row.in(residual, i));
 #pragma unroll
-        for (int w = 0; w < 4; ++w) piece.word[w] = add2<T>(piece.word[w], other.kept[i].word[w]);
-      });
-    } else {
-      pdl_launch();
-      change(row, [&](Piece &piece, int i) {
-        const Piece other = read_piece(residual, row.place(i));
-#pragma unroll
-        for (int w = 0; w < 4; ++w) piece.word[w] = add2<T>(piece.word[w], other.word[w]);
-      });
-    }
+      for (int w = 0; w < 4; ++w) piece.word[w] = add2<T>(piece.word[w], more.word[w]);
+    });
     if constexpr (Keep) store(row, row_of<T>(a.sum, team, a.k));
-  } else {
-    load_x<T>(row, a, team);
   }
 }
 
@@ -159,18 +149,12 @@ struct SiluMul {  // T(T(silu(gate)) * up)
     for (int w = 0; w < 4; ++w) gate.word[w] = mul2<T>(pack2<T>(silu(x[2 * w]), silu(x[2 * w + 1])), up.word[w]);
   }
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    pdl_wait();
-    const T *gate = reinterpret_cast<T *>(row_of<T>(a.x, team, 2 * a.k));
+    meet_neighbours();
+    const uint4 *gate = row_of<T>(a.x, team, 2 * a.k), *up = gate + row.pieces;
     load(row, gate);
-    if constexpr (V > 0) {
-      Row<V> up(team.warp(), row.pieces);
-      load(up, gate + a.k);
-      pdl_launch();
-      change(row, [&](Piece &piece, int i) { apply<T>(piece, up.kept[i]); });
-    } else {
-      pdl_launch();
-      change(row, [&](Piece &piece, int i) { apply<T>(piece, read_piece(gate + a.k, row.place(i))); });
-    }
+    Row<V> other(team.warp(), row.pieces);
+    if constexpr (V > 0) load(other, up);
+    change(row, [&](Piece &piece, int i) { apply<T>(piece, V ? other.get(i) : Piece::of(*row.in(up, i))); });
   }
 };
 
@@ -197,7 +181,8 @@ struct GeluTanh {  // x / (1 + exp(-2 u)) = x / 2 (1 + tanh(u)), u = sqrt(2 / pi
 };
 template <class Function> struct Apply {  // T(f(x))
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    load_x<T>(row, a, team);
+    meet_neighbours();
+    load(row, row_of<T>(a.x, team, a.k));
     change(row, [](Piece &piece, int) {
       float x[VALUES<T>];
       floats<T>(piece, x);

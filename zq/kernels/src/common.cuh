@@ -119,6 +119,32 @@ __device__ __forceinline__ u16 to_e4m3x2(float low, float high) {
 }
 #endif
 
+// 16 bytes that are not read again soon.
+__device__ __forceinline__ uint4 load_once(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+// 2048 bytes of shared memory, once in a kernel. Unlike the address of a variable this one is known before the block is.
+__device__ __forceinline__ u32 shared_words() {
+  u32 address;
+  asm volatile("{.shared .align 16 .b8 words[2048]; mov.u32 %0, words;}" : "=r"(address));
+  return address;
+}
+__device__ __forceinline__ uint4 load_shared(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(u32 to, u32 value, bool if_true) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.u32 [%0], %1;}" ::"r"(to), "r"(value), "r"((u32)if_true)
+               : "memory");
+}
 // Four bytes to shared memory, of which the last ones are zeros; both addresses are multiples of four.
 __device__ __forceinline__ void copy4(u32 to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -152,10 +178,10 @@ __device__ __forceinline__ u32 cluster_size() {
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// A word of shared memory, in another block of the cluster.
-__device__ __forceinline__ void store_remote(u32* to, u32 rank, u32 value) {
+// A word, into the shared memory of another block.
+__device__ __forceinline__ void store_remote(u32 to, u32 rank, u32 value) {
   u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(to)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
 }
 #endif

@@ -28,19 +28,25 @@ template <class T> __device__ __forceinline__ float magnitude(u32 bits) {
   else return to_float(T{(u16)bits});
 }
 
-// Writes the codes of a piece; returns their sum for Int8.
-template <class Out, class T> __device__ __forceinline__ int write(const Piece &piece, const Quotient<T> &by, u32 *to) {
+template <class T> struct Codes {  // of a piece
+  u32 word[VALUES<T> / 4];
+};
+// Writes the codes of a piece, if it is there; returns their sum for Int8. The codes of zeros are zeros.
+template <class Out, class T>
+__device__ __forceinline__ int write(const Piece &piece, const Quotient<T> &by, Codes<T> *to, bool there) {
   float x[VALUES<T>];
   floats<T>(piece, x);
-  u32 words[VALUES<T> / 4];
+  Codes<T> codes;
   int sum = 0;
 #pragma unroll
   for (int w = 0; w < VALUES<T> / 4; ++w) {
-    words[w] = Out::pack(by(x[4 * w]), by(x[4 * w + 1]), by(x[4 * w + 2]), by(x[4 * w + 3]));
-    if constexpr (Out::sums) sum = __dp4a((int)words[w], 0x01010101, sum);
+    codes.word[w] = Out::pack(by(x[4 * w]), by(x[4 * w + 1]), by(x[4 * w + 2]), by(x[4 * w + 3]));
+    if constexpr (Out::sums) sum = __dp4a((int)codes.word[w], 0x01010101, sum);
   }
-  if constexpr (VALUES<T> == 8) *reinterpret_cast<uint2 *>(to) = uint2{words[0], words[1]};
-  else *to = words[0];
+  if (there) {
+    if constexpr (VALUES<T> == 8) *reinterpret_cast<uint2 *>(to) = uint2{codes.word[0], codes.word[1]};
+    else *to = codes;
+  }
   return sum;
 }
 template <class T> __device__ __forceinline__ void lift(Piece &piece, u32 by) {
@@ -51,22 +57,22 @@ template <class T> __device__ __forceinline__ void lift(Piece &piece, u32 by) {
 // ---- which values share a scale ----
 struct Token {
   template <class Out, class T, int V, class Team>
-  static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team, bool there) {
+  static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
     u32 largest = 0;
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
-      if (row.has(i)) largest = larger<T>(largest, row.get(i));
+      if (V || row.has(i)) largest = larger<T>(largest, row.get(i));
     largest = team.template reduce<Max>(Max::lanes(one<T>(largest)), 2);
     const float scale = scale_of<Out>(magnitude<T>(largest));
     const Quotient<T> by(scale);
     if (by.lifts()) change(row, [&](Piece &piece, int) { lift<T>(piece, by.lift); });
     u32 total = 0;
-    u32 *to = reinterpret_cast<u32 *>(row_of<u8>(a.q, team, a.k));
+    auto *to = reinterpret_cast<Codes<T> *>(row_of<u8>(a.q, team, a.k));
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
-      if (row.has(i)) total += (u32)write<Out>(row.get(i), by, to + row.place(i) * (VALUES<T> / 4));
+      if (V || row.has(i)) total += (u32)write<Out>(row.get(i), by, row.in(to, i), row.has(i));
     if constexpr (Out::sums) total = team.template reduce<Count>(Count::lanes(total), 3);
-    if (team.leads() && there) {
+    if (team.leads() && team.has(a.rows)) {
       a.scale[team.row()] = scale;
       if constexpr (Out::sums) a.rowsum[team.row()] = (int)total;
     }
@@ -74,47 +80,44 @@ struct Token {
 };
 struct Block128 {  // 128 values are 16 neighbouring lanes of 16-bit pieces, or a warp of float pieces
   template <class Out, class T, int V, class Team>
-  static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team, bool) {
+  static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
     constexpr int width = 128 / VALUES<T>;
-    u32 *to = reinterpret_cast<u32 *>(row_of<u8>(a.q, team, a.k));
+    auto *to = reinterpret_cast<Codes<T> *>(row_of<u8>(a.q, team, a.k));
     float *scales = a.scale + (u64)team.row() * ((a.k + 127) / 128);
 #pragma unroll
     for (int i = 0; i < row.count(); ++i) {
-      u32 largest = row.has(i) ? one<T>(larger<T>(0, row.get(i))) : 0;
+      Piece piece = V || row.has(i) ? row.get(i) : Piece{};
+      u32 largest = one<T>(larger<T>(0, piece));
 #pragma unroll
       for (int step = width / 2; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, step));
       const float scale = scale_of<Out>(magnitude<T>(largest));
       const Quotient<T> by(scale);
-      if (!row.has(i)) continue;
-      Piece piece = row.get(i);
       if (by.lifts()) lift<T>(piece, by.lift);
-      write<Out>(piece, by, to + row.place(i) * (VALUES<T> / 4));
-      if (row.place(i) % width == 0) scales[row.place(i) / width] = scale;
+      write<Out>(piece, by, row.in(to, i), row.has(i));
+      if (row.has(i) && row.place(i) % width == 0) scales[row.place(i) / width] = scale;
     }
   }
 };
 
 template <class Team, int V> __device__ __forceinline__ void quantize(const Args &a) {
-  __shared__ Parts parts;
-  Team team(parts);
-  const bool there = team.row() < a.rows;
-  Row<V> row(team.warp(), there ? a.k / VALUES<IN> : 0);
+  Team team;
+  Row<V> row(team.warp(), team.has(a.rows) ? (u32)a.k / VALUES<IN> : 0);
   OP::template run<IN>(row, a, team);
-  SCALES::template run<OUT, IN>(row, a, team, there);
+  SCALES::template run<OUT, IN>(row, a, team);
 }
 
 // The name says how many pieces of 16 bytes a thread has and who shares a row.
 #define KERNEL(NAME, TEAM, V, THREADS) \
   extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Args a) { quantize<TEAM, V>(a); }
-KERNEL(quantize_warp, Warp, 4, 1024)
+KERNEL(quantize_warp, Warp, 4, 256)
 KERNEL(quantize_1, Block, 1, 1024)
-KERNEL(quantize_4, Block, 4, 1024)
-KERNEL(quantize_cluster, Cluster, 1, 1024)
+KERNEL(quantize_4, Block, 4, 896)
+KERNEL(quantize_cluster, Cluster, 1, 512)
 KERNEL(quantize_long, Block, 0, 1024)
 #ifdef ZQ_VARIANTS
 KERNEL(quantize_2, Block, 2, 1024)
 KERNEL(quantize_8, Block, 8, 512)
 KERNEL(quantize_warp8, Warp, 8, 256)
-KERNEL(quantize_cluster2, Cluster, 2, 1024)
-KERNEL(quantize_cluster4, Cluster, 4, 1024)
+KERNEL(quantize_cluster2, Cluster, 2, 512)
+KERNEL(quantize_cluster4, Cluster, 4, 512)
 #endif

@@ -25,15 +25,10 @@ template <class T> __device__ __forceinline__ u32 max2(u32 a, u32 b) { return HA
 // ---- a piece: 16 bytes of a row ----
 struct Piece {
   u32 word[4];
+  static __device__ __forceinline__ Piece of(const uint4 &bits) { return {{bits.x, bits.y, bits.z, bits.w}}; }
+  __device__ __forceinline__ uint4 bits() const { return {word[0], word[1], word[2], word[3]}; }
 };
 template <class T> constexpr int VALUES = 16 / (int)sizeof(T);
-__device__ __forceinline__ Piece read_piece(const void *from, int place) {
-  const uint4 bits = reinterpret_cast<const uint4 *>(from)[place];
-  return {{bits.x, bits.y, bits.z, bits.w}};
-}
-__device__ __forceinline__ void write_piece(void *to, int place, const Piece &piece) {
-  reinterpret_cast<uint4 *>(to)[place] = uint4{piece.word[0], piece.word[1], piece.word[2], piece.word[3]};
-}
 template <class T> __device__ __forceinline__ void floats(const Piece &piece, float (&x)[VALUES<T>]) {
 #pragma unroll
   for (int w = 0; w < 4; ++w)
@@ -60,6 +55,8 @@ template <int V> struct Row {
   __device__ __forceinline__ void set(int i, const Piece &piece) { kept[i] = piece; }
   __device__ __forceinline__ int place(int i) const { return first + 32 * i; }
   __device__ __forceinline__ bool has(int i) const { return place(i) < pieces; }
+  // Where piece i is in memory, when each piece takes an A there.
+  template <class A> __device__ __forceinline__ A *in(A *row, int i) const { return row + (u32)first + 32 * i; }
 };
 
 extern __shared__ uint4 long_row[];  // a thread reads only what it wrote, so there is no barrier
@@ -70,32 +67,34 @@ template <> struct Row<0> {
 
   __device__ __forceinline__ Row(int, int pieces) : pieces(pieces) {}
   __device__ __forceinline__ int count() const { return (pieces + blockDim.x - 1) / blockDim.x; }
-  __device__ __forceinline__ Piece get(int i) const { return read_piece(long_row, place(i)); }
-  __device__ __forceinline__ void set(int i, const Piece &piece) { write_piece(long_row, place(i), piece); }
+  __device__ __forceinline__ Piece get(int i) const { return Piece::of(long_row[place(i)]); }
+  __device__ __forceinline__ void set(int i, const Piece &piece) { long_row[place(i)] = piece.bits(); }
   __device__ __forceinline__ int place(int i) const { return i * blockDim.x + threadIdx.x; }
   __device__ __forceinline__ bool has(int i) const { return place(i) < pieces; }
+  template <class A> __device__ __forceinline__ A *in(A *row, int i) const { return row + place(i); }
 };
 
-template <int V> __device__ __forceinline__ void load(Row<V> &row, const void *from) {
+template <int V> __device__ __forceinline__ void load(Row<V> &row, const uint4 *from) {
 #pragma unroll
   for (int i = 0; i < row.count(); ++i)
-    if (row.has(i)) row.set(i, read_piece(from, row.place(i)));
+    if (row.has(i)) row.set(i, Piece::of(load_once(row.in(from, i))));
     else if (V) row.set(i, {});
 }
-// f(piece, i) for every piece of the thread; what it leaves in `piece` is kept.
+// f(piece, i) for every piece of the thread; what it leaves in `piece` is kept. Missing pieces in registers are zeros
+// that are computed too: without branches between them, pieces do not wait for each other.
 template <int V, class F> __device__ __forceinline__ void change(Row<V> &row, F f) {
 #pragma unroll
   for (int i = 0; i < row.count(); ++i)
-    if (row.has(i)) {
+    if (V || row.has(i)) {
       Piece piece = row.get(i);
       f(piece, i);
       row.set(i, piece);
     }
 }
-template <int V> __device__ __forceinline__ void store(const Row<V> &row, void *to) {
+template <int V> __device__ __forceinline__ void store(const Row<V> &row, uint4 *to) {
 #pragma unroll
   for (int i = 0; i < row.count(); ++i)
-    if (row.has(i)) write_piece(to, row.place(i), row.get(i));
+    if (row.has(i)) *row.in(to, i) = row.get(i).bits();
 }
 
 // ---- what is reduced: words, 0 being neutral ----
@@ -140,68 +139,64 @@ template <int N> __device__ __forceinline__ float fold(float (&value)[N], int st
 }
 
 // ---- the threads of a row ----
-struct Parts {  // one word of each warp, for each reduction of a kernel
-  alignas(16) u32 words[4][128];
-};
+// In shared memory each warp has a word for each of the reductions of a kernel: four times 128.
+constexpr int PARTS = 128;
+__device__ __forceinline__ u32 word(u32 parts, int at, int i) { return parts + 4 * (at * PARTS + i); }
 template <class By> __device__ __forceinline__ u32 quad(uint4 a) {
   return By::combine(By::combine(a.x, a.y), By::combine(a.z, a.w));
 }
 // Of all words up to `count`, which zeros follow.
-template <class By> __device__ __forceinline__ u32 reduce_words(const u32 *words, int count) {
-  const uint4 *quads = reinterpret_cast<const uint4 *>(words);
-  if (count <= 4) return quad<By>(quads[0]);
-  if (count <= 16)
-    return quad<By>({quad<By>(quads[0]), quad<By>(quads[1]), quad<By>(quads[2]), quad<By>(quads[3])});
+template <class By> __device__ __forceinline__ u32 reduce_words(u32 words, int count) {
+  const auto of_four = [&](int i) { return quad<By>(load_shared(words + 16 * i)); };
+  if (count <= 4) return of_four(0);
+  if (count <= 16) return quad<By>({of_four(0), of_four(1), of_four(2), of_four(3)});
   const int lane = threadIdx.x % 32;
-  return By::lanes(4 * lane < count ? quad<By>(quads[lane]) : 0);
+  return By::lanes(4 * lane < count ? of_four(lane) : 0);
 }
 
 struct Warp {  // a warp has a row
-  __device__ __forceinline__ Warp(Parts &) {}
   __device__ __forceinline__ int row() const { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
+  __device__ __forceinline__ bool has(int rows) const { return row() < rows; }
   __device__ __forceinline__ int warp() const { return 0; }
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 32 == 0; }
-  __device__ __forceinline__ void begin() {}
   template <class By> __device__ __forceinline__ u32 reduce(u32 value, int) { return value; }
 };
 struct Block {
-  Parts &parts;
-  __device__ __forceinline__ Block(Parts &parts) : parts(parts) {}
+  u32 parts = shared_words();
   __device__ __forceinline__ int row() const { return blockIdx.x; }
+  __device__ __forceinline__ bool has(int) const { return true; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
   __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
-  __device__ __forceinline__ void begin() {}
   // Each call has an `at` of its own, so that no barrier is needed between two of them.
   template <class By> __device__ __forceinline__ u32 reduce(u32 value, int at) {
     const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    u32 *words = parts.words[at];
     if (warps == 1) return value;
-    if (lane == 0) words[warp()] = value;
-    else if (warp() == 0 && lane >= warps) words[lane] = 0;
+    const bool first = lane == 0;
+    store_shared(word(parts, at, first ? warp() : lane), first ? value : 0, first || (warp() == 0 && lane >= warps));
     __syncthreads();
-    return reduce_words<By>(words, warps);
+    return reduce_words<By>(word(parts, at, 0), warps);
   }
 };
 #if ZQ_ARCH >= 90
 struct Cluster {  // up to eight blocks of up to sixteen warps
-  Parts &parts;
-  u32 size, rank;
-  __device__ __forceinline__ Cluster(Parts &parts) : parts(parts), size(cluster_size()), rank(cluster_rank()) {
-    for (int i = threadIdx.x; i < 4 * 128; i += blockDim.x) {
-      if (i % 128 >= size * (blockDim.x / 32)) parts.words[i / 128][i % 128] = 0;
-    }
+  u32 parts = shared_words(), size = cluster_size(), rank = cluster_rank();
+  bool met = false;
+  __device__ __forceinline__ Cluster() {
+    for (u32 i = threadIdx.x; i < 4 * PARTS; i += blockDim.x)
+      store_shared(word(parts, 0, i), 0, i % PARTS >= size * (blockDim.x / 32));
     cluster_arrive();
   }
   __device__ __forceinline__ int row() const { return blockIdx.x / size; }
+  __device__ __forceinline__ bool has(int) const { return true; }
   __device__ __forceinline__ int warp() const { return rank * (blockDim.x / 32) + threadIdx.x / 32; }
   __device__ __forceinline__ bool leads() const { return rank == 0 && threadIdx.x == 0; }
-  __device__ __forceinline__ void begin() { cluster_wait(); }  // all blocks are there
   template <class By> __device__ __forceinline__ u32 reduce(u32 value, int at) {
     const u32 lane = threadIdx.x % 32;
-    if (lane < size) store_remote(parts.words[at] + warp(), lane, value);
+    if (!met) cluster_wait(), met = true;  // all blocks are there
+    if (lane < size) store_remote(word(parts, at, warp()), lane, value);
     cluster_arrive();
     cluster_wait();
-    return reduce_words<By>(parts.words[at], size * (blockDim.x / 32));
+    return reduce_words<By>(word(parts, at, 0), size * (blockDim.x / 32));
   }
 };
 #else
@@ -213,10 +208,11 @@ template <int V, class Team, class F> __device__ __forceinline__ float total(con
   float own[Row<V>::registers] = {};
 #pragma unroll
   for (int i = 0; i < row.count(); ++i)
-    if (row.has(i)) {
+    if constexpr (V > 0) {
       const float sum = f(row.get(i));
-      if constexpr (V) own[i] = sum;
-      else own[0] += sum;
+      own[i] = row.has(i) ? sum : 0.0f;
+    } else if (row.has(i)) {
+      own[0] += f(row.get(i));
     }
   return __uint_as_float(team.template reduce<Sum>(__float_as_uint(fold(own)), at));
 }
