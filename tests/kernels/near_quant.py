@@ -81,8 +81,8 @@ def verdict(name: str, args: tuple[Any, ...], made: list[Tensor], wanted: list[T
     if bool((off > 0).any()):
         row, column = divmod(int(off.argmax()), q.shape[1])
         return (
-            f"{int((off > 0).sum())} codes are wrong, as at {row}, {column}: {q[row, column]:g} * {scale[row]:g} "
-            f"for {y[row, column]:g}"
+            f"{int((off > 0).sum())} codes are wrong, as at {row}, {column}: "
+            f"{q[row, column]:g} * {scale[row]:g} for {y[row, column]:g}"
         )
     same = scale == wanted[1][whole].double()
     rate = float((q[same] != codes[same]).double().mean()) if bool(same.any()) else 0.0

@@ -48,8 +48,7 @@ TYPES = {"u64": ctypes.c_uint64, "int": ctypes.c_int, "float": ctypes.c_float}
 def test_the_arguments_are_those_of_the_kernel(source):
     """Names in the same order, of the same types, and so, with natural alignment, at the same offsets."""
     structure = STRUCTURES[source]
-    text = nvrtc.texts(source)[source]
-    body = re.search(r"struct Args \{(.*?)\};", text, re.DOTALL)
+    body = re.search(r"struct Args \{(.*?)\n\};", "\n".join(nvrtc.texts(source).values()), re.DOTALL)
     assert body
     declared = re.findall(r"^\s*([\w ]+?)\s*(\*?)(\w+);", body[1], re.MULTILINE)
     assert [name for _, _, name in declared] == [name for name, *_ in structure._fields_]
