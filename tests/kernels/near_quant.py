@@ -69,15 +69,19 @@ def verdict(name: str, args: tuple[Any, ...], made: list[Tensor], wanted: list[T
     whole = y.isfinite().all(-1)
     if not torch.equal(q[~whole].double(), wanted[0][~whole].double()):
         return "a row with infinity differs"
-    q, codes, scale, y, slack = q[whole].double(), wanted[0][whole].double(), scale[whole].double(), y[whole], slack[whole]
+    q, codes, scale, y, slack = (
+        q[whole].double(),
+        wanted[0][whole].double(),
+        scale[whole].double(),
+        y[whole],
+        slack[whole],
+    )
     step = torch.ones_like(q) if made[0].dtype == torch.int8 else _step(q)
     off = (q * scale[:, None] - y).abs() - (step / 2 * scale[:, None] * (1 + 1e-5) + slack)
     if bool((off > 0).any()):
         row, column = divmod(int(off.argmax()), q.shape[1])
-        return (
-            f"{int((off > 0).sum())} codes are wrong, as at {row}, {column}: {q[row, column]:g} * {scale[row]:g} "
-            f"for {y[row, column]:g}"
-        )
+        what = f"{q[row, column]:g} * {scale[row]:g} for {y[row, column]:g}"
+        return f"{int((off > 0).sum())} codes are wrong, as at {row}, {column}: {what}"
     same = scale == wanted[1][whole].double()
     rate = float((q[same] != codes[same]).double().mean()) if bool(same.any()) else 0.0
     return f"{rate:.2%} of the codes differ" if rate > RARELY else ""

@@ -3,11 +3,13 @@
 
     python -m tests.kernels.quant_smoke check [--out FILE.json] [--only REGEX]
     python -m tests.kernels.quant_smoke time [--out FILE.json] [--only REGEX] [--variants]
+    python -m tests.kernels.quant_smoke chain [--out FILE.json] [-D...]
 
 `check` runs every operator, dtype and way to launch, into memory full of NaN, against the reference; all ways
 must give the same bytes. `time` runs every way to launch as a CUDA graph of calls on buffers that together
 exceed the caches, beside a copy; the way that zq takes is marked. --variants: more entries (ZQ_VARIANTS of
-quant.cu).
+quant.cu). `chain` times the products of four layers of Llama-8B (W4A8-INT8, no attention) with the activation
+kernels between them, and without.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,8 +32,9 @@ from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls, row_shapes
 from tests.kernels.near_quant import verdict
-from zq.kernels import bundle, checks, cuda, launch, reference
+from zq.kernels import bundle, checks, cuda, launch, layout, reference
 from zq.kernels.launch import RowShape
+from zq.kernels.layout import Packing
 from zq.kernels.table import QUANT_UNITS, UNITS
 
 ROTATED = 256 << 20  # bytes: several times the L2 cache
@@ -108,7 +112,9 @@ def extreme() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield from (("quant_int8", (ordered,)), ("quant_fp8", (ordered,)))
         for out in (INT8, FP8):
             yield from (("gelu_quant", (ordered[small], how, out)) for how in ("none", "tanh"))
-    odd = torch.tensor([[torch.inf, 1.0] * 8, [-torch.inf] * 16, [torch.inf, -torch.inf] * 8, [3e38, 1.0] * 8])
+    odd = torch.tensor(
+        [[torch.inf, 1.0] * 8, [-torch.inf] * 16, [torch.inf, -torch.inf] * 8, [3e38, 1.0] * 8]
+    )
     for dtype in (BF16, FP16, torch.float32):
         yield from (("quant_int8", (odd.to(dtype),)), ("quant_fp8", (odd.to(dtype),)))
 
@@ -255,23 +261,77 @@ def measure(only: str, variants: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def chain(tokens: tuple[int, ...] = (1, 4, 16, 64)) -> list[dict[str, Any]]:
+    ops: Any = torch.ops.zq
+    shapes = {"qkv": (6144, 4096), "o": (4096, 4096), "up": (28672, 4096), "down": (4096, 14336)}
+    layers = []
+    for _ in range(4):
+        weights = {}
+        for name, (n, k) in shapes.items():
+            codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+            sub = torch.randint(1, 9, (n, k // 128), dtype=torch.uint8, device="cuda")
+            packed = layout.pack(
+                Packing("w4a8_two", 128), codes, sub, (128 - 8 * sub.short()).to(torch.uint8)
+            )
+            weights[name] = (packed, torch.full((n,), 1e-3, device="cuda"), n)
+        layers.append(weights)
+    rows = []
+    for m in tokens:
+        x = torch.randn(m, 4096, device="cuda").to(BF16)
+        norm = torch.ones(4096, device="cuda").to(BF16)
+
+        def product(weight: tuple[Tensor, Tensor, int], q: Tensor, s: Tensor, r: Tensor) -> Tensor:
+            packed, ws, n = weight
+            return ops.w4a8_int8(q, s, r, packed, ws, None, n, 128, BF16)
+
+        narrow, wide = ops.quant_int8(x), ops.quant_int8(x.repeat(1, 4)[:, :14336].contiguous())
+
+        def step(fused: bool, m=m, x=x, norm=norm, narrow=narrow, wide=wide) -> None:
+            hidden, out = x, x
+            for weights in layers:
+                if not fused:
+                    for name in shapes:
+                        product(weights[name], *(wide if name == "down" else narrow))
+                    continue
+                q, s, r, hidden = ops.add_rms_norm_quant(out, hidden, norm, 1e-5, INT8)
+                qkv = product(weights["qkv"], q, s, r)
+                out = product(weights["o"], *ops.quant_int8(qkv.view(-1)[: m * 4096].view(m, 4096)))
+                q, s, r, hidden = ops.add_rms_norm_quant(out, hidden, norm, 1e-5, INT8)
+                both = product(weights["up"], q, s, r)
+                out = product(weights["down"], *ops.silu_mul_quant(both, INT8)[:3])
+
+        fused, bare = (microseconds([partial(step, each)]) / len(layers) for each in (True, False))
+        rows.append({"m": m, "layer_us": round(fused, 2), "products_us": round(bare, 2)})
+        print(f"{m} rows: {fused:.2f} us a layer, its products alone {bare:.2f}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("what", choices=["check", "time", "chain"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--variants", action="store_true")
-    args = parser.parse_args()
-    if args.variants:
-        for unit in QUANT_UNITS:
+    args, defines = parser.parse_known_args()
+    for unit in QUANT_UNITS:
+        UNITS[unit.name] = replace(unit, options=tuple(defines))
+        if args.variants:
             entries = (*unit.entries, *VARIANTS)
-            UNITS[unit.name] = replace(unit, entries=entries, options=("-DZQ_VARIANTS",))
+            UNITS[unit.name] = replace(unit, entries=entries, options=("-DZQ_VARIANTS", *defines))
     names = [unit.name for unit in QUANT_UNITS]
-    if args.what == "time":
-        names = [name for name in names if name.endswith("_bf16") and ("int8" in name or name == "plain_fp8_bf16")]
+    if args.what != "check":
+        names = [
+            name for name in names if name.endswith("_bf16") and ("int8" in name or name == "plain_fp8_bf16")
+        ]
     compile_all(names)
     started = time.time()
-    found = check(args.only) if args.what == "check" else measure(args.only, args.variants)
+    found = (
+        check(args.only)
+        if args.what == "check"
+        else chain()
+        if args.what == "chain"
+        else measure(args.only, args.variants)
+    )
     print(f"{time.time() - started:.0f} s", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,21 +18,41 @@ from zq.kernels.table_optim import OPTIM_UNITS
 launch = pytest.importorskip("zq.kernels.launch")
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 4095, 4096, 4097, 7000])
-def test_every_piece_has_a_thread(pieces):
-    entry, threads, shared = launch.row_shape(pieces)
-    assert entry in UNITS["plain_int8_bf16"].entries
-    assert threads % 32 == 0
-    assert 32 <= threads <= 1024
-    if entry == "quantize_long":
-        assert shared == 16 * pieces
-    else:
-        each = int(entry.removeprefix("quantize_"))
-        assert threads * each >= pieces > (threads - 32) * each
+DEVICE = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
+OLD = launch.cuda.Device(0, "sm_80", 80, 108, 166912, None)
+EACH = {"quantize_warp": 4, "quantize_1": 1, "quantize_4": 4, "quantize_cluster": 1}  # pieces of a thread
+
+
+@pytest.mark.parametrize("device", [DEVICE, OLD])
+@pytest.mark.parametrize("rows", [1, 64, 5000])
+@pytest.mark.parametrize(
+    "pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 1024, 1025, 1793, 3583, 3584, 3585, 7000]
+)
+def test_every_piece_has_a_thread(pieces, rows, device):
+    shape = launch.row_shape(pieces, rows, device)
+    assert shape.entry in UNITS["plain_int8_bf16"].entries
+    assert shape.threads % 32 == 0
+    assert shape.shared == (16 * pieces if shape.entry == "quantize_long" else 0)
+    limit = {"quantize_warp": 256, "quantize_4": 896, "quantize_cluster": 512}.get(shape.entry, 1024)
+    assert 32 <= shape.threads <= limit, "what the kernel is compiled for"
+    if shape.entry == "quantize_long":
+        return
+    threads = shape.blocks * shape.threads // shape.rows
+    assert threads * EACH[shape.entry] >= pieces
+    assert shape.blocks in (1, 2, 4, 8)
+    assert shape.blocks == 1 or device.number >= 90, "older ones have no clusters"
+
+
+def test_few_rows_are_spread_and_many_are_not():
+    assert launch.row_shape(512, 1, DEVICE).threads == 512
+    assert launch.row_shape(1792, 1, DEVICE) == ("quantize_cluster", 448, 1, 4, 0)
+    assert launch.row_shape(1792, 1, OLD).entry == "quantize_4"
+    assert launch.row_shape(1792, 4096, DEVICE).entry == "quantize_4"
+    assert launch.row_shape(96, 8192, DEVICE).entry == "quantize_warp"
 
 
 STRUCTURES = {
-    "quant.cu": launch.QuantArguments,
+    "before.cuh": launch.QuantArguments,
     "attention.cu": launch_kv.AttentionArguments,
     "store_kv.cu": launch_kv.StoreArguments,
 }
@@ -67,8 +87,7 @@ def test_every_operator_has_a_launch_and_every_unit_an_operator():
 def test_names_lead_to_units(dtype, out, monkeypatch):
     """Every activation operator, with a device that is none: what would be launched exists."""
     seen = []
-    device = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
-    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: DEVICE)
 
     def record(device, unit, entry, grid, block, arguments, **options):
         assert entry in UNITS[unit].entries
@@ -100,8 +119,7 @@ def test_names_lead_to_units(dtype, out, monkeypatch):
 
 
 def test_fp8_on_a_device_without_it(monkeypatch):
-    device = launch.cuda.Device(0, "sm_80", 80, 108, 166912, None)
-    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: OLD)
     x = torch.zeros(1, 16)
     made = [x.new_empty(shape, dtype=kind) for shape, kind in checks.quant_fp8(x)]
     with pytest.raises(ZqError, match="sm_80 has no FP8; use INT8"):

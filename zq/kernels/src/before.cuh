@@ -42,8 +42,13 @@ template <int V> struct Vector {
 
 // The next kernel may begin, which waits for this one where it has to; what earlier ones wrote is there.
 __device__ __forceinline__ void meet_neighbours() {
+#ifdef ZQ_EARLY
+  pdl_launch();
+  pdl_wait();
+#else
   pdl_wait();
   pdl_launch();
+#endif
 }
 
 struct Plain {
