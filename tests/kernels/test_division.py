@@ -84,7 +84,7 @@ def test_ties_stay_ties():
 )
 @pytest.mark.parametrize(("top", "smaller"), [(127.5, 9), (448.0, 19)], ids=["int8", "e4m3"])
 def test_codes_of_16_bits_are_those_of_ieee_division(bits, mask, step, top, smaller):
-    """struct Quotient and scale_of of round8.cuh: all numbers of `bits` bits over the scales of rows whose
+    """struct Quotient and scale_of of quotient.cuh: all numbers of `bits` bits over the scales of rows whose
     largest is one of them (every 37th of fp16; all of them passed once), with a reciprocal that may be two
     units off. Powers of two change nothing."""
     numbers = np.arange(1 << bits - 1, 1 << bits, dtype=np.float64)

@@ -9,7 +9,7 @@
 //
 // top is 127.5 for int8, 448 for e4m3.
 #include "before.cuh"
-#include "round8.cuh"
+#include "quotient.cuh"
 
 // Bits of the largest magnitude in a piece and `other`: of T, or, of 16-bit types, of two of T.
 template <class T> __device__ __forceinline__ u32 larger(u32 other, const Piece &piece) {

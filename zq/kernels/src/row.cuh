@@ -13,14 +13,12 @@
 constexpr u32 ALL = 0xffffffffu;
 
 // ---- 16-bit floats, two in a word ----
-template <class T> constexpr bool HALF = false;
-template <> constexpr bool HALF<fp16> = true;
 template <class T> __device__ __forceinline__ u32 pack2(float low, float high) {
-  return HALF<T> ? pack_half(low, high) : pack_bf16(low, high);
+  return IS_HALF<T> ? pack_half(low, high) : pack_bf16(low, high);
 }
-template <class T> __device__ __forceinline__ u32 add2(u32 a, u32 b) { return HALF<T> ? add_half2(a, b) : add_bf16x2(a, b); }
-template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) { return HALF<T> ? mul_half2(a, b) : mul_bf16x2(a, b); }
-template <class T> __device__ __forceinline__ u32 max2(u32 a, u32 b) { return HALF<T> ? max_half2(a, b) : max_bf16x2(a, b); }
+template <class T> __device__ __forceinline__ u32 add2(u32 a, u32 b) { return IS_HALF<T> ? add_half2(a, b) : add_bf16x2(a, b); }
+template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) { return IS_HALF<T> ? mul_half2(a, b) : mul_bf16x2(a, b); }
+template <class T> __device__ __forceinline__ u32 max2(u32 a, u32 b) { return IS_HALF<T> ? max_half2(a, b) : max_bf16x2(a, b); }
 
 // ---- a piece: 16 bytes of a row ----
 struct Piece {
@@ -34,7 +32,7 @@ template <class T> __device__ __forceinline__ void floats(const Piece &piece, fl
   for (int w = 0; w < 4; ++w)
     if constexpr (sizeof(T) == 4) {
       x[w] = __uint_as_float(piece.word[w]);
-    } else if constexpr (HALF<T>) {
+    } else if constexpr (IS_HALF<T>) {
       x[2 * w] = from_half((u16)piece.word[w]);
       x[2 * w + 1] = from_half((u16)(piece.word[w] >> 16));
     } else {
