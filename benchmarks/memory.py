@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -147,6 +148,8 @@ def run(args: argparse.Namespace) -> Results:
     commit = commit_of(args.commit)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for scheme, method, blocks, calibration, steps in runs(args):
+            if not re.search(args.only, f"{scheme} {method}"):
+                continue
             place = dict(zip(KEY, (args.mode, scheme, method, 0), strict=True))
             data = {"rules": [{"match": "*", **SCHEMES[scheme]}], "steps": steps, "calibration": calibration}
             recipe = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
@@ -199,6 +202,7 @@ def main() -> None:
             "--generated", type=int, default=0, help="windows that the model writes, for lkd"
         )
         command.add_argument("--scratch", type=Path, help="where the checkpoints are written")
+        command.add_argument("--only", default=".*", help="regex over schemes and methods: 'w4a8 g128 lkd'")
         command.add_argument("--out", type=Path)
         command.add_argument("--commit")
         for key in shape:

@@ -7,12 +7,13 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from zq.kernels import nvrtc
+from zq.kernels import launch, nvrtc
 from zq.kernels.unit import Unit
 
 HOST = Path(__file__).parent / "host"
@@ -56,3 +57,12 @@ def aligned(x: Tensor) -> Tensor:
     begin = -memory.data_ptr() % 16
     place = memory[begin : begin + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
     return place.copy_(x)
+
+
+def into(op: str, args: tuple[Any, ...], made: list[Tensor]) -> None:
+    """An operator's launch, with its outputs in `made`."""
+    kept = launch.prepare(op, args)
+    assert [(tuple(x.shape), x.dtype) for x in made] == [(tuple(s), dtype) for s, dtype in kept.outputs]
+    launch.address(kept, (*args, *made))
+    assert kept.launch is not None
+    kept.launch()

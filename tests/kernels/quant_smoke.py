@@ -30,8 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import zq.kernels.ops  # noqa: F401 (registers the operators)
 from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls, row_shapes
 from tests.kernels.near_quant import verdict
+from tests.kernels.on_cpu import into
 from zq.kernels import bundle, checks, cuda, launch, layout, reference
 from zq.kernels.launch import RowShape
 from zq.kernels.layout import Packing
@@ -69,6 +71,7 @@ def compile_all(names: list[str]) -> None:
 def forced(shape: RowShape | None) -> None:
     """Every launch takes this shape from now on; None: the one that zq chooses."""
     launch.row_shape = CHOICE if shape is None else lambda *_: shape
+    launch.forget()
 
 
 CHOICE = launch.row_shape
@@ -80,7 +83,7 @@ def run_into_nan(name: str, args: tuple[Any, ...]) -> list[Tensor]:
         made.append(torch.empty(shape, dtype=dtype, device="cuda"))
         if made[-1].numel():
             made[-1].view(torch.uint8).fill_(0xFF)
-    launch.LAUNCH[name](name, made, *args)
+    into(name, args, made)
     torch.cuda.synchronize()
     return [each.cpu() for each in made]
 

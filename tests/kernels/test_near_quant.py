@@ -1,4 +1,4 @@
-"""The judge of codes behind a norm or an activation function (near_quant.py): what it lets through and not."""
+"""The judge of codes behind a norm or an activation function (near_quant.py): what it lets through."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP16, activations, quant_calls, row_shapes
 from tests.kernels.near_quant import EXACT, verdict
-from tests.kernels.on_cpu import Sources, aligned
+from tests.kernels.on_cpu import Sources, aligned, into
 from zq.kernels import checks, launch, reference
 from zq.kernels.table import UNITS
 
@@ -38,11 +38,12 @@ def on_host(host, monkeypatch):
     monkeypatch.setattr(launch.cuda, "describe", lambda index: HOST)
     launched = []
 
-    def run(device, unit, entry, grid, block, arguments, *, cluster, **options) -> None:
-        launched.append(entry)
-        host(unit).run(ctypes.byref(arguments[0]), ENTRIES.index(entry), grid[0], block, cluster)
+    def run(it) -> None:
+        launched.append(it.entry)
+        cluster = it.options[3]
+        host(it.unit).run(ctypes.byref(it.arguments), ENTRIES.index(it.entry), it.grid[0], it.block, cluster)
 
-    monkeypatch.setattr(launch.cuda, "launch", run)
+    monkeypatch.setattr(launch.Launch, "__call__", run)
     return launched
 
 
@@ -51,7 +52,7 @@ def run_into_nan(name: str, args: tuple) -> list[Tensor]:
     for shape, dtype in getattr(checks, name)(*args):
         made.append(aligned(torch.zeros(shape, dtype=dtype)))
         made[-1].view(torch.uint8).fill_(0xFF) if made[-1].numel() else None
-    launch.LAUNCH[name](name, made, *args)
+    into(name, args, made)
     return made
 
 
@@ -107,7 +108,7 @@ def test_extreme_rows(on_host):
     poisoned = aligned(torch.ones(2, 64))
     poisoned[1, 33] = torch.nan
     made = [aligned(torch.zeros(shape, dtype=dtype)) for shape, dtype in checks.quant_int8(poisoned)]
-    launch.LAUNCH["quant_int8"]("quant_int8", made, poisoned)
+    into("quant_int8", (poisoned,), made)
     assert torch.isnan(made[1]).tolist() == [False, True]
 
 

@@ -155,6 +155,8 @@ def _serve(pipe: Connection, device: str, work: Work, scratch: Path) -> None:
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // len(work.devices)))
+    else:
+        torch.cuda.set_device(device)  # for what takes the current one, whatever its tensors are on
     bench = Bench(device, work.setting, work.base, scratch)
     while True:
         subject, cell = pipe.recv()

@@ -18,7 +18,6 @@ template <class T> __device__ __forceinline__ u32 pack2(float low, float high) {
 }
 template <class T> __device__ __forceinline__ u32 add2(u32 a, u32 b) { return IS_HALF<T> ? add_half2(a, b) : add_bf16x2(a, b); }
 template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) { return IS_HALF<T> ? mul_half2(a, b) : mul_bf16x2(a, b); }
-template <class T> __device__ __forceinline__ u32 max2(u32 a, u32 b) { return IS_HALF<T> ? max_half2(a, b) : max_bf16x2(a, b); }
 
 // ---- a piece: 16 bytes of a row ----
 struct Piece {
