@@ -1,9 +1,9 @@
 # ruff: noqa: T201 (a script)
 """The kernels of activations on a GPU, for a machine that is there for minutes only.
 
-    python -m tests.kernels.quant_smoke check [--out FILE.json] [--only REGEX]
+    python -m tests.kernels.quant_smoke check [--out FILE.json] [--only REGEX] [--part 0/4]
     python -m tests.kernels.quant_smoke time [--out FILE.json] [--only REGEX] [--variants]
-    python -m tests.kernels.quant_smoke chain [--out FILE.json] [-D...]
+    python -m tests.kernels.quant_smoke chain [--out FILE.json]
 
 `check` runs every operator, dtype and way to launch, into memory full of NaN, against the reference; all ways
 must give the same bytes. `time` runs every way to launch as a CUDA graph of calls on buffers that together
@@ -15,6 +15,7 @@ kernels between them, and without.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -41,22 +42,31 @@ from zq.kernels.table import QUANT_UNITS, UNITS
 
 ROTATED = 256 << 20  # bytes: several times the L2 cache
 INT8 = torch.int8
-VARIANTS = ("quantize_2", "quantize_8", "quantize_warp8", "quantize_cluster2", "quantize_cluster4")
+VARIANTS = {  # pieces of a thread
+    "quantize_2": 2,
+    "quantize_2e": 2,
+    "quantize_4e": 4,
+    "quantize_8": 8,
+    "quantize_warp2": 2,
+    "quantize_warp3": 3,
+    "quantize_cluster2": 2,
+}
 CHECKED = [  # rows, K
     *((5, k) for k in (16, 48, 128, 256, 768, 1008, 1024, 1040, 3072, 4096, 5120, 8192, 8208, 14336, 28672)),
     *((2, k) for k in (32768, 32784, 40000)),
     (133, 768),
     (300, 1024),
     (70, 4096),
+    (0, 0),  # extreme numbers
 ]
 TIMED = [
     *((m, 4096) for m in (1, 16, 128, 256, 512, 1024, 4096)),
-    *((m, 14336) for m in (1, 16, 128, 4096)),
+    *((m, 14336) for m in (1, 16, 64, 128, 512, 4096)),
     *((m, 28672) for m in (1, 1024)),
-    *((m, 8192) for m in (1, 2048)),
+    *((m, 8192) for m in (1, 128, 2048)),
     *((m, 768) for m in (128, 1024, 8192)),
     *((m, 3072) for m in (128, 1024, 8192)),
-    *((m, 1024) for m in (1, 512, 8192)),
+    *((m, 1024) for m in (1, 1024, 8192)),
 ]
 
 
@@ -122,9 +132,10 @@ def extreme() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield from (("quant_int8", (odd.to(dtype),)), ("quant_fp8", (odd.to(dtype),)))
 
 
-def check(only: str) -> dict[str, Any]:
+def check(only: str, part: int, parts: int) -> dict[str, Any]:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
     cases, wrong = 0, []
-    for m, k in [*CHECKED, (0, 0)]:
+    for m, k in CHECKED[part::parts]:
         calls = list(calls_to_check(m, k)) if m else list(extreme())
         if 4096 <= k <= 28672:
             calls += [(name, with_outlier(args)) for name, args in calls if "norm" in name]
@@ -194,6 +205,7 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
+        calls[0]()  # workspaces belong to the stream
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
@@ -212,23 +224,27 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
     return median(found)
 
 
-def shapes_to_time(pieces: int, variants: bool) -> Iterator[RowShape]:
+def shapes_to_time(pieces: int, m: int, variants: bool) -> Iterator[RowShape]:
     warps = -(-pieces // 32)
     for shape in row_shapes(pieces):
-        if shape.rows != 1 or "warp" not in shape.entry:
-            yield shape
+        if "warp" in shape.entry and shape.rows == 1:
+            continue
+        if "cluster" in shape.entry and m > 512:
+            continue
+        yield shape
     if not variants or pieces > launch.WIDE:
         return
-    for each in (2, 8):
-        if pieces <= launch.WIDE:
-            yield RowShape(f"quantize_{each}", -(-warps // each) * 32)
-    if 64 < pieces <= 256:
-        yield from (RowShape("quantize_warp8", 32 * rows, rows=rows) for rows in (2, 4, 8))
-    for each in (2, 4):
-        for blocks in (2, 4, 8):
-            threads = -(-warps // (blocks * each)) * 32
-            if pieces > 512 and 64 <= threads <= launch.CLUSTERED:
-                yield RowShape(f"quantize_cluster{each}", threads, blocks=blocks)
+    for entry, each in VARIANTS.items():
+        if "warp" in entry:
+            if (each - 1) * 32 < pieces <= each * 32:
+                yield RowShape(entry, 128, rows=4)
+        elif "cluster" in entry:
+            for blocks in (2, 4):
+                threads = -(-warps // (blocks * each)) * 32
+                if pieces > 512 and m <= 128 and threads <= launch.CLUSTERED:
+                    yield RowShape(entry, threads, blocks=blocks)
+        elif m >= 128 and pieces <= each * 512:
+            yield RowShape(entry, -(-warps // each) * 32)
 
 
 def measure(only: str, variants: bool) -> list[dict[str, Any]]:
@@ -247,7 +263,7 @@ def measure(only: str, variants: bool) -> list[dict[str, Any]]:
                 continue
             chosen = CHOICE(k // 8, m, cuda.describe(0))
             found = []
-            for shape in dict.fromkeys([chosen, *shapes_to_time(k // 8, variants)]):
+            for shape in dict.fromkeys([chosen, *shapes_to_time(k // 8, m, variants)]):
                 forced(shape)
                 found.append((shape, microseconds(calls)))
             forced(None)
@@ -279,7 +295,11 @@ def chain(tokens: tuple[int, ...] = (1, 4, 16, 64)) -> list[dict[str, Any]]:
             weights[name] = (packed, torch.full((n,), 1e-3, device="cuda"), n)
         layers.append(weights)
     rows = []
-    for m in tokens:
+    for m, early in itertools.product(tokens, (False, True)):
+        for unit in QUANT_UNITS:
+            UNITS[unit.name] = replace(unit, options=("-DZQ_EARLY",) if early else ())
+        cuda._functions.clear()
+        launch.forget()
         x = torch.randn(m, 4096, device="cuda").to(BF16)
         norm = torch.ones(4096, device="cuda").to(BF16)
 
@@ -304,8 +324,9 @@ def chain(tokens: tuple[int, ...] = (1, 4, 16, 64)) -> list[dict[str, Any]]:
                 out = product(weights["down"], *ops.silu_mul_quant(both, INT8)[:3])
 
         fused, bare = (microseconds([partial(step, each)]) / len(layers) for each in (True, False))
-        rows.append({"m": m, "layer_us": round(fused, 2), "products_us": round(bare, 2)})
-        print(f"{m} rows: {fused:.2f} us a layer, its products alone {bare:.2f}", flush=True)
+        rows.append({"m": m, "early": early, "layer_us": round(fused, 2), "products_us": round(bare, 2)})
+        order = "launch, wait" if early else "wait, launch"
+        print(f"{m} rows, {order}: {fused:.2f} us a layer, its products alone {bare:.2f}", flush=True)
     return rows
 
 
@@ -315,12 +336,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--variants", action="store_true")
-    args, defines = parser.parse_known_args()
-    for unit in QUANT_UNITS:
-        UNITS[unit.name] = replace(unit, options=tuple(defines))
-        if args.variants:
-            entries = (*unit.entries, *VARIANTS)
-            UNITS[unit.name] = replace(unit, entries=entries, options=("-DZQ_VARIANTS", *defines))
+    parser.add_argument("--part", default="0/1")
+    args = parser.parse_args()
+    for unit in QUANT_UNITS if args.variants else ():
+        UNITS[unit.name] = replace(unit, entries=(*unit.entries, *VARIANTS), options=("-DZQ_VARIANTS",))
     names = [unit.name for unit in QUANT_UNITS]
     if args.what != "check":
         names = [
@@ -329,7 +348,7 @@ def main() -> None:
     compile_all(names)
     started = time.time()
     found = (
-        check(args.only)
+        check(args.only, *map(int, args.part.split("/")))
         if args.what == "check"
         else chain()
         if args.what == "chain"

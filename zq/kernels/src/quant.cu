@@ -122,9 +122,14 @@ KERNEL(quantize_4, Block, 4, 896)
 KERNEL(quantize_cluster, Cluster, 1, 512)
 KERNEL(quantize_long, Block, 0, 1024)
 #ifdef ZQ_VARIANTS
-KERNEL(quantize_2, Block, 2, 1024)
+struct EarlyBlock : Block {
+  static constexpr bool early = true;
+};
+KERNEL(quantize_2, Block, 2, 512)
+KERNEL(quantize_2e, EarlyBlock, 2, 512)
+KERNEL(quantize_4e, EarlyBlock, 4, 512)
 KERNEL(quantize_8, Block, 8, 512)
-KERNEL(quantize_warp8, Warp, 8, 256)
+KERNEL(quantize_warp2, Warp, 2, 256)
+KERNEL(quantize_warp3, Warp, 3, 256)
 KERNEL(quantize_cluster2, Cluster, 2, 512)
-KERNEL(quantize_cluster4, Cluster, 4, 512)
 #endif
