@@ -258,7 +258,7 @@ def sweep(
             mark = "*" * ((c.entry, c.split) == (chosen.entry, chosen.split))
             together = driver.clusters(cubin_file(folder, unit.name, arch), c)
             cells.append((us, f"{tile.entry}/{split}{mark} {us:.2f} ({c.grid[0]} of {together * c.cluster})"))
-        best = ", ".join(text for _, text in sorted(cells)[:10])
+        best = ", ".join(text for _, text in sorted(cells))
         print(f"{unit.name} {m}x{n}x{k}: {best}", flush=True)
 
 

@@ -35,8 +35,8 @@ class Sources:
         if (unit.name, arch) not in self.made:
             texts = dict(nvrtc.texts(unit.source))
             for old, new in edits.items():
-                assert texts[unit.source].count(old) == 1
-                texts[unit.source] = texts[unit.source].replace(old, new)
+                assert sum(text.count(old) for text in texts.values()) == 1
+                texts = {name: text.replace(old, new) for name, text in texts.items()}
             texts[unit.source] += run
             for name, text in texts.items():
                 if not (HOST / name).exists():

@@ -19,17 +19,21 @@ from zq.kernels.table_optim import OPTIM_UNITS
 launch = pytest.importorskip("zq.kernels.launch")
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 4095, 4096, 4097, 7000])
-def test_every_piece_has_a_thread(pieces):
-    entry, threads, shared = launch.row_shape(pieces)
-    assert entry in UNITS["plain_int8_bf16"].entries
-    assert threads % 32 == 0
-    assert 32 <= threads <= 1024
-    if entry == "quantize_long":
-        assert shared == 16 * pieces
+@pytest.mark.parametrize("number", [80, 90])
+@pytest.mark.parametrize("rows", [1, 100, 5000])
+@pytest.mark.parametrize("pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 3584, 3585, 4096, 7000])
+def test_every_piece_has_a_thread(pieces, rows, number):
+    device = launch.cuda.Device(0, f"sm_{number}", number, 132, 232448, None)
+    shape = launch.row_shape(pieces, rows, device)
+    assert shape.entry in UNITS["plain_int8_bf16"].entries
+    assert shape.threads % 32 == 0
+    assert 32 <= shape.threads <= 1024
+    each = {"quantize_1": 1, "quantize_cluster": 1, "quantize_warp": 4, "quantize_4": 4}.get(shape.entry)
+    if each is None:
+        assert shape.shared == 16 * pieces
     else:
-        each = int(entry.removeprefix("quantize_"))
-        assert threads * each >= pieces > (threads - 32) * each
+        assert shape.threads * shape.blocks * each >= pieces * shape.rows
+        assert (number >= 90) or shape.blocks == 1
 
 
 STRUCTURES = {
@@ -44,8 +48,7 @@ TYPES = {"u64": ctypes.c_uint64, "int": ctypes.c_int, "float": ctypes.c_float}
 def test_the_arguments_are_those_of_the_kernel(source):
     """Names in the same order, of the same types, and so, with natural alignment, at the same offsets."""
     structure = STRUCTURES[source]
-    text = nvrtc.texts(source)[source]
-    body = re.search(r"struct Args \{(.*?)\};", text, re.DOTALL)
+    body = re.search(r"struct Args \{(.*?)\n\};", "\n".join(nvrtc.texts(source).values()), re.DOTALL)
     assert body
     declared = re.findall(r"^\s*([\w ]+?)\s*(\*?)(\w+);", body[1], re.MULTILINE)
     assert [name for _, _, name in declared] == [name for name, *_ in structure._fields_]

@@ -25,8 +25,9 @@ Describe = Callable[..., Launch | None]
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PIECE = 16  # bytes that a thread reads at once
 THREADS = 1024
-RESERVED = 1024  # bytes of shared memory that reductions use, at most
-SHORT = 128  # pieces
+RESERVED = 2048  # bytes of shared memory that reductions use
+SHORT, WIDE = 128, 3584  # pieces: what a warp keeps in registers, and a block
+CLUSTER, CLUSTERED = 8, 512  # blocks, and threads of each
 KEPT = 8192  # launches of a thread, at most
 OUTPUTS = {  # fields of arguments that outputs fill; the other tensors have their names
     "quantize": ("q", "scale", "rowsum", "sum"),
@@ -48,20 +49,41 @@ class QuantArguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("x", "residual", "weight", "bias", "sum", "q", "scale", "rowsum")
         ),
+        ("rows", ctypes.c_int),
         ("k", ctypes.c_int),
+        ("inverse_k", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
 
 
-def row_shape(pieces: int) -> tuple[str, int, int]:
-    """(entry, threads, bytes of shared memory) for rows of `pieces` of 16 bytes: one piece in a thread for
-    short rows, else four, so that fewer threads share a reduction; long rows in shared memory. It does not
-    depend on the number of rows, so a token gives the same codes whatever the batch."""
-    each = 1 if pieces <= SHORT else 4
-    threads = -(-pieces // (32 * each)) * 32
-    return (
-        (f"quantize_{each}", threads, 0) if threads <= THREADS else ("quantize_long", THREADS, pieces * PIECE)
-    )
+class RowShape(NamedTuple):
+    """Entry of quant.cu, threads of a block, rows of a block, blocks of a row (a cluster), bytes of shared
+    memory."""
+
+    entry: str
+    threads: int
+    rows: int = 1
+    blocks: int = 1
+    shared: int = 0
+
+
+@lru_cache(maxsize=4096)
+def row_shape(pieces: int, rows: int, device: cuda.Device) -> RowShape:
+    """Who computes `rows` rows of `pieces` of 16 bytes. Few rows: a thread for each piece, and for long rows
+    several multiprocessors, so that the time is short. Many rows: four pieces in a thread, so that fewer
+    share a reduction, and short rows in a warp, which needs no barrier. The codes are the same."""
+    warps = -(-pieces // 32)
+    if pieces > WIDE:
+        return RowShape("quantize_long", THREADS, shared=pieces * PIECE)
+    if rows * warps <= 32 * device.sms:
+        if pieces <= THREADS:
+            return RowShape("quantize_1", 32 * warps)
+        if device.number >= 90:
+            blocks = next(size for size in (2, 4, CLUSTER) if size * CLUSTERED >= pieces)
+            return RowShape("quantize_cluster", -(-warps // blocks) * 32, blocks=blocks)
+    if pieces <= SHORT:
+        return RowShape("quantize_warp", 128, rows=4)
+    return RowShape("quantize_4", -(-warps // 4) * 32)
 
 
 class GemmArguments(ctypes.Structure):
@@ -84,15 +106,17 @@ def quantize(op: str, outputs: list[Tensor], x: Tensor, k: int, eps: float = 0.0
     device = cuda.describe(x.device.index)
     if short == "fp8" and device.number < 89:
         raise ZqError(f"{device.arch} has no FP8; use INT8 activations")
-    entry, threads, shared = row_shape(k * x.element_size() // PIECE)
-    if shared > device.shared - RESERVED:
+    shape = row_shape(k * x.element_size() // PIECE, rows, device)
+    if shape.shared > device.shared - RESERVED:
         raise ZqError(
-            f"a row of {shared} bytes is longer than the {device.shared - RESERVED} bytes of shared memory "
-            "that keep it; compute without kernels"
+            f"a row of {shape.shared} bytes is longer than the {device.shared - RESERVED} bytes of shared "
+            "memory that keep it; compute without kernels"
         )
     name = f"{op}_{short}{blocks}_{KINDS[x.dtype]}"
-    arguments = QuantArguments(k=k, eps=eps)
-    return Launch(device, name, entry, (rows, 1, 1), threads, arguments, shared=shared, pdl=True)
+    arguments = QuantArguments(rows=rows, k=k, inverse_k=1 / k, eps=eps)
+    grid = (-(-rows // shape.rows) * shape.blocks, 1, 1)
+    options = {"shared": shape.shared, "cluster": shape.blocks, "pdl": True}
+    return Launch(device, name, shape.entry, grid, shape.threads, arguments, **options)
 
 
 def _plain(op: str, outputs: list[Tensor], x: Tensor) -> Launch | None:
@@ -215,6 +239,11 @@ def run(op: str, args: Sequence[Any]) -> list[Tensor]:
         address(found, (*args, *made))
         found.launch()
     return made
+
+
+def forget() -> None:
+    """Prepare every call of this thread again."""
+    _here.kept.clear()
 
 
 def prepare(op: str, args: Sequence[Any]) -> Kept:
