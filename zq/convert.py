@@ -241,5 +241,5 @@ def _card(plan: Conversion, report: dict[str, Any]) -> str:
 The weights of that checkpoint, value for value, written by zq {report["zq"]}; its figures hold for this one.
 Schemes: {", ".join(report["schemes"])}.
 
-{how_to_use(auto, plan.to, report["command"] or "zq.convert.convert")}
+{how_to_use(plan.folder, auto, plan.to, report["command"] or "zq.convert.convert")}
 """
