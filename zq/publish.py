@@ -144,12 +144,11 @@ def how_to_use(folder: Path, auto: str, format: str, command: str) -> str:
     """The end of a card: how to load a checkpoint of this format with the class `auto`, and with
     sentence-transformers where `folder`, its source, is a model of that; and what made it."""
     extra = "import zq  # registers the format\n" if format == "zq" else ""
-    ways = [f"""{extra}from transformers import {auto}
-model = {auto}.from_pretrained("THIS FOLDER")"""]
+    ways = [f'{extra}from transformers import {auto}\nmodel = {auto}.from_pretrained("THIS FOLDER")']
     if (folder / "modules.json").is_file():
         unpack = "\n" + UNPACK if format == "compressed-tensors" else ""
-        ways.append(f"""{extra}from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("THIS FOLDER"){unpack}""")
+        name = "SentenceTransformer"
+        ways.append(f'{extra}from sentence_transformers import {name}\nmodel = {name}("THIS FOLDER"){unpack}')
     loading = "\n\n".join(f"```python\n{way}\n```" for way in ways)
     return f"""{loading}
 

@@ -15,7 +15,9 @@ from tests.command import run
 from zq.eval.encoder import mean_pool
 from zq.runtime.linear import QuantLinear
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
+sentence_transformers = pytest.importorskip(
+    "sentence_transformers", reason="sentence-transformers is missing"
+)
 pytestmark = pytest.mark.demo
 
 SENTENCES = ["The cat sits on the mat.", "A cat is sitting on a rug.", "Interest rates rose again."]
