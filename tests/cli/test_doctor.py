@@ -53,7 +53,18 @@ def test_tensors_that_are_not_there(w4a8: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     done = run("doctor", tmp_path, "--for", "vllm")
     assert done.code == 2
-    assert "tensors are missing, first" in done.out
+    assert (
+        "no engine loads it: config.json and the tensors do not agree: 14 tensors are missing, first"
+        in done.out
+    )
+    done = run("doctor", tmp_path)
+    assert done.code == 0
+    assert done.out.count("are missing") == done.out.count("belong to no part") == 1, (
+        "once, not for each engine"
+    )
+    for entry in run("doctor", tmp_path, "--json").json.values():
+        assert not entry["loads"]
+        assert ["are missing" in line for line in entry["problems"]].count(True) == 1
 
 
 def test_a_float_checkpoint_is_refused(model: Path) -> None:

@@ -36,8 +36,9 @@ def serve(
     printed, then run.
     """
     with command():
-        from zq.cli.doctor import head_count, read_layers
+        from zq.cli.doctor import head_counts, read_layers
         from zq.engines import Target, judge, parse
+        from zq.models.find import load_config
         from zq.plugins.vllm import is_active
         from zq.source import resolve
 
@@ -47,13 +48,15 @@ def serve(
         check_number("--tp", tp, 1, 1024)
         chosen = installed(engine)
         folder = resolve(checkpoint, note)
-        format, layers, missing = read_layers(folder)
+        format, layers, wrong = read_layers(folder)
+        if wrong:
+            raise ZqError(f"{folder} cannot be served: {wrong}")
         known = parse(chosen)
         plugin = chosen == "vllm" and is_active()
         target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp, plugin=plugin)
-        verdict = judge(target, format, layers, head_count(folder))
-        if problems := missing + verdict.problems:
-            raise ZqError(f"{target} cannot serve {folder}: {problems[0]}")
+        verdict = judge(target, format, layers, head_counts(load_config(folder)))
+        if verdict.problems:
+            raise ZqError(f"{target} cannot serve {folder}: {verdict.problems[0]}")
         for line in verdict.warnings:
             note(f"{target}: {line}")
         words = server_command(chosen, folder, host, port, tp, any("humming" in w for w in verdict.warnings))

@@ -1,0 +1,65 @@
+"""Where a checkpoint is to run, as text and as data.
+
+vllm:0.33:sm90:tp=4      engine[:version][:device][:tp=N], device smNN or cpu
+vllm:zq                  vLLM with zq installed beside it, so with zq's plug-in (zq/plugins/vllm.py)
+sglang, transformers, sentence-transformers, llama.cpp
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from zq.errors import ZqError
+
+VERSIONS = {
+    "vllm": "0.33",
+    "sglang": "0.5",
+    "transformers": "5",
+    "sentence-transformers": "6",
+    "llama.cpp": "",
+}
+SERVERS = ("vllm", "sglang")  # they fuse layers, and split them between devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a checkpoint is to run. `sm` is the compute capability times ten; 0: a CPU. `plugin`: zq's."""
+
+    engine: str
+    version: str
+    sm: int = 90
+    tp: int = 1
+    plugin: bool = False
+
+    def __str__(self) -> str:
+        device = f"sm{self.sm}" if self.sm else "cpu"
+        parts = [self.engine, self.version] if self.version else [self.engine]
+        if self.engine in SERVERS:
+            parts += [device] + [f"tp={self.tp}"] * (self.tp > 1) + ["zq"] * self.plugin
+        return ":".join(parts)
+
+
+def parse(text: str) -> Target:
+    """Raises ZqError naming the part that is wrong."""
+    engine, *rest = text.split(":")
+    if engine not in VERSIONS:
+        raise ZqError(f"engine '{engine}' in '{text}' is unknown; allowed: {', '.join(VERSIONS)}")
+    version, sm, tp, plugin = VERSIONS[engine], 90, 1, False
+    for part in rest:
+        if found := re.fullmatch(r"sm_?(\d{2,3})a?", part):
+            sm = int(found[1])
+        elif part == "cpu":
+            sm = 0
+        elif found := re.fullmatch(r"tp=([1-9]\d{0,2})", part):
+            tp = int(found[1])
+        elif part == "zq" and engine == "vllm":
+            plugin = True
+        elif re.fullmatch(r"\d+(\.\d+)*", part):
+            version = part
+        else:
+            raise ZqError(
+                f"'{part}' in '{text}' is unknown; write ENGINE[:VERSION][:smNN or cpu][:tp=N], for example "
+                "vllm:0.33:sm90:tp=2, or vllm:zq with zq beside vLLM"
+            )
+    return Target(engine=engine, version=version, sm=sm, tp=tp, plugin=plugin)
