@@ -43,6 +43,10 @@ def test_targets(text: str, target: Target, back: str) -> None:
         ("vllm:new", "'new' in 'vllm:new'"),
         ("vllm:tp=0", "'tp=0'"),
         ("sglang:zq", "'zq'"),
+        ("vllm:0.33:0.32", "'0.32' in 'vllm:0.33:0.32' says the version a second time"),
+        ("vllm:sm90:cpu", "the device a second time"),
+        ("transformers:tp=2", r"'tp=2' .* write transformers\[:VERSION\]"),
+        ("llama.cpp:b1234", "'b1234'"),
     ],
 )
 def test_targets_that_do_not_exist(text: str, words: str) -> None:
@@ -166,14 +170,14 @@ def test_tensor_parallelism() -> None:
         "groups of 128 cannot be split between 8 devices" in judge(parse("vllm:tp=8"), CT, [down]).problems[0]
     )
     assert judge(parse("vllm:tp=4"), CT, [down], Heads(query=9)).problems == [
-        "9 attention heads cannot be split between 4 devices"
+        "9 attention heads cannot be split between 4 devices; choose another tensor parallel size"
     ]
     up = layer("int8:channel", (577, 512), "a.0.up", "up")
     assert "577 outputs" in judge(parse("vllm:tp=2"), CT, [up]).problems[0]
     assert judge(parse("vllm"), CT, [up]).problems == []
     thin = layer("int3:channel", (512, 80), "a.0.down", "down")
     assert judge(parse("vllm:tp=2"), CT, [thin]).problems == [
-        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word"
+        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word; choose another tensor parallel size"
     ]
 
 
@@ -272,7 +276,9 @@ def test_heads_of_keys_and_values() -> None:
         assert [each.shape for each in held(qkv, tp, heads)] == [(rows, 4096)]
         assert judge(parse(f"vllm:tp={tp}"), CT, qkv, heads).problems == []
     found = judge(parse("vllm:tp=4"), CT, block("int4:g64", 768, 192, 192), Heads(query=12, kv=3)).problems
-    assert found == ["3 heads of keys and values cannot be split between 4 devices"]
+    assert found == [
+        "3 heads of keys and values cannot be split between 4 devices; choose another tensor parallel size"
+    ]
 
 
 def test_words_that_a_fused_layer_or_a_device_would_cut() -> None:
@@ -285,7 +291,7 @@ def test_words_that_a_fused_layer_or_a_device_would_cut() -> None:
         assert len(judge(parse("vllm"), format, block("int4:g64", 576, 196, 196)).problems) == 1
     out = layer("int8:channel", (512, 1028), "a.0.out", "out")
     assert judge(parse("vllm:tp=2"), CT, [out]).problems == [
-        "'a.0.out': 514 inputs of 8 bits end inside a packed 32-bit word"
+        "'a.0.out': 514 inputs of 8 bits end inside a packed 32-bit word; choose another tensor parallel size"
     ]
     whole = layer("int8:channel @ int8:token", (512, 1028), "a.0.out", "out")
     assert judge(parse("vllm:tp=2"), CT, [whole]).problems == []

@@ -117,3 +117,9 @@ def test_an_encoder_and_a_file_for_llama_cpp(model: Path, tmp_path: Path) -> Non
     save_bpe(llama)
     run("quantize", llama, "--w4a16", "--calib", "none", "--to", "gguf", "-o", tmp_path / "g").ok()
     assert run("doctor", tmp_path / "g", "--for", "llama.cpp").code == 0
+
+
+def test_names_that_no_disk_takes(w4a8: Path, tmp_path: Path) -> None:
+    done = run("export", w4a8, "--to", "gguf", "-o", tmp_path / ("x" * 300 + ".gguf"))
+    assert done.code == 2
+    assert "choose another -o" in done.err

@@ -62,7 +62,7 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
 
     from zq.checkpoint.index import read_index
     from zq.engines import Layer
-    from zq.export import exporter_for
+    from zq.export import schemes_of
     from zq.models.build import shapes_only, stores_pooler
     from zq.models.find import find_family, load_config
     from zq.models.layout import base_prefix, linear_shapes
@@ -72,10 +72,9 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
     if stored is None:
         raise ZqError(f"{folder} is not quantized, so every engine runs it as it is; give a quantized one")
     arch, index = find_family(folder), read_index(folder)
-    exporter = exporter_for(stored, str(folder))
     model = shapes_only(load_config(folder), str(folder), pooler=stores_pooler(arch, index.tensors))
     shapes = linear_shapes(model)
-    assigned = exporter.schemes(stored, shapes)
+    exporter, assigned = schemes_of(stored, shapes, str(folder))
     slots = {
         slot.name: slot
         for name, scheme in assigned.items()

@@ -18,6 +18,8 @@ VLLM = ("-m", "vllm.entrypoints.openai.api_server")
 # `import zq` first: transformers then knows zq's own format.
 TRANSFORMERS = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
 ENGINES = ("auto", "vllm", "transformers")
+# What transformers needs beside itself for a format.
+PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
 
 
 def serve(
@@ -47,10 +49,16 @@ def serve(
         check_number("--port", port, 1, 65535)
         check_number("--tp", tp, 1, 1024)
         chosen = installed(engine)
+        if chosen != "vllm" and tp > 1:
+            raise ZqError(f"--tp {tp}: the server of transformers does not split a model; leave it out")
         folder = resolve(checkpoint, note)
         format, layers, wrong = read_layers(folder)
         if wrong:
             raise ZqError(f"{folder} cannot be served: {wrong}")
+        package = PACKAGES.get(format) if chosen == "transformers" else None
+        if package and importlib.util.find_spec(package) is None:
+            package = package.replace("_", "-")
+            raise ZqError(f"transformers needs {package} for format {format}; pip install {package}")
         known = parse(chosen)
         plugin = chosen == "vllm" and is_active()
         target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp, plugin=plugin)

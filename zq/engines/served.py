@@ -93,8 +93,17 @@ def refuse_split(layers: Sequence[Layer], tp: int, heads: Heads, format: str) ->
     for members in sites(layers):
         for layer in members:
             if layer.scheme is not None:
-                found = _cuts(layer, members, tp, heads, format) | found
-    return list(found.values())
+                found |= {
+                    key: line
+                    for key, line in _cuts(layer, members, tp, heads, format).items()
+                    if key not in found
+                }
+    remedy = (
+        "choose another tensor parallel size"
+        if tp > 1
+        else "use --to compressed-tensors with symmetric weights"
+    )
+    return [f"{line}; {remedy}" for line in found.values()]
 
 
 def _cuts(layer: Layer, members: Sequence[Layer], tp: int, heads: Heads, format: str) -> dict[str, str]:
@@ -104,15 +113,16 @@ def _cuts(layer: Layer, members: Sequence[Layer], tp: int, heads: Heads, format:
     rows, inputs = part(layer, members, tp, heads)
     size = w.layout.size or 1 if w.layout.kind == "group" else 1
     inside = f"of {w.bits} bits end inside a packed 32-bit word"
+    cannot = f"cannot be split between {tp} devices"
     if layer.site[1] in SPLIT_INPUTS:
         if k % tp or inputs % size:
-            groups = f"{k} inputs in groups of {size}"
-            return {"inputs": f"'{layer.name}': {groups} cannot be split between {tp} devices"}
+            groups = f"{k} inputs in groups of {size}" if size > 1 else f"{k} inputs"
+            return {"inputs": f"'{layer.name}': {groups} {cannot}"}
         if tp > 1 and _is_packed(layer.scheme, format) and inputs * w.bits % 32:
             return {"words": f"'{layer.name}': {inputs} inputs {inside}"}
         return {}
     if n % tp and not _is_kv(layer, members, heads):
-        return {"outputs": f"'{layer.name}': {n} outputs cannot be split between {tp} devices"}
+        return {"outputs": f"'{layer.name}': {n} outputs {cannot}"}
     zeros = format == "compressed-tensors" and w.info.is_int and not w.symmetric
     alone = tp == 1 and len(members) == 1
     if not alone and (zeros or format in PACKED_ALONG_OUTPUTS) and rows * w.bits % 32:

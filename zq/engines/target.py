@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from zq.errors import ZqError
 
@@ -19,6 +20,7 @@ VERSIONS = {
     "sentence-transformers": "6",
     "llama.cpp": "",
 }
+NAMES = {"version": "version", "sm": "device", "tp": "number of devices", "plugin": "plug-in"}
 SERVERS = ("vllm", "sglang")  # they fuse layers, and split them between devices
 
 
@@ -45,21 +47,29 @@ def parse(text: str) -> Target:
     engine, *rest = text.split(":")
     if engine not in VERSIONS:
         raise ZqError(f"engine '{engine}' in '{text}' is unknown; allowed: {', '.join(VERSIONS)}")
-    version, sm, tp, plugin = VERSIONS[engine], 90, 1, False
+    said: dict[str, Any] = {}
     for part in rest:
-        if found := re.fullmatch(r"sm_?(\d{2,3})a?", part):
-            sm = int(found[1])
-        elif part == "cpu":
-            sm = 0
-        elif found := re.fullmatch(r"tp=([1-9]\d{0,2})", part):
-            tp = int(found[1])
-        elif part == "zq" and engine == "vllm":
-            plugin = True
-        elif re.fullmatch(r"\d+(\.\d+)*", part):
-            version = part
-        else:
-            raise ZqError(
-                f"'{part}' in '{text}' is unknown; write ENGINE[:VERSION][:smNN or cpu][:tp=N], for example "
-                "vllm:0.33:sm90:tp=2, or vllm:zq with zq beside vLLM"
-            )
-    return Target(engine=engine, version=version, sm=sm, tp=tp, plugin=plugin)
+        found = _part(part, engine)
+        if found is None:
+            form = "ENGINE[:VERSION][:smNN or cpu][:tp=N]" if engine in SERVERS else f"{engine}[:VERSION]"
+            example = "for example vllm:0.33:sm90:tp=2, or vllm:zq with zq beside vLLM"
+            raise ZqError(f"'{part}' in '{text}' is unknown; write {form}, {example}")
+        if found[0] in said:
+            raise ZqError(f"'{part}' in '{text}' says the {NAMES[found[0]]} a second time; leave one out")
+        said[found[0]] = found[1]
+    return Target(engine=engine, **{"version": VERSIONS[engine], **said})
+
+
+def _part(part: str, engine: str) -> tuple[str, Any] | None:
+    """(field of Target, its value) that a part of a target's text gives; None when it is none."""
+    if re.fullmatch(r"\d+(\.\d+)*", part):
+        return "version", part
+    if engine not in SERVERS:
+        return None
+    if found := re.fullmatch(r"sm_?(\d{2,3})a?", part):
+        return "sm", int(found[1])
+    if part == "cpu":
+        return "sm", 0
+    if found := re.fullmatch(r"tp=([1-9]\d{0,2})", part):
+        return "tp", int(found[1])
+    return ("plugin", True) if part == "zq" and engine == "vllm" else None
