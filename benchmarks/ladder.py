@@ -1,12 +1,14 @@
 """Four sizes of one family of small language models, trained alike, for `zq sweep`.
 
-    python benchmarks/ladder.py LADDER --text a.txt --text b.txt --device cuda      minutes on one GPU
+    python benchmarks/ladder.py LADDER --text bundled --text a.txt --text b.txt \\
+           --devices cuda:0,cuda:0,cuda:0,cuda:0                        minutes on one GPU
     zq sweep LADDER/1m LADDER/4m LADDER/11m LADDER/32m --text LADDER/held-out.txt -o OUT
 
 Llama-shaped, tokens are bytes, embeddings tied. Every size sees the same batches in the same order; the rate
 falls with the square root of the width. Weights are float32 while they are trained, products bfloat16 on a
-GPU, and checkpoints bfloat16. The last part of each text is held out: it makes LADDER/held-out.txt and is
-never trained on. A size that is there is not trained again.
+GPU, and checkpoints bfloat16. The last part of each text is never trained on: its first half says which step
+of the training is kept, since the texts are read several times and a large size may learn them by heart, and
+its second half makes LADDER/held-out.txt. A size that is there is not trained again.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import protocol
 import torch
+from spread import spread
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,6 +45,16 @@ class Size:
     heads: int
     inner: int
     blocks: int
+
+
+@dataclass
+class Data:
+    """Bytes as tokens, int64 [N], on the device."""
+
+    tokenizer: PreTrainedTokenizerFast
+    training: Tensor
+    choosing: Tensor
+    measuring: Tensor
 
 
 SIZES = {
@@ -62,13 +78,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=SPECIAL[0], eos_token=SPECIAL[1])
 
 
-def split(texts: list[str], held: float) -> tuple[str, str]:
-    """(to train on, held out): the last share `held` of every text."""
-    ends = [int(len(text) * (1 - held)) for text in texts]
-    return (
-        "\n\n".join(text[:end] for text, end in zip(texts, ends, strict=True)),
-        "\n\n".join(text[end:] for text, end in zip(texts, ends, strict=True)),
-    )
+def split(texts: list[str], held: float) -> tuple[str, str, str]:
+    """(to train on, to choose a step by, to measure on): halves of the last share `held` of every text are
+    the last two."""
+    parts: tuple[list[str], ...] = ([], [], [])
+    for text in texts:
+        first, second = int(len(text) * (1 - held)), int(len(text) * (1 - held / 2))
+        for part, piece in zip(parts, (text[:first], text[first:second], text[second:]), strict=True):
+            part.append(piece)
+    training, choosing, measuring = ("\n\n".join(part) for part in parts)
+    return training, choosing, measuring
 
 
 def config(size: Size, length: int, vocabulary: int) -> LlamaConfig:
@@ -109,12 +128,22 @@ def loss_on(model: Any, batch: Tensor, device: str) -> Tensor:
     return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
-def train(
-    size: Size, ids: Tensor, held: Tensor, vocabulary: int, args: argparse.Namespace
-) -> tuple[Any, dict]:
-    """(the model, what became of it). Deterministic on a CPU."""
+@torch.no_grad()
+def held_out_loss(model: Any, ids: Tensor, args: argparse.Namespace, device: str) -> float:
+    """Nats per byte, over the same windows each time."""
+    batches = (windows(ids, args.batch, args.length, 1, i) for i in range(BATCHES_HELD_OUT))
+    model.eval()
+    found = [loss_on(model, batch, device).item() for batch in batches]
+    model.train()
+    return sum(found) / len(found)
+
+
+def train(size: Size, data: Data, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """(the model after the step with the least loss on `choosing`, what became of it). Deterministic on a
+    CPU."""
     torch.manual_seed(args.seed)
-    model: Any = LlamaForCausalLM(config(size, args.length, vocabulary)).to(args.device)
+    device = str(data.training.device)
+    model: Any = LlamaForCausalLM(config(size, args.length, len(data.tokenizer))).to(device)
     run = torch.compile(model) if args.compile else model
     peak = args.rate * math.sqrt(256 / size.width)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -122,29 +151,32 @@ def train(
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
     begun = time.perf_counter()
-    for step in range(args.steps):
+    course: dict[int, float] = {}
+    best: dict[str, Tensor] = {}
+    for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, peak)
-        loss = loss_on(run, windows(ids, args.batch, args.length, args.seed, step), args.device)
-        loss.backward()
+            group["lr"] = rate(step - 1, args.steps, peak)
+        batch = windows(data.training, args.batch, args.length, args.seed, step - 1)
+        loss_on(run, batch, device).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0 or step == args.steps - 1:
-            print(f"  step {step}: {loss.item():.4f}", flush=True)
-    model.eval()
-    with torch.no_grad():
-        found = [
-            loss_on(model, windows(held, args.batch, args.length, 1, i), args.device).item()
-            for i in range(BATCHES_HELD_OUT)
-        ]
+        if step % args.every == 0 or step == args.steps:
+            course[step] = held_out_loss(model, data.choosing, args, device)
+            if course[step] == min(course.values()):
+                best = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(best)
+    kept = min(course, key=lambda step: course[step])
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": len(data.training),
         "tokens": args.steps * args.batch * args.length,
-        "held_out_loss": sum(found) / len(found),
+        "course": course,
+        "step": kept,
+        "held_out_loss": held_out_loss(model, data.measuring, args, device),
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    return model, facts
+    return model.eval(), facts
 
 
 def save(model: Any, made: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -155,48 +187,86 @@ def save(model: Any, made: PreTrainedTokenizerFast, folder: Path) -> None:
     fresh.rename(folder)
 
 
+def read(args: argparse.Namespace, device: str) -> Data:
+    made = tokenizer()
+    parts = split([load_text(name) for name in args.text], args.held)
+    ids = [torch.tensor(made(text, verbose=False)["input_ids"], device=device) for text in parts]
+    if min(len(part) for part in ids) <= args.length + 1:
+        raise SystemExit(f"the texts are too short for windows of {args.length}; give more --text")
+    return Data(made, *ids)
+
+
+def make(args: argparse.Namespace, data: Data, task: tuple[str, Size]) -> dict[str, Any]:
+    """Trains and saves a size."""
+    name, size = task
+    model, found = train(size, data, args)
+    facts = {
+        **found,
+        "options": options_of(args),
+        "commit": args.commit,
+        **protocol.environment(data.training.device.type),
+    }
+    save(model, data.tokenizer, args.out / name)
+    (args.out / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return found
+
+
+def options_of(args: argparse.Namespace) -> dict[str, str]:
+    """What makes other weights."""
+    return {
+        name: str(value) for name, value in vars(args).items() if name not in ("out", "devices", "commit")
+    }
+
+
+def missing(args: argparse.Namespace) -> list[tuple[str, Size]]:
+    """The largest first, since it takes longest."""
+    found = []
+    for name, size in reversed((TINY if args.tiny else SIZES).items()):
+        log = args.out / f"{name}.json"
+        if log.exists():
+            if json.loads(log.read_text())["options"] != options_of(args):
+                raise SystemExit(f"{args.out / name} was trained with other options; give another folder")
+            print(f"{name} is there already")
+        else:
+            shutil.rmtree(args.out / name, ignore_errors=True)
+            found.append((name, size))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--text", action="append", default=[], metavar="FILE", help="to train on; or bundled")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--every", type=int, default=100, help="steps between looks at the held-out loss")
     parser.add_argument("--batch", type=int, default=64, help="windows in a step")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak, at width 256")
     parser.add_argument("--held", type=float, default=0.1, help="share of each text that is held out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--devices", default="cpu", help="a process for each: cuda:0,cuda:0,cuda:1")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--tiny", action="store_true", help="two models of no use, in seconds")
+    parser.add_argument("--commit", help="to note beside the models, where there is no git")
     args = parser.parse_args()
+    args.commit = protocol.commit_of(args.commit)
     if not args.text:
         raise SystemExit("give at least one --text FILE to train on")
-    training, held = split([load_text(name) for name in args.text], args.held)
-    made = tokenizer()
-    ids, held_ids = (
-        torch.tensor(made(text, verbose=False)["input_ids"], device=args.device) for text in (training, held)
-    )
-    if min(len(ids), len(held_ids)) <= args.length + 1:
-        raise SystemExit(f"the texts are too short for windows of {args.length}; give more --text")
+    wanted = missing(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    held = split([load_text(name) for name in args.text], args.held)[2]
     (args.out / "held-out.txt").write_text(held, encoding="utf-8")
-    log = args.out / "ladder.json"
-    facts = json.loads(log.read_text()) if log.exists() else {}
-    options = {name: str(value) for name, value in vars(args).items() if name != "out"}
-    for name, size in (TINY if args.tiny else SIZES).items():
-        if (args.out / name).exists():
-            if facts.get(name, {}).get("options") != options:
-                raise SystemExit(f"{args.out / name} was trained with other options; give another folder")
-            print(f"{name} is there already")
-            continue
-        print(name, flush=True)
-        model, found = train(size, ids, held_ids, len(made), args)
-        facts[name] = {**found, "options": options, **protocol.environment(args.device)}
-        log.write_text(json.dumps(facts, indent=1) + "\n")
-        save(model, made, args.out / name)
-        print(f"  {found}", flush=True)
+    devices = args.devices.split(",")
+    done: Iterator[tuple[Any, Any, int]]
+    if len(devices) > 1:
+        done = spread(wanted, devices[: len(wanted)], partial(read, args), partial(make, args))
+    else:
+        data = read(args, devices[0])
+        done = ((task, make(args, data, task), 0) for task in wanted)
+    for (name, _), found, _ in done:
+        print(f"{name}: {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,27 @@
 
     python benchmarks/optim_speed.py --out benchmarks/results/optim-speed-h200.json
     python benchmarks/optim_speed.py --block --out benchmarks/results/optim-speed-h200.json
+    python benchmarks/optim_speed.py --only '^(?!.*decoder.*unfused)' ...       by scheme and optimizer
     python benchmarks/optim_speed.py --device cpu --small               a quick look without a GPU
 
 Times are of whole steps, one after the other as in training, host included: the median over rounds after a
 warm-up; "host" is how long the host took to hand a step over. GB/s counts what must move at least: parameters
-and states read and written, gradients read. --block steps one block of the shape of Llama 70B twice (hidden
-8192, inner 28672, 64 heads, 8 for keys and values; parameters and gradients bfloat16) and notes peak memory.
-torchao and bitsandbytes take part where they are installed.
+and states read and written, gradients read. Before it is timed every optimizer is checked: "update" is how
+far ten steps of it move a small matrix from where ten steps in float64 move it, relative to that. --block
+steps one block of the shape of Llama 70B twice (hidden 8192, inner 28672, 64 heads, 8 for keys and values;
+parameters and gradients bfloat16) and notes peak memory. torchao and bitsandbytes take part where they are
+installed. torchao compiles a graph for every shape: the first step has its own column, and a row whose first
+step takes longer than --patience is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +40,9 @@ from zq.optim import AdamW
 
 ROUNDS, WARM = 5, 3
 SECONDS = 0.05  # of a round
+BASE = "torch fused, 32 bit"
+CHECKED = (128, 256)  # the matrix of the check
+LIMITS = {"32": 1e-4, "8": 0.03, "4": 0.3}  # of "update", by bits
 Shapes = list[tuple[int, ...]]
 B128 = {"exp_avg_sq": "ulinear4:b128"}
 
@@ -58,26 +68,30 @@ SMALL: dict[str, Shapes] = {"96 x 96": [(96, 96)], "small decoder": decoder(100,
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
+WIDTHS: dict[str, dict[str, Any]] = {
+    "32 bit": {"bits": 32},
+    "8 bit": {"bits": 8},
+    "4 bit": {"bits": 4},
+    "4 bit, B128": {"bits": 4, "states": B128},
+}
+PEERS = (
+    ("torchao, 8 bit", "torchao.optim", "AdamW8bit"),
+    ("torchao, 4 bit, B128", "torchao.optim", "AdamW4bit"),
+    ("bitsandbytes, 8 bit", "bitsandbytes.optim", "AdamW8bit"),
+)
+
+
 def makers(cuda: bool) -> dict[str, Make]:
-    """Optimizers by name; of packages that are not installed, none."""
-    found: dict[str, Make] = {"torch fused, 32 bit": partial(torch.optim.AdamW, fused=True)}
-    for fused in (True, False) if cuda else (False,):
-        for name, options in {
-            "32 bit": {"bits": 32},
-            "8 bit": {"bits": 8},
-            "4 bit": {"bits": 4},
-            "4 bit, B128": {"bits": 4, "states": B128},
-        }.items():
-            label = f"zq{'' if fused else ' unfused'}, {name}"
-            found[label] = partial(AdamW, fused=fused, **options)
-    peers = [("torchao.optim", "AdamW8bit", "8 bit"), ("torchao.optim", "AdamW4bit", "4 bit")]
-    peers += [("bitsandbytes.optim", "AdamW8bit", "8 bit")]
-    for module, kind, bits in peers if cuda else ():
+    """Optimizers by name; of packages that are not installed, none. All decay by .01, as torch does."""
+    found: dict[str, Make] = {BASE: partial(torch.optim.AdamW, fused=True)}
+    if cuda:
+        found |= {f"zq, {name}": partial(AdamW, fused=True, **o) for name, o in WIDTHS.items()}
+    for label, module, kind in PEERS:
         try:
-            made = getattr(import_module(module), kind)
+            found[label] = getattr(import_module(module), kind)
         except (ImportError, AttributeError):
             continue
-        found[f"{module.split('.')[0]}, {bits}"] = made
+    found |= {f"zq unfused, {name}": partial(AdamW, fused=False, **o) for name, o in WIDTHS.items()}
     return found
 
 
@@ -129,9 +143,57 @@ def timed(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
     return median(whole for whole, _ in found), median(host for _, host in found)
 
 
-def speed(shapes: Shapes, make: Make, dtype: torch.dtype, device: str) -> dict[str, Any]:
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """TimeoutError in the main thread after so many seconds. Not where signals have no timer (Windows)."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"the first step took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def update_error(make: Make, device: str) -> float:
+    """|what ten steps change - what they change in float64| / |the latter|, float32 parameters."""
+    moved = []
+    for made, kind, where in (
+        (partial(torch.optim.AdamW, foreach=False), torch.float64, "cpu"),
+        (make, torch.float32, device),
+    ):
+        generator = torch.Generator().manual_seed(1)
+        param = nn.Parameter((torch.randn(CHECKED, generator=generator) * 0.02).to(where, kind))
+        before = param.detach().clone()
+        optimizer = made([param])
+        for _ in range(10):
+            param.grad = (torch.randn(CHECKED, generator=generator) * 1e-3).to(where, kind)
+            optimizer.step()
+        moved.append((param.detach() - before).double().cpu())
+    return ((moved[1] - moved[0]).norm() / moved[0].norm()).item()
+
+
+def checked(method: str, make: Make, device: str) -> float:
+    found = update_error(make, device)
+    limit = next(value for bits, value in LIMITS.items() if f" {bits} bit" in method)
+    if not found < limit:
+        raise ValueError(f"its update is {found:.3g} from that in float64; at most {limit:g} is right")
+    return found
+
+
+def speed(shapes: Shapes, make: Make, dtype: torch.dtype, device: str, wait: float) -> dict[str, Any]:
     params = prepared(shapes, dtype, device)
     optimizer = make(params)
+    begun = time.perf_counter()
+    with patience(wait):
+        optimizer.step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+    first = time.perf_counter() - begun
     whole, host = timed(optimizer.step, device.startswith("cuda"))
     count = sum(p.numel() for p in params)
     kept = sum(t.nbytes for t in tensors(optimizer.state))
@@ -140,6 +202,7 @@ def speed(shapes: Shapes, make: Make, dtype: torch.dtype, device: str) -> dict[s
         "parameters": count,
         "us": round(whole * 1e6, 2),
         "host_us": round(host * 1e6, 2),
+        "first_s": round(first, 3),
         "state_bytes": kept,
         "moved_bytes": moved,
         "unfused": getattr(optimizer, "unfused", {}),
@@ -178,7 +241,7 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, str, str, Callable[[],
                     "optim-speed",
                     scheme,
                     method,
-                    lambda s=shapes, m=make, d=dtype: speed(s, m, d, args.device),
+                    lambda s=shapes, m=make, d=dtype: speed(s, m, d, args.device, args.patience),
                 )
 
 
@@ -197,6 +260,8 @@ def main(report: Callable[[str], None] = print) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default=".*", help="regex over 'SCHEME, OPTIMIZER'")
+    parser.add_argument("--patience", type=float, default=100, help="seconds for a first step")
     parser.add_argument("--small", action="store_true", help="small tensors, to try it")
     parser.add_argument("--block", action="store_true", help="peak memory of one large block instead")
     parser.add_argument("--out", type=Path, help="JSON, continued when it is there")
@@ -206,18 +271,18 @@ def main(report: Callable[[str], None] = print) -> None:
     commit = protocol.commit_of(args.commit)
     settings = {"rounds": ROUNDS, "warm-up": WARM, "small": args.small}
     results = protocol.Results(args.out, protocol.environment(args.device, **versions()), settings)
+    made, errors = makers(args.device.startswith("cuda")), dict[str, float]()
     for table, scheme, method, measure in rows(args):
         key = {"table": table, "scheme": scheme, "method": method, "seed": 0}
-        if results.find(**key):
+        if results.find(**key) or not re.search(args.only, f"{scheme}, {method}"):
             continue
         try:
-            found = measure()
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # a package that cannot; memory that is not there
-            report(f"{scheme}, {method}: {str(error).splitlines()[0]}")
+            if method not in errors:
+                errors[method] = checked(method, made[method], args.device)
+            found = {"update": errors[method]} | measure()
+        # A package that cannot; memory that is not there; patience that ends.
+        except (RuntimeError, TypeError, ValueError, TimeoutError) as error:
+            report(f"{scheme}, {method}: {(str(error) or type(error).__name__).splitlines()[0]}")
             continue
         results.add({**key, "commit": commit, **found})
         report(f"{scheme}, {method}: {found}")

@@ -93,12 +93,13 @@ def _overall(seeds: list[dict[str, Any]]) -> dict[str, str]:
         values = [row[key] for row in seeds if row.get(key) is not None]
         return mean(values) if values else None
 
+    alone = [row["seconds"] for row in seeds if row.get("seconds") is not None and not row.get("beside")]
     kls = [row["mean_kl"] for row in seeds]
     spread = f" (sd {number(stdev(kls), 4)}, {len(kls)} seeds)" if len(kls) > 1 else ""
     return {
         "mean KL": number(mean(kls), 4) + spread,
         "mean KL, four texts": number(average("mean_kl_four_texts"), 4),
-        "s": number(average("seconds"), 0),
+        "s": number(mean(alone) if alone else None, 0),
         "GPU": megabytes(average("peak_gpu_bytes")),
         "memory": megabytes(average("peak_rss_bytes")),
     }
@@ -122,8 +123,8 @@ def where(document: dict[str, Any]) -> str:
     return f"{device}; {', '.join(f'{name} {value}' for name, value in facts.items())}."
 
 
-def depth(document: dict[str, Any]) -> str:
-    """Peak memory by the number of blocks (memory.py depth)."""
+def memory(document: dict[str, Any], table: str) -> str:
+    """Peak memory by the number of blocks, or by the bits of optimizer states (memory.py depth, states)."""
     header = ["scheme", "method", "checkpoint", "memory", "GPU", "s"]
     rows = [
         [
@@ -135,7 +136,7 @@ def depth(document: dict[str, Any]) -> str:
             number(row["seconds"], 1),
         ]
         for row in document["rows"]
-        if row["table"] == "depth"
+        if row["table"] == table
     ]
     return markdown(header, rows) + "\n" + where(document) + "\n"
 
@@ -191,19 +192,32 @@ def optim(document: dict[str, Any]) -> str:
 
 
 def optim_speed(document: dict[str, Any]) -> str:
-    """Time of an optimizer step (benchmarks/optim_speed.py)."""
-    header = ["parameters", "optimizer", "µs per step", "of it host", "GB/s", "B/param of states"]
+    """Time of an optimizer step (benchmarks/optim_speed.py). Older files lack checks and first steps."""
+    rows = [row for row in document["rows"] if row["table"] == "optim-speed"]
+    base = {row["scheme"]: row["us"] for row in rows if row["method"] == "torch fused, 32 bit"}
+    header = [
+        "parameters",
+        "optimizer",
+        "µs per step",
+        "x torch fused",
+        "of it host",
+        "GB/s",
+        "B/param of states",
+    ]
+    header += ["first step, s", "update"]
     lines = [
         [
             row["scheme"],
             row["method"],
             f"{row['us']:.0f}",
+            f"{row['us'] / base[row['scheme']]:.2f}" if row["scheme"] in base else "–",
             f"{row['host_us']:.0f}",
             f"{row['moved_bytes'] / row['us'] / 1e3:.0f}",
             f"{row['state_bytes'] / row['parameters']:.3f}",
+            number(row.get("first_s"), 1),
+            number(row.get("update"), 4),
         ]
-        for row in document["rows"]
-        if row["table"] == "optim-speed"
+        for row in rows
     ]
     return f"{markdown(header, lines)}\n{where(document)}\n"
 

@@ -168,6 +168,7 @@ def situation(
         "unknown-preset",
         "recipe-file-missing",
         "calibration-missing",
+        "written-too-short",
     ),
     *("unknown-option", "not-a-number", "bad-seed", "bad-shard-size", "unknown-device", "missing-device"),
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read
-from zq.data import beginnings, calibration_windows, describe, mixed
+from zq.data import BEGINNING, beginnings, calibration_windows, describe, mixed
 from zq.errors import ZqError
 from zq.methods import refuse_few
 from zq.models.capture import positions
@@ -53,6 +53,11 @@ def planned_windows(
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:
         notes.append(f"calibration windows of {length} tokens: the model has no more positions")
+    if wanted.generated and length <= BEGINNING:
+        raise ZqError(
+            f"the model cannot write calibration windows of {length} tokens, since it begins each with "
+            f"{BEGINNING}; give --length {BEGINNING + 1} or more, or --generated 0"
+        )
     if wanted.generated:
         notes.append(
             f"{wanted.generated} calibration windows are written by the model itself (sampled, seeded); for "
@@ -86,20 +91,30 @@ def all_windows(
     read: Read,
     job: Job,
     progress: Callable[[dict[str, Any]], None],
+    written: Tensor | None = None,
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """(the planned windows and those that the model writes, int64 [S, T], or None; facts for the report).
 
-    What the model writes is kept in the job, so that a resumed run sees the same tokens. `progress` gets
-    {"written", "of"} while it writes, and {"calibration": the facts} at last.
+    `written` is what written_windows gave for the same model, recipe and windows, where that is known
+    already. What the model writes is kept in the job, so that a resumed run sees the same tokens. `progress`
+    gets {"written", "of"} while it writes, and {"calibration": the facts} at last.
     """
     wanted = recipe.calibration
     facts: dict[str, Any] = {"source": wanted.source}
     if windows is None:
         return None, facts
     if wanted.generated:
-        written = job.kept(KEPT)
-        if written is None:
-            written = _write(windows, recipe, skeleton, read, progress)
+        kept = job.kept(KEPT)
+        if kept is not None:
+            written = kept
+        else:
+            if written is None:
+                written = written_windows(windows, recipe, skeleton, read, progress)
+            if written.shape != (wanted.generated, windows.shape[1]):
+                raise ValueError(
+                    f"written windows of shape {list(written.shape)}; the recipe and its text ask for "
+                    f"{[wanted.generated, windows.shape[1]]}"
+                )
             job.keep(KEPT, written.to(torch.int32))
         facts["generated"] = describe(written.long())
         windows = mixed(windows, written.long(), recipe.seed)
@@ -108,13 +123,14 @@ def all_windows(
     return windows, facts
 
 
-def _write(
+def written_windows(
     windows: Tensor,
     recipe: Recipe,
     skeleton: Skeleton,
     read: Read,
-    progress: Callable[[dict[str, Any]], None],
+    progress: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> Tensor:
+    """int64 [generated, T] that the model writes for `windows` of text [S, T] and the recipe's seed."""
     length, seed, config = windows.shape[1], recipe.seed, skeleton.config
     count = recipe.calibration.generated * pieces(length)[0]
     begun = beginnings(windows, count, config.vocab_size, config.bos_token_id, seed)

@@ -122,7 +122,7 @@ def _run_units(
     plan: Plan, job: Job, writer: ShardWriter, progress: Progress, read: Prefetch
 ) -> dict[str, Any]:
     started = time.monotonic()
-    windows, facts = all_windows(plan.windows, plan.recipe, plan.skeleton, read, job, progress)
+    windows, facts = all_windows(plan.windows, plan.recipe, plan.skeleton, read, job, progress, plan.written)
     spent = {"windows": time.monotonic() - started}
     captured = _capture(plan, read, windows)
     float_stream, quant_stream = _streams(job, captured)

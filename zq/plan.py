@@ -70,6 +70,7 @@ class Plan:
     windows: Tensor | None  # of text, [samples, length]; [0, length] when the model writes all
     notes: list[str] = field(default_factory=list)
     shard_bytes: int = SHARD_BYTES
+    written: Tensor | None = None  # windows that the model wrote before; None: it writes when it is wanted
     sensitivity: dict[str, Any] | None = None  # what the widths were chosen by (zq/autobits.py)
 
     @property

@@ -132,3 +132,62 @@ def test_show_prints_recipes_that_can_be_pasted(call, files: Path, capsys):
     recipe = Recipe.parse(text)
     assert [step.name for step in recipe.steps] == ["gptq", "lkd"]
     assert recipe.calibration.generated == 8
+
+
+def figures(path: Path) -> dict:
+    return {(r["method"], r["seed"]): r["texts"] for r in json.loads(path.read_text())["rows"]}
+
+
+def test_several_processes_give_the_same_rows_and_the_same_command_continues(call, files: Path):
+    wanted = files / "list.txt"
+    wanted.write_text("# short ones first\n0 methods w3 g64 (rtn|gptq)$\n0,1 ablation w3 g64 lkd$\n")
+    options = ("--rows", str(wanted), "--out")
+    call(*options, str(files / "alone.json"))
+    call(*options, str(files / "many.json"), "--devices", "cpu,cpu", "--minutes", "5")
+    assert figures(files / "many.json") == figures(files / "alone.json")
+    for row in json.loads((files / "many.json").read_text())["rows"]:
+        assert row["beside"] == 1
+        assert row["commit"] == "abc"
+    before = (files / "many.json").stat().st_mtime_ns
+    call(*options, str(files / "many.json"), "--devices", "cpu,cpu")
+    assert (files / "many.json").stat().st_mtime_ns == before
+
+
+def test_what_is_not_finished_in_time_is_dropped(call, files: Path, capsys):
+    out = str(files / "r.json")
+    call("--only", "w3 g64 (rtn|gptq)$", "--out", out, "--devices", "cpu,cpu", "--minutes", "0.001")
+    assert "stopped after 0 s" in capsys.readouterr().out
+    assert not (files / "r.json").exists()
+
+
+def test_a_list_that_names_nothing_is_refused(call, files: Path):
+    (files / "list.txt").write_text("0 methods w5")
+    with pytest.raises(SystemExit, match="no row is named like 'methods w5'"):
+        call("--rows", str(files / "list.txt"))
+
+
+def test_rows_that_share_written_windows_are_what_they_are_alone(call, files: Path):
+    call("--out", str(files / "a"), "--only", "methods w[23] g64 lkd$", "--seeds", "0,1")
+    for scheme in ("w2", "w3"):
+        call("--out", str(files / scheme), "--only", f"methods {scheme} g64 lkd$", "--seeds", "1")
+    together = json.loads((files / "a").read_text())["rows"]
+    for scheme in ("w2", "w3"):
+        (alone,) = json.loads((files / scheme).read_text())["rows"]
+        same = next(r for r in together if r["scheme"].startswith(scheme) and r["seed"] == 1)
+        assert same["texts"] == alone["texts"]
+        assert same["calibration"]["generated"] == alone["calibration"]["generated"]
+        assert same["seconds_of"]["windows"] > 0
+
+
+def test_merging_takes_the_newer_rows(call, files: Path):
+    old, new = files / "old.json", files / "new.json"
+    call("--out", str(old), "--only", "w3 g64 (rtn|gptq)$")
+    call("--out", str(new), "--only", "w[23] g64 gptq$", "--commit", "def")
+    call("--merge", str(new), "--out", str(old))
+    found = {(r["scheme"], r["method"]): r["commit"] for r in json.loads(old.read_text())["rows"]}
+    assert found == {("w3 g64", "rtn"): "abc", ("w3 g64", "gptq"): "def", ("w2 g64", "gptq"): "def"}
+    call("--out", str(files / "other.json"), "--only", "w3 g64 rtn$", "--windows", "2")
+    with pytest.raises(SystemExit, match="another --out"):
+        call("--merge", str(files / "other.json"), "--out", str(old))
+    with pytest.raises(SystemExit, match="needs --out"):
+        call("--merge", str(new))

@@ -25,6 +25,7 @@ def trained(tmp_path_factory) -> Path:
 def make(out: Path, *more: str) -> None:
     before = sys.argv
     sys.argv = ["ladder.py", str(out), "--text", "bundled", "--tiny", "--steps", "40", "--batch", "4"]
+    sys.argv += ["--every", "15"]
     sys.argv += ["--length", "48", *more]
     try:
         ladder.main()
@@ -52,7 +53,8 @@ def test_the_sizes_are_those_of_their_names():
 
 
 def test_what_is_held_out_is_the_end_of_each_text():
-    assert ladder.split(["aaaabb", "ccccd" * 2], 0.25) == ("aaaa\n\nccccdcc", "bb\n\nccd")
+    parts = ladder.split(["aaaaaabc", 12 * "d" + "eeff"], 0.25)
+    assert parts == ("aaaaaa\n\n" + 12 * "d", "b\n\nee", "c\n\nff")
 
 
 def test_batches_depend_on_seed_and_step_only():
@@ -73,9 +75,10 @@ def test_the_rate_rises_and_falls():
 
 
 def test_it_learns_and_is_saved(trained):
-    facts = json.loads((trained / "ladder.json").read_text())
+    facts = {name: json.loads((trained / f"{name}.json").read_text()) for name in ladder.TINY}
     for name in ladder.TINY:
         assert facts[name]["held_out_loss"] < 4.5, "no better than log(258) = 5.55"
+        assert set(facts[name]["course"]) == {"15", "30", "40"}
         model = zq.load(trained / name)
         assert model.dtype == torch.bfloat16
         assert sum(p.numel() for p in model.parameters()) == facts[name]["parameters"]
@@ -97,6 +100,27 @@ def test_the_same_weights_each_time(trained, tmp_path):
     for name in ladder.TINY:
         files = [folder / name / "model.safetensors" for folder in (trained, tmp_path)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_sizes_in_processes_of_their_own(trained, tmp_path):
+    make(tmp_path, "--devices", "cpu,cpu")
+    for name in ladder.TINY:
+        facts = [json.loads((folder / f"{name}.json").read_text()) for folder in (trained, tmp_path)]
+        assert facts[0]["course"] == pytest.approx(facts[1]["course"], rel=1e-4)
+
+
+def test_the_step_with_the_least_loss_is_kept(trained, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 9.0, 1.5] * 2)
+    monkeypatch.setattr(ladder, "held_out_loss", lambda *rest: next(losses))
+    make(tmp_path)
+    facts = json.loads((tmp_path / "a.json").read_text())
+    assert facts["step"] == 30
+    assert facts["held_out_loss"] == 1.5
+    monkeypatch.undo()
+    make(tmp_path / "short", "--steps", "40")
+    last = (tmp_path / "short" / "a" / "model.safetensors").read_bytes()
+    assert last == (trained / "a" / "model.safetensors").read_bytes()
+    assert last != (tmp_path / "a" / "model.safetensors").read_bytes()
 
 
 def test_a_sweep_takes_it(trained, tmp_path):

@@ -79,3 +79,12 @@ def test_every_results_file_has_tables(path: Path):
     assert {row["table"] for row in document["rows"]} <= set(TABLES)
     assert "\n| --- |" in all_tables(document)
     assert document["environment"]["device"]
+
+
+def test_seconds_beside_other_work_are_no_seconds():
+    rows = row("lkd", 0.1, seconds=90.0, beside=1), row("lkd", 0.3, 1, seconds=60.0), row("rtn", 0.5)
+    header, _, lkd, _, *_ = accuracy(document(*rows), "methods").splitlines()
+    assert header.endswith("| s |")
+    assert lkd.endswith("| 60 |")
+    alone = accuracy(document(row("lkd", 0.1, seconds=90.0, beside=1)), "methods")
+    assert "| s |" not in alone

@@ -4,7 +4,8 @@ with a kernel even where zq.kernels.cuda is what is wrong."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -94,11 +95,23 @@ class Driver:
 
     def launch(self, cubin: Path, c: Config, args: Sequence[object]) -> None:
         """args: tensors, None, ints, or bytes-like structures passed by value."""
+        values = [_value(a) for a in args]
+        array = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        with self.configured(cubin, c) as (function, config):
+            self.call("cuLaunchKernelEx", ctypes.byref(config), function, array, None)
+
+    def clusters(self, cubin: Path, c: Config) -> int:
+        """How many clusters of this launch the device runs at once."""
+        found = ctypes.c_int()
+        with self.configured(cubin, c) as (function, config):
+            self.call("cuOccupancyMaxActiveClusters", ctypes.byref(found), function, ctypes.byref(config))
+        return found.value
+
+    @contextmanager
+    def configured(self, cubin: Path, c: Config) -> Iterator[tuple[ctypes.c_void_p, LaunchConfig]]:
         function = self.function(cubin, c.entry)
         self.call("cuFuncSetAttribute", function, SHARED_LIMIT, c.shared)
         self.call("cuFuncSetAttribute", function, CARVEOUT, 100)
-        values = [_value(a) for a in args]
-        array = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         attributes = (Attribute * 2)()
         count = 0
         if c.cluster > 1:
@@ -110,8 +123,10 @@ class Driver:
             attributes[count].value[0] = 1
             count += 1
         stream = torch.cuda.current_stream().cuda_stream
-        config = LaunchConfig(*c.grid, c.block, 1, 1, c.shared, stream, ctypes.addressof(attributes), count)
-        self.call("cuLaunchKernelEx", ctypes.byref(config), function, array, None)
+        yield (
+            function,
+            LaunchConfig(*c.grid, c.block, 1, 1, c.shared, stream, ctypes.addressof(attributes), count),
+        )
 
     def tensor_map(self, x: Tensor, rows: int) -> object:
         """A map of x [M, K] (8- or 16-bit) in boxes of rows x 128 bytes."""

@@ -4,7 +4,8 @@
     python -m tests.kernels.gpu_smoke build DIR [--arch sm_90a] [--only REGEX] [-D...]  needs no GPU
     python -m tests.kernels.gpu_smoke check DIR [--only REGEX] [--portable] [-D...]     right or wrong
     python -m tests.kernels.gpu_smoke time DIR [--only REGEX] [--portable]    microseconds, beside cuBLAS
-    python -m tests.kernels.gpu_smoke sweep DIR [--only REGEX]                every tile; corrects tiles.py
+    python -m tests.kernels.gpu_smoke sweep DIR [--only REGEX] [--shapes NxK,...] [--tokens M,...]
+                                                              every tile; corrects tiles.py
     python -m tests.kernels.gpu_smoke ceiling DIR                             what the tensor core can do
 
 `check` runs every scheme in a process of its own with a time limit, four at once, so that a wrong address or
@@ -66,7 +67,8 @@ def forced(op: str, p: layout.Packing, m: int, n: int, k: int, sms: int, family:
         yield from (tiles.portable(op, p, tile, split, (m, n), family) for split in (2, 3, 8))
         return
     for tile, (cluster, split) in itertools.product(
-        tiles.tiles(op, p, 90), ((1, 0), (1, 1), (2, 1), (2, 2), (4, 4), (8, 8))
+        tiles.tiles(op, p, 90),
+        ((1, 0), (1, 1), (2, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 8)),
     ):
         sharing = cluster // max(split, 1)
         if (sharing > 1 and tile.tokens < 16) or (split > 1 and (tile.tokens > 64 or steps < split)):
@@ -236,26 +238,29 @@ def timing(units: list[Unit], folder: Path, arch: str) -> None:
             print(f"{unit.name:24}" + "".join(cells), flush=True)
 
 
-def sweep(units: list[Unit], folder: Path, arch: str) -> None:
+def sweep(
+    units: list[Unit], folder: Path, arch: str, shapes: list[tuple[int, int]], tokens: list[int]
+) -> None:
+    """Every tile and split, the best first; "*" is what `choose` takes."""
     driver, sms = Driver(), torch.cuda.get_device_properties(0).multi_processor_count
-    for unit, (n, k), m in itertools.product(units, TIMED, TOKENS):
+    for unit, (n, k), m in itertools.product(units, shapes, tokens):
         op, p = scheme_of(unit)
-        cases = operands(op, p, m, n, k, max(2, -(-(512 << 20) // layout.packed_bytes(p, n, k))))
+        copies = max(2, min(64, -(-(512 << 20) // layout.packed_bytes(p, n, k))))
+        cases = operands(op, p, m, n, k, copies)
         chosen = tiles.choose(op, m, n, k, group=p.group, arch=90, sms=sms)
         cells = []
-        for tile, (cluster, split) in itertools.product(
-            tiles.tiles(op, p, 90), ((1, 0), (1, 1), (2, 1), (4, 1), (2, 2), (4, 4))
-        ):
-            blocks = -(-n // 128) * -(-m // tile.tokens)
-            fits = split <= 1 or (tile.tokens <= 64 and blocks * split <= 2 * sms)
-            shares = cluster == max(split, 1) or tile.tokens >= 64
-            if tile.tokens > 4 * m + 8 or m > 64 * tile.tokens or not (fits and shares):
+        for tile, split in itertools.product(tiles.tiles(op, p, 90), range(9)):
+            blocks = -(-n // tile.rows) * -(-m // tile.tokens)
+            fits = split <= 1 or (tile.tokens <= 64 and blocks * split <= 2 * tiles.resident(tile) * sms)
+            if tile.tokens > 4 * m + 8 or m > 64 * tile.tokens or not fits or split > k // 128:
                 continue
-            c = tiles.persistent(op, p, tile, cluster, split, (m, n, k), sms)
+            c = tiles.persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
             us = our_time(driver, folder, c, arch, cases)
-            mark = "*" * ((c.entry, c.cluster, c.split) == (chosen.entry, chosen.cluster, chosen.split))
-            cells.append((us, f"{tile.entry}/{cluster}/{split}{mark} {us:.1f}"))
-        print(f"{unit.name} {m}x{n}x{k}: " + ", ".join(text for _, text in sorted(cells)), flush=True)
+            mark = "*" * ((c.entry, c.split) == (chosen.entry, chosen.split))
+            together = driver.clusters(cubin_file(folder, unit.name, arch), c)
+            cells.append((us, f"{tile.entry}/{split}{mark} {us:.2f} ({c.grid[0]} of {together * c.cluster})"))
+        best = ", ".join(text for _, text in sorted(cells))
+        print(f"{unit.name} {m}x{n}x{k}: {best}", flush=True)
 
 
 def ceiling(folder: Path, arch: str) -> None:
@@ -270,12 +275,22 @@ def ceiling(folder: Path, arch: str) -> None:
         print(f"{unit.name} N={tokens}: {operations / us / 1e6:.0f} Tera-operations/s", flush=True)
 
 
+def numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    return [(int(n), int(k)) for n, k in (each.split("x") for each in text.split(","))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=("build", "check", "child", "time", "sweep", "ceiling"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--only", default="^sm90_")
+    parser.add_argument("--shapes", type=pairs, default=TIMED, help="sweep: 4096x4096,6144x4096 (N x K)")
+    parser.add_argument("--tokens", type=numbers, default=TOKENS, help="sweep: 1,16")
     parser.add_argument("--portable", action="store_true", help="gemm_mma.cu on any architecture")
     arguments, arguments.more = parser.parse_known_args()
     wanted = "^mma_" if arguments.portable and arguments.only == "^sm90_" else arguments.only
@@ -295,7 +310,10 @@ def main() -> None:
         ceiling(folder, arch)
     else:
         named = [u for u in units if u.name.split("_", 1)[1] in TIMED_UNITS]
-        (timing if arguments.command == "time" else sweep)(named, folder, arch)
+        if arguments.command == "time":
+            timing(named, folder, arch)
+        else:
+            sweep(named, folder, arch, arguments.shapes, arguments.tokens)
 
 
 if __name__ == "__main__":

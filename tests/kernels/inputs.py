@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zq.kernels import layout, reference
+from zq.kernels import launch, layout, reference
+from zq.kernels.launch import RowShape
 from zq.kernels.layout import Packing
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -88,3 +89,19 @@ def gemm_calls(m: int, n: int, k: int, dtype: torch.dtype = BF16) -> Iterator[tu
                 offset = whole(0, 16, n, groups, seed=13)
                 packed = layout.pack(Packing("w4a8_two", group), codes4, sub, offset)
                 yield "w4a8_int8", (x8, sx, rowsum, packed, ws, bias, n, group, dtype)
+
+
+def row_shapes(pieces: int) -> Iterator[RowShape]:
+    """Every way to compute rows of so many pieces that a kernel allows, for an H100."""
+    warps = -(-pieces // 32)
+    if pieces > launch.WIDE:
+        yield RowShape("quantize_long", launch.THREADS, shared=pieces * launch.PIECE)
+        return
+    if pieces <= launch.SHORT:
+        yield from (RowShape("quantize_warp", 32 * rows, rows=rows) for rows in (1, 4, 8))
+    if pieces <= launch.THREADS:
+        yield RowShape("quantize_1", 32 * warps)
+    yield RowShape("quantize_4", -(-warps // 4) * 32)
+    for blocks in (2, 4, launch.CLUSTER):
+        if blocks * launch.CLUSTERED >= pieces:
+            yield RowShape("quantize_cluster", -(-warps // blocks) * 32, blocks=blocks)

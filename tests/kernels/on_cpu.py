@@ -7,12 +7,13 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from zq.kernels import nvrtc
+from zq.kernels import launch, nvrtc
 from zq.kernels.unit import Unit
 
 HOST = Path(__file__).parent / "host"
@@ -34,8 +35,8 @@ class Sources:
         if (unit.name, arch) not in self.made:
             texts = dict(nvrtc.texts(unit.source))
             for old, new in edits.items():
-                assert texts[unit.source].count(old) == 1
-                texts[unit.source] = texts[unit.source].replace(old, new)
+                assert sum(text.count(old) for text in texts.values()) == 1
+                texts = {name: text.replace(old, new) for name, text in texts.items()}
             texts[unit.source] += run
             for name, text in texts.items():
                 if not (HOST / name).exists():
@@ -56,3 +57,12 @@ def aligned(x: Tensor) -> Tensor:
     begin = -memory.data_ptr() % 16
     place = memory[begin : begin + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
     return place.copy_(x)
+
+
+def into(op: str, args: tuple[Any, ...], made: list[Tensor]) -> None:
+    """An operator's launch, with its outputs in `made`."""
+    kept = launch.prepare(op, args)
+    assert [(tuple(x.shape), x.dtype) for x in made] == [(tuple(s), dtype) for s, dtype in kept.outputs]
+    launch.address(kept, (*args, *made))
+    assert kept.launch is not None
+    kept.launch()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.kernels.inputs import BF16, FP16
 from tests.kernels.inputs_kv import attention_args, store_args
 from tests.kernels.near_kv import of_magnitudes, worst
-from tests.kernels.on_cpu import Sources, aligned
+from tests.kernels.on_cpu import Sources, aligned, into
 from zq.kernels import checks_kv, launch_kv, reference_kv
 from zq.kernels.table import UNITS
 from zq.kernels.table_kv import HEADS
@@ -53,26 +53,22 @@ def device(sources, monkeypatch):
     def describe(index):
         return launch_kv.cuda.Device(0, f"sm_{it.arch}", it.arch, it.sms, 232448, None)
 
-    def launch(device, unit, entry, grid, block, arguments, **options):
-        assert block == 128
-        it.grids.append(grid)
-        name = entry.rpartition("_")[2]
-        run = ATTEND if entry.startswith("attention") else STORE
-        library = sources.compile(UNITS[unit], run, {}, it.arch, "-O1")
+    def launch(call):
+        assert call.block == 128
+        it.grids.append(call.grid)
+        if call.scratch is not None:
+            made = aligned(torch.full((call.scratch.size,), 0xFF, dtype=torch.uint8))
+            made[: call.scratch.zeroed] = 0
+            it.scratch.append((made, call.scratch.zeroed))
+            call.lend(made)
+        name = call.entry.rpartition("_")[2]
+        run = ATTEND if call.entry.startswith("attention") else STORE
+        library = sources.compile(UNITS[call.unit], run, {}, it.arch, "-O1")
         size = int(name) if name.isdigit() else 0
-        library.run(ctypes.byref(arguments[0]), size, *grid, it.backwards)
-
-    def workspace(device, size, zeroed):
-        if not size:
-            return None
-        made = aligned(torch.full((size,), 0xFF, dtype=torch.uint8))
-        made[:zeroed] = 0
-        it.scratch.append((made, zeroed))
-        return made
+        library.run(ctypes.byref(call.arguments), size, *call.grid, it.backwards)
 
     monkeypatch.setattr(launch_kv.cuda, "describe", describe)
-    monkeypatch.setattr(launch_kv.cuda, "launch", launch)
-    monkeypatch.setattr(launch_kv.cuda, "workspace", workspace)
+    monkeypatch.setattr(launch_kv.Launch, "__call__", launch)
     return it
 
 
@@ -82,7 +78,7 @@ def launched(name: str, args: tuple) -> Tensor:
     ((shape, dtype),) = getattr(checks_kv, name)(*args)
     out = aligned(torch.zeros(shape, dtype=dtype))
     out.view(torch.uint8).fill_(0xFF)
-    launch_kv.LAUNCH[name](name, [out], *args)
+    into(name, args, [out])
     return out
 
 

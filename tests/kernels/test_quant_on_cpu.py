@@ -8,78 +8,88 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls
-from tests.kernels.on_cpu import Sources, aligned
+from tests.kernels.inputs import BF16, FP16, activations, quant_calls, row_shapes
+from tests.kernels.near_quant import EXACT, verdict
+from tests.kernels.on_cpu import Sources, aligned, into
 from zq.kernels import checks, launch, reference
 from zq.kernels.table import UNITS
 
-EXACT = {"quant_int8", "quant_fp8", "quant_fp8_block128"}
-RUN = """
-extern "C" void run(const Args *a, int entry, int blocks, int threads) {
-  run_blocks(blocks, threads, [=] { entry == 1 ? quantize_1(*a) : entry == 4 ? quantize_4(*a) :
-  quantize_long(*a); });
-}
+ENTRIES = UNITS["plain_int8_bf16"].entries
+RUN = f"""
+extern "C" void run(const Args *a, int entry, int blocks, int threads, int cluster) {{
+  void (*const entries[])(Args) = {{{", ".join(ENTRIES)}}};
+  run_grid({{blocks, 1, 1}}, threads, [=] {{ entries[entry](*a); }}, false, cluster);
+}}
 """
+EDITS = {"extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];"}
+HOST = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """name of a unit -> its `run`, compiled when it is asked for."""
     sources = Sources(tmp_path_factory.mktemp("host"))
-    edits = {"extern __shared__ uint4 long_row[];": "static uint4 long_row[16384];"}
-    return lambda name: sources.compile(UNITS[name], RUN, edits)
+    return lambda name: sources.compile(UNITS[name], RUN, EDITS)
 
 
 @pytest.fixture
 def on_host(host, monkeypatch):
     """Operators launch there; memory is that of the CPU."""
-    monkeypatch.setattr(
-        launch.cuda, "describe", lambda index: launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
-    )
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: HOST)
     launched = []
 
-    def run(device, unit, entry, grid, block, arguments, **options) -> None:
-        launched.append(entry)
-        number = {"quantize_1": 1, "quantize_4": 4, "quantize_long": 0}[entry]
-        host(unit).run(ctypes.byref(arguments[0]), number, grid[0], block)
+    def run(it) -> None:
+        launched.append(it.entry)
+        cluster = it.options[3]
+        host(it.unit).run(ctypes.byref(it.arguments), ENTRIES.index(it.entry), it.grid[0], it.block, cluster)
 
-    monkeypatch.setattr(launch.cuda, "launch", run)
+    monkeypatch.setattr(launch.Launch, "__call__", run)
     return launched
 
 
-def compare(name: str, args: tuple) -> None:
-    """Outputs lie in memory full of NaN before."""
-    args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
+def run_into_nan(name: str, args: tuple) -> list[Tensor]:
     made = []
     for shape, dtype in getattr(checks, name)(*args):
-        poisoned = aligned(torch.zeros(shape, dtype=dtype))
-        poisoned.view(torch.uint8).fill_(0xFF) if poisoned.numel() else None
-        made.append(poisoned)
-    launch.LAUNCH[name](name, made, *args)
-    for a, b in zip(made, getattr(reference, name)(*args), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        apart = (a.double() - b.double()).abs()
-        if name in EXACT:
-            assert torch.equal(a.double(), b.double()), name
-        elif a.dtype == torch.int8:
-            assert apart.max() <= 1
-            assert (apart > 0).double().mean() < 0.01
-        elif a.dtype == torch.int32:
-            assert a.numel() == 0 or torch.equal(a, made[0].sum(1, dtype=torch.int32))
-        elif a.dtype == FP8:
-            assert (apart <= 2**-3 * b.double().abs() + 2**-9).all()
-            assert (apart > 0).double().mean() < 0.01
-        else:
-            assert (apart <= 2**-7 * b.double().abs()).all()
+        made.append(aligned(torch.zeros(shape, dtype=dtype)))
+        made[-1].view(torch.uint8).fill_(0xFF) if made[-1].numel() else None
+    into(name, args, made)
+    return made
+
+
+def compare(name: str, args: tuple) -> None:
+    args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    made = run_into_nan(name, args)
+    assert verdict(name, args, made, list(getattr(reference, name)(*args))) == "", name
 
 
 @pytest.mark.parametrize(
-    ("k", "entry"), [(16, "quantize_1"), (272, "quantize_1"), (1040, "quantize_4"), (33280, "quantize_long")]
+    ("k", "entry"),
+    [
+        (16, "quantize_1"),
+        (272, "quantize_1"),
+        (1040, "quantize_1"),
+        (8208, "quantize_cluster"),
+        (33280, "quantize_long"),
+    ],
 )
 def test_every_operator(k, entry, on_host):
     for name, args in quant_calls(3, k):
         compare(name, args)
     assert set(on_host) == {entry}
+
+
+@pytest.mark.parametrize("k", [16, 176, 1040, 4112, 8208])
+def test_every_way_gives_the_same_codes(k, on_host, monkeypatch):
+    """So a token does not depend on how many others there are."""
+    for name, args in quant_calls(3, k):
+        args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        first = None
+        for shape in row_shapes(k // 8):
+            monkeypatch.setattr(launch, "row_shape", lambda *_, shape=shape: shape)
+            made = run_into_nan(name, args)
+            first = first or made
+            for a, b in zip(made, first, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (name, shape)
 
 
 @pytest.mark.parametrize("dtype", [FP16, torch.float32])
@@ -98,7 +108,7 @@ def test_extreme_rows(on_host):
     poisoned = aligned(torch.ones(2, 64))
     poisoned[1, 33] = torch.nan
     made = [aligned(torch.zeros(shape, dtype=dtype)) for shape, dtype in checks.quant_int8(poisoned)]
-    launch.LAUNCH["quant_int8"]("quant_int8", made, poisoned)
+    into("quant_int8", (poisoned,), made)
     assert torch.isnan(made[1]).tolist() == [False, True]
 
 

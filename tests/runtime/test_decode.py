@@ -14,7 +14,7 @@ from tests.runtime.quantized import W4A16, distance, force_kernels, quantized
 from tests.runtime.stepping import TOKENS, forced, generated, padded, stepping, torchs_own
 from tests.tiny import TINY, random_model, token_ids
 from zq.runtime import graphs
-from zq.runtime.cache import make_cache
+from zq.runtime.cache import cache_argument, make_cache
 
 DECODERS = [name for name in TINY if "bert" not in name]
 
@@ -90,14 +90,14 @@ def test_optimize_with_kv(kv: str, on: bool, steps: list[Any]) -> None:
             return_dict_in_generate=True,
         )  # fmt: skip
         assert torch.equal(out.sequences, wanted[0])
-        assert out.past_key_values.kv == kv
-        places.add(out.past_key_values.layers[1].key_scale.data_ptr())
+        assert out[cache_argument(model)].kv == kv
+        places.add(out[cache_argument(model)].layers[1].key_scale.data_ptr())
         del out
     assert len(places) == 1
     assert len(model.zq_runner.seen) == 2 * on, "one for the given cache, one for all others"
     zq.optimize(model)
     out = model.generate(**given, max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
-    assert getattr(out.past_key_values, "kv", None) is None
+    assert getattr(out[cache_argument(model)], "kv", None) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "gptj"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zq.bench.clock import Memory, median, synchronize, timed
 from zq.bench.trace import Trace, traced
+from zq.runtime.cache import cache_argument
 
 MODES = ("decode", "prefill", "encode")
 WARM = 2  # runs before the clock starts: they compile, capture, and fill caches
@@ -93,7 +94,7 @@ def _generate(model: Any, engine: str, task: Task, ids: Tensor) -> dict[str, Any
         given |= _static(model, task)
 
     def text(count: int, **more: Any) -> Any:
-        cache = given.get("past_key_values")
+        cache = given.get(cache_argument(model))
         if cache is not None and cache.layers[0].is_initialized:
             cache.reset()
         return model.generate(**given, max_new_tokens=count, **more)
@@ -125,7 +126,7 @@ def _static(model: Any, task: Task) -> dict[str, Any]:
     cache = StaticCache(config=model.config, max_cache_len=task.length + task.new + 1)
     compiled = CompileConfig(mode=_mode(task.device), dynamic=False)
     compiled._compile_all_devices = True  # type: ignore[assignment]
-    return {"past_key_values": cache, "compile_config": compiled}
+    return {cache_argument(model): cache, "compile_config": compiled}
 
 
 def _mode(device: str) -> str:

@@ -51,7 +51,7 @@ def generate(  # noqa: PLR0913 (a command line is its options)
         from transformers import TextStreamer
 
         from zq.models.find import find_family, find_positions, load_tokenizer
-        from zq.runtime.cache import CODES, make_cache
+        from zq.runtime.cache import CODES, cache_argument, make_cache
         from zq.runtime.load import load_decoder
 
         if kv is not None and kv not in CODES:
@@ -87,7 +87,7 @@ def generate(  # noqa: PLR0913 (a command line is its options)
                 note(str(fused))
         elif kv is not None:
             length = inputs["input_ids"].shape[1] + max_tokens
-            options["past_key_values"] = make_cache(model.config, 1, length, model.dtype, kv, place)
+            options[cache_argument(model)] = make_cache(model.config, 1, length, model.dtype, kv, place)
         torch.manual_seed(seed)
         options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from zq.errors import ZqError
 from zq.eval.encoder import States
 from zq.eval.perplexity import Logits
-from zq.runtime.cache import check_kv, rounding_cache
+from zq.runtime.cache import cache_argument, check_kv, rounding_cache
 
 
 def decoder_logits(model: Any, kv: str | None = None) -> Logits:
@@ -30,7 +30,7 @@ def decoder_logits(model: Any, kv: str | None = None) -> Logits:
             if kv is None:
                 return model(input_ids=ids, use_cache=False).logits
             cache = rounding_cache(model.config, kv)
-            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            return model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
 
     return logits
 

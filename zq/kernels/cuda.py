@@ -21,6 +21,7 @@ from zq.kernels.table import UNITS
 from zq.kernels.unit import Unit, arch_number, arch_of
 
 GRID = tuple[int, int, int]
+ALIGNED = 16  # bytes that a kernel reads at a time
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def functions(device: Device, name: str) -> dict[str, Any]:
 def _load(device: Device, unit: Unit) -> dict[str, Any]:
     driver = _driver()
     data = bundle.cubin(unit, device.arch)
-    _enter(device)
+    enter(device)
     what = (
         f"load kernel {unit.name} for {device.arch} (was it compiled by a newer NVRTC than the driver knows?)"
     )
@@ -125,16 +126,16 @@ def launch(  # noqa: PLR0913
     """
     driver = _driver()
     function = functions(device, unit)[entry]
-    _enter(device)
-    stream = torch.cuda.current_stream(device.index).cuda_stream
-    config = _config(grid, block, shared, cluster, pdl and device.number >= 90, stream)
+    enter(device)
+    stream = raw_stream(device.index)
+    config = configuration(grid, block, shared, cluster, pdl and device.number >= 90, stream)
     places = [a.getPtr() if hasattr(a, "getPtr") else ctypes.addressof(a) for a in arguments]
     array = (ctypes.c_void_p * len(places))(*places)
     checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(array), 0), f"launch {unit}")
 
 
 @lru_cache(maxsize=4096)
-def _config(grid: GRID, block: int, shared: int, cluster: int, pdl: bool, stream: int) -> Any:
+def configuration(grid: GRID, block: int, shared: int, cluster: int, pdl: bool, stream: int) -> Any:
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
@@ -159,6 +160,20 @@ def _config(grid: GRID, block: int, shared: int, cluster: int, pdl: bool, stream
         made.append(attribute)
     config.attrs, config.numAttrs = made, len(made)
     return config
+
+
+def raw_stream(index: int) -> int:
+    """torch's current stream on a device, without an object around it."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """libcuda itself: a launch through cuda.bindings takes several times as long on the host."""
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
+    library.cuLaunchKernelEx.restype = ctypes.c_int
+    return library
 
 
 class TensorMap:
@@ -187,7 +202,7 @@ def tensor_map(pointer: int, rows: int, k: int, stride: int, width: int, box_row
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     made = TensorMap()
-    status = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+    status = library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(made.getPtr()),
         int(kind),
         ctypes.c_uint32(2),
@@ -214,7 +229,7 @@ def workspace(device: Device, size: int, zeroed: int) -> Tensor | None:
         return None
     if zeroed == 0:
         return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device.index}")
-    stream = torch.cuda.current_stream(device.index).cuda_stream
+    stream = raw_stream(device.index)
     made = _workspaces.setdefault((device.index, stream, zeroed), [])
     if not made or made[-1].numel() < size:
         fresh = torch.zeros(size, dtype=torch.uint8, device=f"cuda:{device.index}")
@@ -227,11 +242,16 @@ def workspace(device: Device, size: int, zeroed: int) -> Tensor | None:
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     """Address of a tensor for a kernel that reads 16 bytes at a time; 0 for None. Raises ZqError."""
     address = 0 if x is None else x.data_ptr()
-    if address % 16:
-        raise ZqError(
-            "a tensor does not begin at a multiple of 16 bytes, as kernels need; call .clone() on the slice"
-        )
+    if address % ALIGNED:
+        raise unaligned()
     return ctypes.c_void_p(address)
+
+
+def unaligned() -> ZqError:
+    return ZqError(
+        f"a tensor does not begin at a multiple of {ALIGNED} bytes, as kernels need; "
+        "call .clone() on the slice"
+    )
 
 
 def checked(answer: tuple[Any, ...], what: str) -> Any:
@@ -242,7 +262,12 @@ def checked(answer: tuple[Any, ...], what: str) -> Any:
     return rest[0] if len(rest) == 1 else rest
 
 
-def _enter(device: Device) -> None:
+def failed(status: int, what: str) -> None:
+    """Raises ZqError for a status other than success that libcuda itself gave."""
+    checked((_driver().CUresult(status),), what)
+
+
+def enter(device: Device) -> None:
     """Make torch's context current: a new thread has none, and torch may be on another device."""
     if getattr(_thread, "index", None) != device.index or torch.cuda.current_device() != device.index:
         checked(_driver().cuCtxSetCurrent(device.context), "use torch's context")

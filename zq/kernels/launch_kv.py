@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zq.kernels import cuda
-from zq.kernels.cuda import pointer
+from zq.kernels.call import Launch, Scratch
 from zq.kernels.table_kv import HEADS, kv_units
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -42,17 +42,10 @@ StoreArguments = _structure(
 )
 
 
-def address(x: Tensor | None) -> int | None:
-    """Of what a kernel reads one value at a time."""
-    return None if x is None else x.data_ptr()
-
-
 def _cache(
     arguments: Any, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> str | None:
     """Fill in what both kernels want to know of the cache; returns its kind."""
-    arguments.k, arguments.v = pointer(k), pointer(v)
-    arguments.k_scale, arguments.v_scale = address(k_scale), address(v_scale)
     for name, stride in zip(STRIDES, (*k.stride()[:3], *v.stride()[:3]), strict=True):
         setattr(arguments, name, stride * k.element_size())
     if k_scale is not None and v_scale is not None:
@@ -91,11 +84,10 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
     last: Tensor,
     scale: float,
     slopes: Tensor | None,
-) -> None:
-    (out,) = outputs
+) -> Launch | None:
     rows, heads, d = q.shape
     if rows == 0:
-        return
+        return None
     device = cuda.describe(q.device.index)
     arguments = AttentionArguments(heads=heads, scale=scale)
     kind = _cache(arguments, k, v, k_scale, v_scale)
@@ -103,22 +95,14 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
     groups = kv_heads * -(-heads // kv_heads // QUERIES)
     pieces, most, blocks = attention_grid(rows, groups, k.shape[2], device.sms)
     arguments.pieces, arguments.most = pieces, most
-    arguments.q, arguments.out = pointer(q), pointer(out)
-    arguments.first, arguments.last, arguments.slopes = address(first), address(last), address(slopes)
     counters = -(-rows * groups * 4 // 256) * 256
     sums, partial = rows * heads * most * 8, rows * heads * most * d * 4
     sums = -(-sums // 256) * 256
-    scratch = cuda.workspace(device, counters + sums + partial if most > 1 else 0, counters)
-    if scratch is not None:
-        begin = scratch.data_ptr()
-        arguments.counters, arguments.sums, arguments.partial = (
-            begin,
-            begin + counters,
-            begin + counters + sums,
-        )
+    fields = {"counters": 0, "sums": counters, "partial": counters + sums}
+    scratch = Scratch(counters + sums + partial, counters, fields) if most > 1 else None
     entry = f"attention_{min(size for size in HEADS if size >= d)}"
     unit = kv_units(KINDS[q.dtype], kind)[0]
-    cuda.launch(device, unit, entry, (groups, rows, blocks), THREADS, [arguments], pdl=True)
+    return Launch(device, unit, entry, (groups, rows, blocks), THREADS, arguments, pdl=True, scratch=scratch)
 
 
 def store_kv(  # noqa: PLR0913
@@ -138,22 +122,18 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
-) -> None:
-    (q,) = outputs
+) -> Launch | None:
     rows = qkv.shape[0]
     if rows == 0:
-        return
+        return None
     arguments = StoreArguments(heads=heads, eps=eps)
     kind = _cache(arguments, k, v, k_scale, v_scale)
-    for name, value in {"qkv": qkv, "position": position, "cos": cos, "sin": sin, "q": q}.items():
-        setattr(arguments, name, address(value))
-    arguments.q_norm, arguments.k_norm = address(q_norm), address(k_norm)
     arguments.rotary = 0 if cos is None else cos.shape[1]
     arguments.interleaved, arguments.wide = rope == "interleaved", position.dtype == torch.int64
     grid = (-(-(heads + 2 * kv_heads) // WARPS), rows, 1)
     unit = kv_units(KINDS[qkv.dtype], kind)[1]
     device = cuda.describe(qkv.device.index)
-    cuda.launch(device, unit, "store_kv", grid, THREADS, [arguments], pdl=True)
+    return Launch(device, unit, "store_kv", grid, THREADS, arguments, pdl=True)
 
 
-LAUNCH: dict[str, Callable[..., None]] = {"decode_attention": decode_attention, "store_kv": store_kv}
+LAUNCH: dict[str, Callable[..., Launch | None]] = {"decode_attention": decode_attention, "store_kv": store_kv}

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zq.kernels import checks, checks_kv, reference, reference_kv
+from zq.kernels import checks, checks_kv, launch, reference, reference_kv
 
 QUANTIZED = "(Tensor q, Tensor scale, Tensor rowsum)"
 QUANTIZED_ADD = "(Tensor q, Tensor scale, Tensor rowsum, Tensor sum)"
@@ -86,11 +86,7 @@ def _define(library: Any, name: str) -> None:
         return compute(*args)
 
     def on_cuda(*args: Any) -> Any:
-        from zq.kernels import launch  # needs cuda.bindings, which only machines with a GPU have
-
-        made = outputs(args)
-        launch.LAUNCH[name](name, made, *args)
-        return _as_schema(made)
+        return _as_schema(launch.run(name, args))
 
     library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, on_cpu, "CPU")

@@ -116,14 +116,22 @@ def post_layer_norm_quant(
     return *_outputs(normed, dtype), normed
 
 
-def silu_mul_quant(gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, -1)
     silu = (gate / (1 + torch.exp(-gate))).to(gate_up.dtype)
-    return _outputs((silu.float() * up).to(gate_up.dtype), dtype)
+    return (silu.float() * up).to(gate_up.dtype)
+
+
+def silu_mul_quant(gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _outputs(silu_mul(gate_up), dtype)
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    return torch.nn.functional.gelu(x.float(), approximate=approximate).to(x.dtype)
 
 
 def gelu_quant(x: Tensor, approximate: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _outputs(torch.nn.functional.gelu(x.float(), approximate=approximate).to(x.dtype), dtype)
+    return _outputs(gelu(x, approximate), dtype)
 
 
 def finish(v: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype) -> Tensor:

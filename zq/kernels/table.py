@@ -27,7 +27,7 @@ def _quant(op: str, kind: str, out: str, scales: str = "Token") -> Unit:
     return Unit(
         name=f"{op.lower()}_{short}{blocks}_{kind.replace('float', 'fp32')}",
         source="quant.cu",
-        entries=("quantize_1", "quantize_4", "quantize_long"),
+        entries=("quantize_warp", "quantize_1", "quantize_4", "quantize_cluster", "quantize_long"),
         ops=(f"quant_{short}{blocks}" if op == "Plain" else OPS[op],),
         archs=archs,
         defines=(("OP", op), ("IN", kind), ("OUT", out), ("SCALES", scales)),

@@ -17,6 +17,7 @@ are relative to the base model (`model.base_model` of transformers).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 KINDS = ("attention", "mlp")
@@ -62,7 +63,7 @@ class Arch:
     pooler: module that reads the last hidden state but is no part of it.
     positions_after_pad: positions are counted from pad_token_id + 1 (RoBERTa), which shortens the
         longest sequence.
-    tuple_output: whether a block returns a tuple that starts with the hidden states.
+    tuple_output: whether a block returns a tuple that starts with the hidden states, see `gives_tuple`.
     """
 
     model_type: str
@@ -88,6 +89,12 @@ class Arch:
             for link in self.links
             if all(getattr(config, name, None) == value for name, value in link.when)
         )
+
+
+def gives_tuple(arch: Arch, block: Any) -> bool:
+    """Whether a block, a module, returns a tuple in this version of transformers: GPT-J's did before 5.24."""
+    declared = signature(type(block).forward).return_annotation
+    return arch.tuple_output and getattr(declared, "__name__", str(declared).split(".")[-1]) != "Tensor"
 
 
 def producer_channels(link: Link, *, n: int, k: int, heads: int) -> list[int]:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.func import functional_call
 
 from zq.errors import ZqError
+from zq.models.arch import gives_tuple
 from zq.models.find import position_limit
 from zq.models.skeleton import Skeleton
 
@@ -57,7 +58,7 @@ def capture_inputs(skeleton: Skeleton, batches: Sequence[torch.Tensor]) -> Captu
     """
     for ids in batches:
         _check_ids(skeleton, ids)
-    record = _Recorder(skeleton.n_blocks, skeleton.arch.tuple_output)
+    record = _Recorder(skeleton.n_blocks, gives_tuple(skeleton.arch, skeleton.block(0)))
     with record.installed([skeleton.block(i) for i in range(skeleton.n_blocks)]):
         for ids in batches:
             try:

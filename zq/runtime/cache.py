@@ -9,6 +9,7 @@ Keys are stored after the rotary embedding. Codes and scales are those of zq's t
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -197,6 +198,12 @@ def rounding_cache(config: Any, kv: str) -> Cache:
     check_kv(kv, config)
     layers = config.get_text_config(decoder=True).num_hidden_layers
     return Cache(layers=[RoundedLayer(kv) for _ in range(layers)])
+
+
+def cache_argument(model: Any) -> str:
+    """What a model of transformers calls its cache, as an argument and in its output: `cache` since 5.24,
+    `past_key_values` before."""
+    return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
 
 
 def check_kv(kv: str | None, config: Any) -> None:

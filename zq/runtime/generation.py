@@ -34,7 +34,7 @@ class Graphed:
             and generation_config.cache_implementation is None
             and generation_config.use_cache is not False
             and not generation_config.is_assistant
-            and model_kwargs.get("past_key_values") is None
+            and model_kwargs.get(runner.cache_name) is None
         )
         if usual:
             rows = batch * (generation_config.num_return_sequences or 1)
@@ -43,7 +43,7 @@ class Graphed:
             if cache is None and runner.kv is not None:
                 cache = make_cache(given.config, rows, length, given.dtype, runner.kv, given.device)
             if cache is not None:
-                model_kwargs["past_key_values"] = cache
+                model_kwargs[runner.cache_name] = cache
                 return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, mode, *more
@@ -55,21 +55,18 @@ class Graphed:
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
 
-    def create_masks_for_generate(
-        self, config: Any, *, attention_mask: Any = None, past_key_values: Any = None, **more: Any
-    ) -> Any:
+    def create_masks_for_generate(self, config: Any, *, attention_mask: Any = None, **more: Any) -> Any:
         """With a static cache the mask stays [B, L], padded to the length of the cache: masks of four
         dimensions are made in the step, if at all."""
         flat = attention_mask is None or attention_mask.dim() == 2
-        layers = [] if past_key_values is None else past_key_values.layers
         runner = self.zq_runner
+        held = more.get(runner.cache_name)
+        layers = [] if held is None else held.layers
         if not (runner.on and flat and layers and all(map(is_plain, layers))):
             usual: Any = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-            return usual(
-                config=config, attention_mask=attention_mask, past_key_values=past_key_values, **more
-            )
+            return usual(config=config, attention_mask=attention_mask, **more)
         if runner.run is not None and more["inputs_embeds"].shape[1] == 1:
-            return runner.run.announce(attention_mask, past_key_values)
+            return runner.run.announce(attention_mask, held)
         if attention_mask is None:
             return None
         missing = layers[0].max_cache_len - attention_mask.shape[1]

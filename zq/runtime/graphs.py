@@ -2,8 +2,9 @@
 
 A shape is run eagerly when it is first seen, which loads and warms everything up, captured when it comes
 again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on.
-Whatever is unusual about a call runs as transformers runs it. The captured graphs, at most `LIMIT`, share one
-memory pool: they are never replayed at the same time, and what they return is copied.
+So do prompts over an empty static cache. Whatever is unusual about a call runs as transformers runs it. The
+captured graphs, at most `LIMIT` of prompts and `LIMIT` of others, share one memory pool: they are never
+replayed at the same time, and what they return is copied.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from zq.errors import ZqError
 from zq.runtime.pool import CachePool
-from zq.runtime.step import Buffers, first_seen, is_static, static_step
+from zq.runtime.prompt import PromptBuffers, is_fresh, prompt_step
+from zq.runtime.step import Buffers, first_seen, given_dtype, is_static, static_step
 
 LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
-DECODE = {"past_key_values", "attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
+PROMPTS = 2  # calls of a decoder with a prompt of a shape before it is captured
+LONG = 4096  # tokens of a prompt, from which on the device takes longer than the host
+DECODE = {"attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
 ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
 
 
@@ -137,9 +141,11 @@ class Runner:
         self.config, self.shared, self.encoder, self.takes = config, shared, encoder, takes
         self.on = self.capture = on
         self.kv = kv
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"
         self.run: Run | None = None
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.prompts: OrderedDict[Hashable, Captured] = OrderedDict()  # whose lengths vary more than steps do
         self.place: Place | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
@@ -155,20 +161,22 @@ class Runner:
         if len(args) == 1:
             args, given = (), {"input_ids": args[0], **given}
         rest = {name: value for name, value in given.items() if value is not None}
+        if "past_key_values" in rest:  # its old name
+            rest[self.cache_name] = rest.pop("past_key_values")
         ids = rest.pop("input_ids", None)
         if args or not torch.is_tensor(ids) or ids.dim() != 2 or _capturing(ids):
             return forward(*args, **given)
         if self.encoder:
             made = self._encode(forward, ids, rest, model.dtype)
         else:
-            made = self._decode(forward, ids, rest)
+            made = (self._decode if ids.shape[1] == 1 else self._prompt)(forward, ids, rest)
         return forward(input_ids=ids, **rest) if made is None else made
 
     def _decode(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
-        cache: Any = rest.get("past_key_values")
+        cache: Any = rest.get(self.cache_name)
         mask, positions = rest.get("attention_mask"), rest.get("position_ids")
         keep = rest.get("logits_to_keep", 0)
-        if ids.shape[1] != 1 or not _ordinary(rest, DECODE) or not is_static(cache):
+        if not _ordinary(rest, {*DECODE, self.cache_name}) or not is_static(cache):
             return None
         if ("position_ids" in self.takes and positions is None) or not isinstance(keep, int):
             return None
@@ -176,7 +184,7 @@ class Runner:
         batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
         if batch != ids.shape[0] or (mask is not None and (mask.dim() != 2 or mask.shape[1] > length)):
             return None
-        shared, dtype, stored = self.shared, layers[0].dtype, layers[0].keys.dtype
+        shared, dtype, stored = self.shared, given_dtype(layers[0]), layers[0].keys.dtype
         fits = shared.around is not None and shared.around.fits(dtype, length)
         first = self._first(cache, mask, positions) if fits else None
         own = first is not None
@@ -192,16 +200,61 @@ class Runner:
         seen = self._find(("decode", batch, length, stored, own, places), make)
         buffers = seen.buffers
         buffers.fill(ids, positions, mask, first)
-        options: dict[str, Any] = {"logits_to_keep": keep, "position_ids": buffers.positions}
+        options = {"logits_to_keep": keep, "position_ids": buffers.positions, self.cache_name: cache}
         options = {name: value for name, value in options.items() if name in self.takes}
 
         def step() -> Any:
             out = static_step(forward, cache, buffers, shared, options)
             # What is kept must not keep a cache alive.
-            return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
+            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
 
         out = seen.run(step, self._place())
-        out["past_key_values"] = cache
+        out[self.cache_name] = cache
+        return out
+
+    def _prompt(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
+        """A prompt over an empty static cache. Short ones, in which the host is what takes long, are captured
+        when they come for the third time."""
+        cache: Any = rest.get(self.cache_name)
+        mask, positions = rest.get("attention_mask"), rest.get("position_ids")
+        keep, around, (batch, count) = rest.get("logits_to_keep", 0), self.shared.around, ids.shape
+        usual = _ordinary(rest, {*DECODE, self.cache_name}) and isinstance(keep, int)
+        if not usual or around is None or not is_static(cache):
+            return None
+        layer = cache.layers[0]
+        if "position_ids" not in self.takes or positions is None or positions.shape[-1] != count:
+            return None
+        if (
+            layer.keys.dtype != given_dtype(layer)
+            or layer.keys.shape[0] != batch
+            or layer.keys.shape[2] < count
+        ):
+            return None
+        if mask is not None and (mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < count):
+            return None
+        mask = None if mask is None else mask[:, :count]
+        empty, whole = is_fresh(cache, mask) if around.takes_prompt(count) else (False, False)
+        if not empty:
+            return None
+        given = (ids, positions, None if whole else mask)
+        options = {"logits_to_keep": keep, self.cache_name: cache}
+        options = {name: value for name, value in options.items() if name in self.takes}
+
+        def read(buffers: PromptBuffers) -> Any:
+            out = prompt_step(forward, cache, buffers, self.shared, options)
+            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
+
+        if batch * count > LONG:
+            out = read(PromptBuffers(*given))
+        else:
+            places = tuple(
+                x.data_ptr() for y in cache.layers for x in (y.keys, y.values, y.cumulative_length)
+            )
+            key = ("prompt", batch, count, positions.shape[0], keep, whole, places)
+            seen = self._find(key, lambda: PromptBuffers.like(*given), PROMPTS, self.prompts)
+            seen.buffers.fill(*given)
+            out = seen.run(lambda: read(seen.buffers), self._place())
+        out[self.cache_name] = cache
         return out
 
     def _first(self, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
@@ -241,14 +294,21 @@ class Runner:
 
         return seen.run(step, self._place())
 
-    def _find(self, key: Hashable, make: Callable[[], Any], eager: int = 1) -> Captured:
-        found = self.seen.pop(key, None)
+    def _find(
+        self,
+        key: Hashable,
+        make: Callable[[], Any],
+        eager: int = 1,
+        among: OrderedDict[Hashable, Captured] | None = None,
+    ) -> Captured:
+        among = self.seen if among is None else among
+        found = among.pop(key, None)
         if found is None:
             with torch.inference_mode(False):  # else they could not be written outside of it
                 found = Captured(make(), eager)
-        self.seen[key] = found
-        while len(self.seen) > LIMIT:
-            self.seen.popitem(last=False)
+        among[key] = found
+        while len(among) > LIMIT:
+            among.popitem(last=False)
         return found
 
     def _place(self) -> Place | None:

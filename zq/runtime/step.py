@@ -123,6 +123,11 @@ def is_plain(layer: Any) -> bool:
     return type(layer) in (StaticLayer, QuantizedStaticLayer)
 
 
+def given_dtype(layer: Any) -> torch.dtype:
+    """Of the keys that a static layer is given; it may store codes."""
+    return layer.dtype if isinstance(layer, QuantizedStaticLayer) else layer.keys.dtype
+
+
 def first_seen(cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
     """The first position that each row of the next step sees, int32 [B], when its mask is one run of ones up
     to the present position, and no position lies behind that; else None. Asks the device.
@@ -150,11 +155,10 @@ def static_step(
     """One token of each row: reads `buffers`, writes `cache`, returns what `forward` does. `shared.step` is
     set meanwhile. Makes no value known to the host."""
     step = Step(cache, buffers)
-    with _during(step, shared):
+    with during(step, shared):
         out = forward(
             input_ids=buffers.ids,
             attention_mask=buffers.mask,
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
             **options,
@@ -164,7 +168,7 @@ def static_step(
 
 
 @contextmanager
-def _during(step: Step, shared: Any) -> Iterator[None]:
+def during(step: Any, shared: Any) -> Iterator[None]:
     """Fused blocks take bool masks; transformers makes those without copying a number from the host, which a
     CUDA graph forbids, where the config says sdpa."""
     config, name = shared.config, None if shared.config is None else shared.config._attn_implementation

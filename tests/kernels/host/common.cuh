@@ -10,7 +10,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -49,36 +51,68 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
   ucontext_t context;
   jmp_buf place;
-  int turn = 0;
+  int turn = 0, cluster_turn = -1;
   bool begun = false, ended = false;
 };
-static std::vector<Fiber> fibers(1024);
+static std::deque<Fiber> fibers;  // of a block, or of the blocks of a cluster one after the other
+static int cluster_blocks, rank_of_block;
+static Fiber &fiber() { return fibers[rank_of_block * blockDim.x + threadIdx.x]; }
 static jmp_buf scheduler;
 struct Exchange {
   u32 words[6];
 };
-static Exchange exchanged[2][1024];
+static Exchange exchanged[2][8][1024];
 
 static void let_others() {
-  if (!_setjmp(fibers[threadIdx.x].place)) _longjmp(scheduler, 1);
+  if (!_setjmp(fiber().place)) _longjmp(scheduler, 1);
 }
 static int next_turn() {
-  const int turn = fibers[threadIdx.x].turn++;
+  const int turn = fiber().turn++;
   let_others();
   return turn;
 }
 static void __syncwarp() { next_turn(); }
-static int arrived_threads, barriers;
+struct Barrier {
+  int arrived = 0, turn = 0;
+  int arrive(int threads) {
+    const int turn_now = turn;
+    if (++arrived == threads) arrived = 0, ++turn;
+    return turn_now;
+  }
+  void wait(int turn_then) const {
+    while (turn == turn_then) let_others();
+  }
+};
+static Barrier of_blocks[8], of_cluster;
 static void __syncthreads() {
-  const int barrier = barriers;
-  if (++arrived_threads == blockDim.x) arrived_threads = 0, ++barriers;
-  while (barrier == barriers) let_others();
+  Barrier &barrier = of_blocks[rank_of_block];
+  barrier.wait(barrier.arrive(blockDim.x));
 }
+static u32 cluster_rank() { return rank_of_block; }
+static u32 cluster_size() { return cluster_blocks; }
+static void cluster_arrive() {
+  if (fiber().cluster_turn >= 0) abort();  // twice without a wait
+  fiber().cluster_turn = of_cluster.arrive(blockDim.x * cluster_blocks);
+}
+static void cluster_wait() {
+  if (fiber().cluster_turn < 0) abort();
+  of_cluster.wait(fiber().cluster_turn);
+  fiber().cluster_turn = -1;
+}
+static uint4 words_of_blocks[8][2048 / 16];
+static u32 *word_of(u32 address, int rank = rank_of_block) { return &words_of_blocks[rank]->x + address / 4; }
+static u32 shared_words() { return 0; }
+static uint4 load_shared(u32 from) { return *(const uint4 *)word_of(from); }
+static void store_shared(u32 to, u32 value, bool if_true) {
+  if (if_true) *word_of(to) = value;
+}
+static void store_remote(u32 to, u32 rank, u32 value) { *word_of(to, rank) = value; }
 // What every thread of the block gave; the caller reads those of its own warp.
 template <class A> const Exchange *exchange(const A &value) {
   static_assert(sizeof value <= sizeof(Exchange));
-  std::memcpy(&exchanged[fibers[threadIdx.x].turn % 2][threadIdx.x], &value, sizeof value);
-  return exchanged[next_turn() % 2];
+  std::memcpy(&exchanged[fiber().turn % 2][rank_of_block][threadIdx.x], &value, sizeof value);
+  const int turn = next_turn();
+  return exchanged[turn % 2][rank_of_block];
 }
 template <class A> A taken(const Exchange *all, int thread) {
   A value;
@@ -86,6 +120,17 @@ template <class A> A taken(const Exchange *all, int thread) {
   return value;
 }
 template <class A> A __shfl_xor_sync(u32, A value, int step) { return taken<A>(exchange(value), threadIdx.x ^ step); }
+static u32 __reduce_max_sync(u32, u32 value) {
+  const Exchange *all = exchange(value);
+  for (int lane = 0; lane < 32; ++lane) value = std::max(value, taken<u32>(all, threadIdx.x / 32 * 32 + lane));
+  return value;
+}
+static int __reduce_add_sync(u32, int value) {
+  const Exchange *all = exchange(value);
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += taken<int>(all, threadIdx.x / 32 * 32 + lane);
+  return sum;
+}
 template <class A> A __shfl_sync(u32, A value, int lane) {
   return taken<A>(exchange(value), threadIdx.x / 32 * 32 + lane % 32);
 }
@@ -97,7 +142,7 @@ static std::function<void()> body;
 static void run_fiber() {
   for (;;) {
     body();
-    fibers[threadIdx.x].ended = true;
+    fiber().ended = true;
     let_others();
   }
 }
@@ -111,18 +156,20 @@ static void resume(Fiber &fiber) {
   makecontext(&fiber.context, run_fiber, 0);
   setcontext(&fiber.context);
 }
-// Runs `kernel` as a grid of blocks of `threads` threads, one block after the other, the last ones first if `backwards`.
-static void run_grid(Index grid, int threads, std::function<void()> kernel, bool backwards = false) {
+// Runs `kernel` as a grid of blocks of `threads` threads, cluster after cluster, the last ones first if `backwards`.
+static void run_grid(Index grid, int threads, std::function<void()> kernel, bool backwards = false, int cluster = 1) {
   body = kernel;
-  blockDim.x = threads, gridDim = grid;
-  for (int i = 0, all = grid.x * grid.y * grid.z; i < all; ++i) {
-    const int block = backwards ? all - 1 - i : i;
-    blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
-    for (int t = 0; t < threads; ++t) fibers[t].turn = 0, fibers[t].ended = false;
-    for (int left = threads; left > 0;)
-      for (int t = 0; t < threads; ++t)
+  blockDim.x = threads, gridDim = grid, cluster_blocks = cluster;
+  if ((int)fibers.size() < threads * cluster) fibers.resize(threads * cluster);
+  for (int i = 0, all = grid.x * grid.y * grid.z; i < all; i += cluster) {
+    const int first = backwards ? all - cluster - i : i;
+    for (int t = 0; t < threads * cluster; ++t) fibers[t].turn = 0, fibers[t].cluster_turn = -1, fibers[t].ended = false;
+    for (int left = threads * cluster; left > 0;)
+      for (int t = 0; t < threads * cluster; ++t)
         if (!fibers[t].ended) {
-          threadIdx.x = t;
+          threadIdx.x = t % threads, rank_of_block = t / threads;
+          const int block = first + rank_of_block;
+          blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
           resume(fibers[t]);
           left -= fibers[t].ended;
         }
@@ -179,6 +226,30 @@ static float from_half(u16 x) {
   std::memcpy(&y, &x, 2);
   return (float)y;
 }
+static uint4 load_once(const uint4 *from) { return *from; }
+static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
+template <class F> u32 of_bf16x2(u32 a, u32 b, F f) {
+  return pack_bf16(f(from_bf16(a), from_bf16(b)), f(from_bf16(a >> 16), from_bf16(b >> 16)));
+}
+template <class F> u32 of_half2(u32 a, u32 b, F f) {
+  return pack_half(f(from_half(a), from_half(b)), f(from_half(a >> 16), from_half(b >> 16)));
+}
+static float plus(float a, float b) { return a + b; }
+static float times(float a, float b) { return a * b; }
+static u32 add_bf16x2(u32 a, u32 b) { return of_bf16x2(a, b, plus); }
+static u32 mul_bf16x2(u32 a, u32 b) { return of_bf16x2(a, b, times); }
+static u32 add_half2(u32 a, u32 b) { return of_half2(a, b, plus); }
+static u32 mul_half2(u32 a, u32 b) { return of_half2(a, b, times); }
+static u32 pack_s8(int a, int b, int c, int d) {
+  u32 word = 0;
+  for (int x : {d, c, b, a}) word = word << 8 | (u8)std::min(std::max(x, -128), 127);
+  return word;
+}
+static float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+static float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
+static float reciprocal_fast(float x) { return flushed(1.0f / flushed(x)); }
+static float reciprocal_root_fast(float x) { return (float)(1.0 / std::sqrt((double)flushed(x))); }
 static float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); }
 #if ZQ_ARCH >= 89
 static u8 to_e4m3(float x) {

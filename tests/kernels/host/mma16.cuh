@@ -2,9 +2,6 @@
 #pragma once
 #include "common.cuh"
 
-static float exp2_fast(float x) { return std::exp2(x) < 0x1p-126f ? 0.0f : std::exp2(x); }  // .ftz
-static u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
-static u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 static u32 sub_half2(u32 a, u32 b) {
   return pack_half(from_half((u16)a) - from_half((u16)b), from_half(a >> 16) - from_half(b >> 16));
 }

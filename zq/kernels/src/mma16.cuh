@@ -2,22 +2,6 @@
 #pragma once
 #include "common.cuh"
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// Two floats -> two 16-bit floats, `low` in the low half.
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-  u32 y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-__device__ __forceinline__ u32 pack_half(float low, float high) {
-  u32 y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
 __device__ __forceinline__ u32 sub_half2(u32 a, u32 b) {
   u32 y;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));

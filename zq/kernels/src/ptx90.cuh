@@ -88,16 +88,6 @@ __device__ __forceinline__ void tensor_copy(u32 dst, const Map* map, int x, int 
 // Ordinary writes to shared memory, before the tensor cores or the copy engine read them.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
-__device__ __forceinline__ u32 cluster_size() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-  return r;
-}
 __device__ __forceinline__ u32 dynamic_shared_bytes() {
   u32 r;
   asm volatile("mov.u32 %0, %%dynamic_smem_size;" : "=r"(r));

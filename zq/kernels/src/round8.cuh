@@ -7,11 +7,8 @@
 struct Int8 {
   static constexpr float top = 127.5f;
   static constexpr bool sums = true;
-  static __device__ __forceinline__ u32 code(float x) {
-    return (u32)min(max(__float2int_rn(x), -128), 127) & 0xffu;  // NaN gives 0
-  }
-  static __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
-    return code(a) | code(b) << 8 | code(c) << 16 | code(d) << 24;
+  static __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {  // NaN gives 0
+    return pack_s8(__float2int_rn(a), __float2int_rn(b), __float2int_rn(c), __float2int_rn(d));
   }
 };
 // Before sm_89 there is no instruction for it, and a cache is all that is rounded to e4m3.

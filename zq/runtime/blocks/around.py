@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zq.models.arch import Arch
 from zq.runtime.blocks.attention import Attention, Shared
-from zq.runtime.step import Buffers
+from zq.runtime.step import Buffers, Step
 
 # Types of rotary embeddings whose angles depend on the position and on nothing else.
 FIXED = ("default", "linear", "llama3", "yarn")
@@ -22,7 +22,7 @@ class Rotary:
 
     def forward(self, x: Tensor, position_ids: Tensor, *more: Any, **given: Any) -> Any:
         step = self.zq_shared.step
-        turn = None if step is None or not step.own else step.turn()
+        turn = step.turn() if isinstance(step, Step) and step.own else None
         if turn is None:
             return super().forward(x, position_ids, *more, **given)  # type: ignore[misc]
         return turn[0].unsqueeze(1), turn[1].unsqueeze(1)
@@ -78,6 +78,11 @@ class Around:
             self._fits[key] = all(attend.fits(dtype, length) for attend in self.attends)
         return self._fits[key]
 
+    def takes_prompt(self, length: int) -> bool:
+        """Whether a prompt of `length` tokens can be read as zq/runtime/prompt.py does."""
+        windows = [attend.window for attend in self.attends]
+        return self.biased is None and all(each is None or each >= length for each in windows)
+
     @torch.inference_mode(False)  # else steps outside of it could not use them
     @torch.no_grad()
     def buffers(self, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> Buffers:
@@ -91,7 +96,8 @@ class Around:
         """Cosine and sine of the positions 0 .. length - 1 [2, P, R]; None where they are no fixed function
         of the position, or are not needed."""
         if self.rope == "pairs":  # GPT-J keeps [sin | cos] of every position
-            table = self.attends[0].module.embed_positions.to(device, dtype)
+            source = self.attends[0].module if self.rotary is None else self.rotary  # the model's since 5.24
+            table = source.embed_positions.to(device, dtype)
             low, high = table.repeat_interleave(2, -1).chunk(2, -1)
             return torch.stack((high, low))
         if self.rotary is None or self.rotary.rope_type not in FIXED:

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zq.kernels.checks import HALVES, MULTIPLE
 from zq.kernels.checks_kv import CHANNELS
+from zq.runtime.prompt import Prompt
 from zq.runtime.rows import Rows
 from zq.runtime.step import Step
 
@@ -34,7 +35,7 @@ class Shared:
     """What the blocks of a model have in common.
 
     turn    cosine and sine of the positions at hand, made by the first of them
-    step    the step that is being made (zq/runtime/step.py)
+    step    the step or the prompt that is being made (zq/runtime/step.py, prompt.py)
     fused   how many blocks are
     config  of the model, where all are
     handed  (what a block has returned, its rows for the next one)
@@ -43,7 +44,7 @@ class Shared:
 
     def __init__(self) -> None:
         self.turn: tuple[Tensor, Tensor] | None = None
-        self.step: Step | None = None
+        self.step: Step | Prompt | None = None
         self.fused = 0
         self.config: Any = None
         self.handed: tuple[Tensor, Rows] | None = None
@@ -87,7 +88,7 @@ class Attention(nn.Module):
 
     def forward(self, qkv: Tensor, call: Call) -> Tensor:
         step = self.shared.step
-        if step is not None and step.own:
+        if isinstance(step, Step) and step.own:
             return self._own(qkv, call, step)
         heads = qkv.view(call.batch, call.length, -1, self.width)
         both, v = heads.split((self.queries + self.keys, self.keys), 2)
@@ -96,10 +97,13 @@ class Attention(nn.Module):
         if self.rope:
             both = self._rotated(both, call)
         q, k = both.split((self.queries, self.keys), 2)
-        if step is not None and call.cache is step.cache:
+        if isinstance(step, Step) and call.cache is step.cache:
             return self._one(q, k, v, call, step)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if call.cache is not None:
+        if isinstance(step, Prompt) and call.cache is step.cache:
+            step.write(self.layer_idx, k, v)
+            call = call._replace(mask=step.added(q.dtype))
+        elif call.cache is not None:
             k, v = call.cache.update(k, v, self.layer_idx)
         return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
 
@@ -169,12 +173,19 @@ class Attention(nn.Module):
             low, high = sin.chunk(2, -1)
             signed = torch.cat((-low, high), -1)
         else:  # GPT-J keeps a table of [sin | cos] for every position
-            assert call.positions is not None
-            table: Tensor = self.module.embed_positions
-            low, high = table.to(call.positions.device)[call.positions].to(dtype).chunk(2, -1)
+            low, high = self._pairs(call, dtype)
             cos = high.repeat_interleave(2, -1)
             signed = torch.stack((-low, low), -1).flatten(-2)
         return cos.to(dtype).unsqueeze(2), signed.to(dtype).unsqueeze(2)
+
+    def _pairs(self, call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Sine and cosine [B, S, r / 2] of GPT-J, which its model has computed since transformers 5.24."""
+        if call.tables is not None:
+            return call.tables
+        assert call.positions is not None
+        table: Tensor = self.module.embed_positions
+        low, high = table.to(call.positions.device)[call.positions].to(dtype).chunk(2, -1)
+        return low, high
 
 
 def decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -36,14 +36,13 @@ class FusedBlock:
     def forward(self, *args: Any, **given: Any) -> Any:
         given.update(zip(self.parameters_of_class, args, strict=False))
         x: Tensor = given.pop("hidden_states")
-        cache = given.pop("past_key_values", None)
-        layer_past = given.pop("layer_past", None)
+        caches = [given.pop(name, None) for name in ("cache", "past_key_values", "layer_past")]
         mask: Tensor | None = given.pop("attention_mask", None)
         call = Call(
             batch=x.shape[0],
             length=x.shape[1],
             mask=mask if mask is None or mask.numel() else None,  # an empty one: none
-            cache=layer_past if cache is None else cache,
+            cache=next((cache for cache in caches if cache is not None), None),
             tables=given.pop("position_embeddings", None),
             positions=given.pop("position_ids", None),
             alibi=given.pop("alibi", None),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zq.models.arch import Arch
+from zq.models.arch import Arch, gives_tuple
 from zq.models.layout import is_linear
 from zq.models.structure import Structure
 from zq.runtime.blocks.attention import Attention
@@ -68,7 +68,7 @@ def fuse(block: Any, arch: Arch, structure: Structure, config: Any) -> None:
     block._modules.clear()
     for name, part in parts.items():
         setattr(block, name, part)
-    block.order, block.tuple_output = structure.order, arch.tuple_output
+    block.order, block.tuple_output = structure.order, gives_tuple(arch, block)
     block.__class__ = fused_class(type(block))
 
 
