@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP8, FP16, activations, gemm_calls, quant_calls
+from tests.kernels.near_quant import verdict
 from zq.errors import ZqError
 from zq.kernels import ops  # noqa: F401  (registers the operators)
 
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-EXACT = {"quant_int8", "quant_fp8", "quant_fp8_block128", "w8a8_int8", "w4a8_int8"}
+EXACT = {"w8a8_int8", "w4a8_int8"}
 
 
 def has_fp8() -> bool:
@@ -54,35 +55,21 @@ def compare(name: str, args: tuple) -> None:
     on_gpu = moved(args)
     poison()
     found = [each.cpu() for each in outputs(name, on_gpu)]
+    if "quant" in name:
+        assert verdict(name, args, found, wanted) == "", name
+        return
     for a, b in zip(found, wanted, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         a, b = a.double(), b.double()
         assert torch.equal(torch.isfinite(a), torch.isfinite(b)), name
         if name in EXACT:
             assert torch.equal(a, b), f"{name}: {(a != b).sum()} of {a.numel()} differ"
-        elif "quant" in name:
-            same_but_for_rounding(name, a, b, found[0].dtype)
         else:
             finite = torch.isfinite(b)  # FP16 overflows, in both
             assert torch.equal(a[~finite & ~b.isnan()], b[~finite & ~b.isnan()]), name
             a, b = a.where(finite, 0.0), b.where(finite, 0.0)
             largest = b.abs().amax(-1, keepdim=True).clamp_min(1e-30)
             assert ((a - b).abs() / largest).max() <= 2 * torch.finfo(found[0].dtype).eps, name
-
-
-def same_but_for_rounding(name: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """Codes: at most one step apart, and rarely; two for large ones, whose step is about that of bf16. Scales
-    and residuals: a step of bf16. Sums of a row: one for each code that may have moved."""
-    apart = (a - b).abs()
-    if dtype == torch.int8:
-        assert (apart <= 1 + (b.abs() >= 64)).all(), name
-    elif dtype == FP8:
-        assert (apart <= 2**-3 * b.abs() + 2**-9).all(), name
-    elif dtype == torch.int32:
-        assert a.numel() == 0 or apart.max() <= 2000, name
-    else:
-        assert (apart <= 2**-7 * b.abs()).all(), name
-    assert a.dim() == 1 or (apart > 0).double().mean() <= 0.02, name
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -128,8 +115,10 @@ def test_every_bf16_number() -> None:
                 compare(name, (x[: len(x) // k * k].reshape(-1, k),))
 
 
-def test_a_token_does_not_depend_on_its_batch() -> None:
-    for name, args in quant_calls(400, 512):
+@pytest.mark.parametrize(("m", "k"), [(9000, 512), (600, 8704)])
+def test_a_token_does_not_depend_on_its_batch(m: int, k: int) -> None:
+    """Few rows and many are launched in other ways."""
+    for name, args in quant_calls(m, k):
         if uses_fp8(name, args) and not has_fp8():
             continue
         whole = outputs(name, moved(args))

@@ -80,10 +80,8 @@ def verdict(name: str, args: tuple[Any, ...], made: list[Tensor], wanted: list[T
     off = (q * scale[:, None] - y).abs() - (step / 2 * scale[:, None] * (1 + 1e-5) + slack)
     if bool((off > 0).any()):
         row, column = divmod(int(off.argmax()), q.shape[1])
-        return (
-            f"{int((off > 0).sum())} codes are wrong, as at {row}, {column}: "
-            f"{q[row, column]:g} * {scale[row]:g} for {y[row, column]:g}"
-        )
+        what = f"{q[row, column]:g} * {scale[row]:g} for {y[row, column]:g}"
+        return f"{int((off > 0).sum())} codes are wrong, as at {row}, {column}: {what}"
     same = scale == wanted[1][whole].double()
     rate = float((q[same] != codes[same]).double().mean()) if bool(same.any()) else 0.0
     return f"{rate:.2%} of the codes differ" if rate > RARELY else ""

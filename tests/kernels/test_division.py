@@ -77,3 +77,35 @@ def test_ties_stay_ties():
     for k in range(127):
         for scale in (2.0**-7, 3 * 2.0**-20, 2.0**-100, 2.0**100):
             assert divided((k + 0.5) * scale, scale) == Fraction(2 * k + 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "mask", "step"), [(8, 0xFFFFFF00, 1), (11, 0xFFFFF800, 37)], ids=["bf16", "fp16"]
+)
+@pytest.mark.parametrize(("top", "smaller"), [(127.5, 9), (448.0, 19)], ids=["int8", "e4m3"])
+def test_codes_of_16_bits_are_those_of_ieee_division(bits, mask, step, top, smaller):
+    """struct Quotient and scale_of of quotient.cuh: all numbers of `bits` bits over the scales of rows whose
+    largest is one of them (every 37th of fp16; all of them passed once), with a reciprocal that may be two
+    units off. Powers of two change nothing."""
+    numbers = np.arange(1 << bits - 1, 1 << bits, dtype=np.float64)
+    x = (numbers[:, None] * 2.0 ** -np.arange(smaller)).reshape(-1)
+    for largest in numbers[::step]:
+        scale = np.float32(largest) / np.float32(top)
+        inverse = np.float32(1 / top)
+        first = np.float32(largest) * inverse
+        rest = np.float32(largest - float(first) * top)
+        assert np.float32(float(rest) * float(inverse) + float(first)) == scale
+        row = x[x <= largest]
+        for units in (-2, 0, 2):
+            reciprocal = ((np.float32(1) / scale).view(np.uint32) + np.int32(units)).astype(np.uint32)
+            high = (reciprocal & np.uint32(mask)).view(np.float32)
+            low = np.float32(1 - float(high) * float(scale)) * reciprocal.view(np.float32)
+            ours = (row * float(low) + row * float(high)).astype(np.float32)  # exact before it is rounded
+            exact = row.astype(np.float32) / scale
+            assert (_codes(ours, top) == _codes(exact, top)).all()
+
+
+def _codes(x, top):
+    if top == 127.5:
+        return np.rint(x)
+    return torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()

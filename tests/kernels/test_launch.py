@@ -19,25 +19,41 @@ from zq.kernels.table_optim import OPTIM_UNITS
 launch = pytest.importorskip("zq.kernels.launch")
 
 
-@pytest.mark.parametrize("number", [80, 90])
-@pytest.mark.parametrize("rows", [1, 100, 5000])
-@pytest.mark.parametrize("pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 3584, 3585, 4096, 7000])
-def test_every_piece_has_a_thread(pieces, rows, number):
-    device = launch.cuda.Device(0, f"sm_{number}", number, 132, 232448, None)
+DEVICE = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
+OLD = launch.cuda.Device(0, "sm_80", 80, 108, 166912, None)
+EACH = {"quantize_warp": 4, "quantize_1": 1, "quantize_4": 4, "quantize_cluster": 1}  # pieces of a thread
+
+
+@pytest.mark.parametrize("device", [DEVICE, OLD])
+@pytest.mark.parametrize("rows", [1, 64, 5000])
+@pytest.mark.parametrize(
+    "pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 1024, 1025, 1793, 3583, 3584, 3585, 7000]
+)
+def test_every_piece_has_a_thread(pieces, rows, device):
     shape = launch.row_shape(pieces, rows, device)
     assert shape.entry in UNITS["plain_int8_bf16"].entries
     assert shape.threads % 32 == 0
-    assert 32 <= shape.threads <= 1024
-    each = {"quantize_1": 1, "quantize_cluster": 1, "quantize_warp": 4, "quantize_4": 4}.get(shape.entry)
-    if each is None:
-        assert shape.shared == 16 * pieces
-    else:
-        assert shape.threads * shape.blocks * each >= pieces * shape.rows
-        assert (number >= 90) or shape.blocks == 1
+    assert shape.shared == (16 * pieces if shape.entry == "quantize_long" else 0)
+    limit = {"quantize_warp": 256, "quantize_4": 896, "quantize_cluster": 512}.get(shape.entry, 1024)
+    assert 32 <= shape.threads <= limit, "what the kernel is compiled for"
+    if shape.entry == "quantize_long":
+        return
+    threads = shape.blocks * shape.threads // shape.rows
+    assert threads * EACH[shape.entry] >= pieces
+    assert shape.blocks in (1, 2, 4, 8)
+    assert shape.blocks == 1 or device.number >= 90, "older ones have no clusters"
+
+
+def test_few_rows_are_spread_and_many_are_not():
+    assert launch.row_shape(512, 1, DEVICE).threads == 512
+    assert launch.row_shape(1792, 1, DEVICE) == ("quantize_cluster", 448, 1, 4, 0)
+    assert launch.row_shape(1792, 1, OLD).entry == "quantize_4"
+    assert launch.row_shape(1792, 4096, DEVICE).entry == "quantize_4"
+    assert launch.row_shape(96, 8192, DEVICE).entry == "quantize_warp"
 
 
 STRUCTURES = {
-    "quant.cu": launch.QuantArguments,
+    "before.cuh": launch.QuantArguments,
     "attention.cu": launch_kv.AttentionArguments,
     "store_kv.cu": launch_kv.StoreArguments,
 }
@@ -71,8 +87,7 @@ def test_every_operator_has_a_launch_and_every_unit_an_operator():
 def test_names_lead_to_units(dtype, out, monkeypatch):
     """Every activation operator, with a device that is none: what would be launched exists."""
     seen = []
-    device = launch.cuda.Device(0, "sm_90a", 90, 132, 232448, None)
-    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: DEVICE)
 
     def record(it):
         assert it.entry in UNITS[it.unit].entries
@@ -107,8 +122,7 @@ def test_names_lead_to_units(dtype, out, monkeypatch):
 
 
 def test_fp8_on_a_device_without_it(monkeypatch):
-    device = launch.cuda.Device(0, "sm_80", 80, 108, 166912, None)
-    monkeypatch.setattr(launch.cuda, "describe", lambda index: device)
+    monkeypatch.setattr(launch.cuda, "describe", lambda index: OLD)
     x = torch.zeros(1, 16)
     with pytest.raises(ZqError, match="sm_80 has no FP8; use INT8"):
         launch.prepare("quant_fp8", (x,))

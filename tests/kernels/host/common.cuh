@@ -237,15 +237,10 @@ template <class F> u32 of_half2(u32 a, u32 b, F f) {
 }
 static float plus(float a, float b) { return a + b; }
 static float times(float a, float b) { return a * b; }
-static float larger_magnitude(float a, float b) {
-  return std::isnan(a) || std::isnan(b) ? NAN : std::copysign(std::max(std::fabs(a), std::fabs(b)), a * b);
-}
 static u32 add_bf16x2(u32 a, u32 b) { return of_bf16x2(a, b, plus); }
 static u32 mul_bf16x2(u32 a, u32 b) { return of_bf16x2(a, b, times); }
-static u32 max_bf16x2(u32 a, u32 b) { return of_bf16x2(a, b, larger_magnitude); }
 static u32 add_half2(u32 a, u32 b) { return of_half2(a, b, plus); }
 static u32 mul_half2(u32 a, u32 b) { return of_half2(a, b, times); }
-static u32 max_half2(u32 a, u32 b) { return of_half2(a, b, larger_magnitude); }
 static u32 pack_s8(int a, int b, int c, int d) {
   u32 word = 0;
   for (int x : {d, c, b, a}) word = word << 8 | (u8)std::min(std::max(x, -128), 127);

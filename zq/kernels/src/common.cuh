@@ -58,25 +58,6 @@ __device__ __forceinline__ u32 mul_half2(u32 a, u32 b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
-// The larger magnitudes, NaN where there is one; signs are to be ignored.
-__device__ __forceinline__ u32 max_bf16x2(u32 a, u32 b) {
-  u32 y;
-#if ZQ_ARCH >= 89
-  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-#else
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
-#endif
-  return y;
-}
-__device__ __forceinline__ u32 max_half2(u32 a, u32 b) {
-  u32 y;
-#if ZQ_ARCH >= 89
-  asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-#else
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
-#endif
-  return y;
-}
 // Four integers -> four bytes, a in the lowest; beyond -128 .. 127 to the nearest of these.
 __device__ __forceinline__ u32 pack_s8(int a, int b, int c, int d) {
   u32 y;

@@ -7,6 +7,8 @@ struct bf16 {
 struct fp16 {
   u16 bits;
 };
+template <class T> constexpr bool IS_HALF = false;
+template <> constexpr bool IS_HALF<fp16> = true;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return from_bf16(x.bits); }
 __device__ __forceinline__ float to_float(fp16 x) { return from_half(x.bits); }

@@ -9,20 +9,25 @@
 //
 // top is 127.5 for int8, 448 for e4m3.
 #include "before.cuh"
-#include "round8.cuh"
+#include "quotient.cuh"
 
-// Bits of the largest magnitude in a piece and `other`: of T, or, of 16-bit types, of two of T.
-template <class T> __device__ __forceinline__ u32 larger(u32 other, const Piece &piece) {
+// The largest magnitude, by its bits: they are ordered as magnitudes are, with NaN above all. (Packed maxima of floats
+// would take fewer instructions, but ptxas 13.0 makes max.xorsign.abs of a product and zero a maximum without .abs.)
+template <class T> struct Largest {
+  u32 high = 0, low = 0;  // of the upper values of words, and of the lower or only ones
+
+  __device__ __forceinline__ void take(const Piece &piece) {
 #pragma unroll
-  for (int w = 0; w < 4; ++w)
-    if constexpr (sizeof(T) == 4) other = max(other, piece.word[w] & 0x7fffffffu);
-    else other = max2<T>(other, piece.word[w]);
-  return other;
-}
-template <class T> __device__ __forceinline__ u32 one(u32 largest) {
-  if constexpr (sizeof(T) == 4) return largest;
-  else return max(largest & 0x7fffu, largest >> 16 & 0x7fffu);
-}
+    for (int w = 0; w < 4; ++w)
+      if constexpr (sizeof(T) == 4) {
+        low = max(low, piece.word[w] & 0x7fffffffu);
+      } else {
+        high = max(high, piece.word[w] & 0x7fffffffu);
+        low = max(low, piece.word[w] & 0x7fffu);
+      }
+  }
+  __device__ __forceinline__ u32 bits() const { return sizeof(T) == 4 ? low : max(low, high >> 16); }
+};
 template <class T> __device__ __forceinline__ float magnitude(u32 bits) {
   if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
   else return to_float(T{(u16)bits});
@@ -58,12 +63,12 @@ template <class T> __device__ __forceinline__ void lift(Piece &piece, u32 by) {
 struct Token {
   template <class Out, class T, int V, class Team>
   static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    u32 largest = 0;
+    Largest<T> largest;
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
-      if (V || row.has(i)) largest = larger<T>(largest, row.get(i));
-    largest = team.template reduce<Max>(Max::lanes(one<T>(largest)), 2);
-    const float scale = scale_of<Out>(magnitude<T>(largest));
+      if (V || row.has(i)) largest.take(row.get(i));
+    const u32 bits = team.template reduce<Max>(Max::lanes(largest.bits()), 2);
+    const float scale = scale_of<Out>(magnitude<T>(bits));
     const Quotient<T> by(scale);
     if (by.lifts()) change(row, [&](Piece &piece, int) { lift<T>(piece, by.lift); });
     u32 total = 0;
@@ -87,10 +92,12 @@ struct Block128 {  // 128 values are 16 neighbouring lanes of 16-bit pieces, or 
 #pragma unroll
     for (int i = 0; i < row.count(); ++i) {
       Piece piece = V || row.has(i) ? row.get(i) : Piece{};
-      u32 largest = one<T>(larger<T>(0, piece));
+      Largest<T> largest;
+      largest.take(piece);
+      u32 bits = largest.bits();
 #pragma unroll
-      for (int step = width / 2; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, step));
-      const float scale = scale_of<Out>(magnitude<T>(largest));
+      for (int step = width / 2; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(ALL, bits, step));
+      const float scale = scale_of<Out>(magnitude<T>(bits));
       const Quotient<T> by(scale);
       if (by.lifts()) lift<T>(piece, by.lift);
       write<Out>(piece, by, row.in(to, i), row.has(i));
@@ -115,9 +122,14 @@ KERNEL(quantize_4, Block, 4, 896)
 KERNEL(quantize_cluster, Cluster, 1, 512)
 KERNEL(quantize_long, Block, 0, 1024)
 #ifdef ZQ_VARIANTS
-KERNEL(quantize_2, Block, 2, 1024)
+struct EarlyBlock : Block {
+  static constexpr bool early = true;
+};
+KERNEL(quantize_2, Block, 2, 512)
+KERNEL(quantize_2e, EarlyBlock, 2, 512)
+KERNEL(quantize_4e, EarlyBlock, 4, 512)
 KERNEL(quantize_8, Block, 8, 512)
-KERNEL(quantize_warp8, Warp, 8, 256)
+KERNEL(quantize_warp2, Warp, 2, 256)
+KERNEL(quantize_warp3, Warp, 3, 256)
 KERNEL(quantize_cluster2, Cluster, 2, 512)
-KERNEL(quantize_cluster4, Cluster, 4, 512)
 #endif

@@ -36,39 +36,3 @@ __device__ __forceinline__ float scale_of(float largest, float top) {
   if (scale == 0.0f) return 1.0f;
   return scale < TINY ? TINY : scale > HUGE_ ? HUGE_ : scale;  // NaN stays
 }
-// The same with a product for a quotient where that gives the same: a correction of largest * (1 / top).
-template <class Code> __device__ __forceinline__ float scale_of(float largest) {
-  if (!(largest > 0x1p-100f && largest < 0x1p120f)) return scale_of(largest, Code::top);
-  constexpr float inverse = 1.0f / Code::top;
-  const float scale = largest * inverse;
-  return fmaf(fmaf(-scale, Code::top, largest), inverse, scale);
-}
-
-// x / scale as __fdiv_rn gives it, for x of a 16-bit type T and a scale that is the largest |x| of a row over Int8::top
-// or E4m3::top: x is multiplied by 1 / scale in two parts, of which the first has so few bits that its product is
-// exact. Quotients that no code depends on may be wrong in the last bit.
-//
-// Where 1 / scale is too small for that (bf16), a power of two times x is wanted, over the same power times scale: `lift`.
-template <class T> struct Quotient {
-  float high, low;
-  u32 lift = 0;  // two of T
-
-  __device__ __forceinline__ explicit Quotient(float scale) {
-    const bool tiny = scale < 0x1p-60f, huge = scale > 0x1p60f;
-    if (sizeof(T) == 2 && !HALF<T>) {
-      lift = tiny ? 0x67806780u : huge ? 0x17801780u : 0;  // 2^80, 2^-80
-      scale *= tiny ? 0x1p80f : huge ? 0x1p-80f : 1.0f;
-    }
-    const float inverse = reciprocal_fast(scale);
-    high = __uint_as_float(__float_as_uint(inverse) & (HALF<T> ? 0xfffff800u : 0xffffff00u));
-    low = fmaf(-high, scale, 1.0f) * inverse;
-    if (HALF<T> && huge) high = low = 0x1p-120f;  // of a row with infinity
-  }
-  __device__ __forceinline__ bool lifts() const { return lift != 0; }
-  __device__ __forceinline__ float operator()(float x) const { return fmaf(x, low, x * high); }
-};
-template <> struct Quotient<float> : Divisor {
-  static constexpr u32 lift = 0;
-  using Divisor::Divisor;
-  static constexpr __device__ __forceinline__ bool lifts() { return false; }
-};

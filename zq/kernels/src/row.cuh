@@ -13,14 +13,11 @@
 constexpr u32 ALL = 0xffffffffu;
 
 // ---- 16-bit floats, two in a word ----
-template <class T> constexpr bool HALF = false;
-template <> constexpr bool HALF<fp16> = true;
 template <class T> __device__ __forceinline__ u32 pack2(float low, float high) {
-  return HALF<T> ? pack_half(low, high) : pack_bf16(low, high);
+  return IS_HALF<T> ? pack_half(low, high) : pack_bf16(low, high);
 }
-template <class T> __device__ __forceinline__ u32 add2(u32 a, u32 b) { return HALF<T> ? add_half2(a, b) : add_bf16x2(a, b); }
-template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) { return HALF<T> ? mul_half2(a, b) : mul_bf16x2(a, b); }
-template <class T> __device__ __forceinline__ u32 max2(u32 a, u32 b) { return HALF<T> ? max_half2(a, b) : max_bf16x2(a, b); }
+template <class T> __device__ __forceinline__ u32 add2(u32 a, u32 b) { return IS_HALF<T> ? add_half2(a, b) : add_bf16x2(a, b); }
+template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) { return IS_HALF<T> ? mul_half2(a, b) : mul_bf16x2(a, b); }
 
 // ---- a piece: 16 bytes of a row ----
 struct Piece {
@@ -34,7 +31,7 @@ template <class T> __device__ __forceinline__ void floats(const Piece &piece, fl
   for (int w = 0; w < 4; ++w)
     if constexpr (sizeof(T) == 4) {
       x[w] = __uint_as_float(piece.word[w]);
-    } else if constexpr (HALF<T>) {
+    } else if constexpr (IS_HALF<T>) {
       x[2 * w] = from_half((u16)piece.word[w]);
       x[2 * w + 1] = from_half((u16)(piece.word[w] >> 16));
     } else {
@@ -45,7 +42,7 @@ template <class T> __device__ __forceinline__ void floats(const Piece &piece, fl
 
 // ---- the pieces that a thread has: i = 0 .. count() - 1, of which the last may be missing ----
 template <int V> struct Row {
-  static constexpr int registers = V;
+  static constexpr int groups = V == 3 ? 4 : V;  // a power of two
   Piece kept[V];
   int first, pieces;  // of the thread; of the row
 
@@ -62,7 +59,7 @@ template <int V> struct Row {
 extern __shared__ uint4 long_row[];  // a thread reads only what it wrote, so there is no barrier
 
 template <> struct Row<0> {
-  static constexpr int registers = 1;
+  static constexpr int groups = 1;
   int pieces;
 
   __device__ __forceinline__ Row(int, int pieces) : pieces(pieces) {}
@@ -155,6 +152,7 @@ template <class By> __device__ __forceinline__ u32 reduce_words(u32 words, int c
 }
 
 struct Warp {  // a warp has a row
+  static constexpr bool early = false;
   __device__ __forceinline__ int row() const { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
   __device__ __forceinline__ bool has(int rows) const { return row() < rows; }
   __device__ __forceinline__ int warp() const { return 0; }
@@ -162,6 +160,7 @@ struct Warp {  // a warp has a row
   template <class By> __device__ __forceinline__ u32 reduce(u32 value, int) { return value; }
 };
 struct Block {
+  static constexpr bool early = false;
   u32 parts = shared_words();
   __device__ __forceinline__ int row() const { return blockIdx.x; }
   __device__ __forceinline__ bool has(int) const { return true; }
@@ -179,6 +178,7 @@ struct Block {
 };
 #if ZQ_ARCH >= 90
 struct Cluster {  // up to eight blocks of up to sixteen warps
+  static constexpr bool early = false;
   u32 parts = shared_words(), size = cluster_size(), rank = cluster_rank();
   bool met = false;
   __device__ __forceinline__ Cluster() {
@@ -205,7 +205,7 @@ using Cluster = Block;
 
 // Sum of f(piece, i) over the row.
 template <int V, class Team, class F> __device__ __forceinline__ float total(const Row<V> &row, Team &team, int at, F f) {
-  float own[Row<V>::registers] = {};
+  float own[Row<V>::groups] = {};
 #pragma unroll
   for (int i = 0; i < row.count(); ++i)
     if constexpr (V > 0) {
