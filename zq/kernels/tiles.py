@@ -176,7 +176,7 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
         ]
         if works * steps >= LEAST_STEPS * places:
             options.append((tile, 0))
-    tile, split = min(options, key=lambda o: _microseconds(p, *o, m, n, steps, sms))
+    tile, split = min(options, key=lambda o: _microseconds(p, o[0], o[1], m, n, steps, sms))
     return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
 
 
