@@ -125,7 +125,7 @@ template <bool Add, bool Post = false> struct LayerNorm_ {
     const Vector<V, V == 1 || Team::early> weight(a.weight, row), bias(a.bias, row);
     load_sum<Add, !Post, T>(row, a, team);
     // The mean of squares less the square of the mean, where that loses no more than two bits; else once more around
-    // the mean.
+    // the mean. (Place 3 is free again before codes are counted there: all meet for their maximum.)
     const Sums<2> sums = totals<2>(row, team, {0, 1}, [](const Piece &piece) {
       float x[VALUES<T>];
       floats<T>(piece, x);

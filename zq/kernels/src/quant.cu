@@ -63,28 +63,23 @@ template <class T> __device__ __forceinline__ void lift(Piece &piece, u32 by) {
 struct Token {
   template <class Out, class T, int V, class Team>
   static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    const bool leads = team.leads() && team.has(a.rows);
-    if (Out::sums && leads && !Team::alone) a.rowsum[team.row()] = 0;  // all meet before codes are added to it
     Largest<T> largest;
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
       if (V || row.has(i)) largest.take(row.get(i));
     const u32 bits = reduce<Max>(team, Max::lanes(largest.bits()), 2);
     const float scale = scale_of<Out>(magnitude<T>(bits));
-    if (leads) a.scale[team.row()] = scale;
     const Quotient<T> by(scale);
     if (by.lifts()) change(row, [&](Piece &piece, int) { lift<T>(piece, by.lift); });
-    int sum = 0;
+    u32 total = 0;
     auto *to = reinterpret_cast<Codes<T> *>(row_of<u8>(a.q, team, a.k));
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
-      if (V || row.has(i)) sum += write<Out>(row.get(i), by, row.in(to, i), row.has(i));
-    if constexpr (Out::sums) {
-      sum = __reduce_add_sync(ALL, sum);
-      if (threadIdx.x % 32 == 0 && team.has(a.rows)) {
-        if constexpr (Team::alone) a.rowsum[team.row()] = sum;
-        else atomicAdd(a.rowsum + team.row(), sum);
-      }
+      if (V || row.has(i)) total += (u32)write<Out>(row.get(i), by, row.in(to, i), row.has(i));
+    if constexpr (Out::sums) total = reduce<Count>(team, Count::lanes(total), 3);
+    if (team.leads() && team.has(a.rows)) {
+      a.scale[team.row()] = scale;
+      if constexpr (Out::sums) a.rowsum[team.row()] = (int)total;
     }
   }
 };

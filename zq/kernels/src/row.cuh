@@ -105,6 +105,10 @@ struct Sum {  // of floats
     return value;
   }
 };
+struct Count {  // of integers
+  static __device__ __forceinline__ u32 combine(u32 a, u32 b) { return a + b; }
+  static __device__ __forceinline__ u32 lanes(u32 value) { return (u32)__reduce_add_sync(ALL, (int)value); }
+};
 struct Max {  // of the bits of magnitudes, among which those of NaN are the largest
   static __device__ __forceinline__ u32 combine(u32 a, u32 b) { return max(a, b); }
   static __device__ __forceinline__ u32 lanes(u32 value) { return __reduce_max_sync(ALL, value); }
@@ -132,7 +136,7 @@ template <int N> __device__ __forceinline__ float fold(float (&value)[N], int st
 }
 
 // ---- the threads of a row ----
-// In shared memory each warp has a word for each of the reductions of a kernel: four times 128 words.
+// In shared memory each warp has a word for each of the reductions of a kernel: four times 128.
 constexpr int PARTS = 128;
 __device__ __forceinline__ u32 word(u32 parts, int at, int i) { return parts + 4 * (at * PARTS + i); }
 template <class By> __device__ __forceinline__ u32 quad(uint4 a) {
@@ -147,10 +151,10 @@ template <class By> __device__ __forceinline__ u32 reduce_words(u32 words, int c
   return By::lanes(4 * lane < count ? of_four(lane) : 0);
 }
 
-// A reduction: each warp gives its word to a place `at` of the reduction's own, all meet, and everyone takes the result,
-// `own` being what its warp gave.
+// A reduction: each warp gives its word to a place `at`, all meet, and everyone takes the result, `own` being what its warp
+// gave. A place is given to again only when all have met once more since it was taken from.
 struct Warp {  // a warp has a row
-  static constexpr bool alone = true, early = false;
+  static constexpr bool early = false;
   __device__ __forceinline__ int row() const { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
   __device__ __forceinline__ bool has(int rows) const { return row() < rows; }
   __device__ __forceinline__ int warp() const { return 0; }
@@ -160,7 +164,7 @@ struct Warp {  // a warp has a row
   template <class By> __device__ __forceinline__ u32 take(u32 own, int) const { return own; }
 };
 struct Block {
-  static constexpr bool alone = false, early = false;
+  static constexpr bool early = false;
   u32 parts = shared_words();
   __device__ __forceinline__ int row() const { return blockIdx.x; }
   __device__ __forceinline__ bool has(int) const { return true; }
@@ -181,7 +185,7 @@ struct Block {
 };
 #if ZQ_ARCH >= 90
 struct Cluster {  // up to eight blocks of up to sixteen warps
-  static constexpr bool alone = false, early = false;
+  static constexpr bool early = false;
   u32 parts = shared_words(), size = cluster_size(), rank = cluster_rank();
   bool met = false;
   __device__ __forceinline__ Cluster() {
