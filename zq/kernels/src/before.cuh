@@ -89,8 +89,10 @@ __device__ __forceinline__ float inverse_root(float x) {
   const float root = fmaf(fmaf(-near, near, x), 0.5f * inverse, near);
   return fmaf(fmaf(-root, inverse, 1.0f), inverse, inverse);
 }
-// Sum of f(x) over the values of a piece, f(s, x) being s plus what x counts; in two chains.
-template <class T, class F> __device__ __forceinline__ float sum_of(const float (&x)[VALUES<T>], F f) {
+// Sum of f(x) over the values of a piece, in two chains.
+template <class T, class F> __device__ __forceinline__ float sum_of(const Piece &piece, F f) {
+  float x[VALUES<T>];
+  floats<T>(piece, x);
   float even = f(0.0f, x[0]), odd = f(0.0f, x[1]);
 #pragma unroll
   for (int j = 2; j < VALUES<T>; j += 2) even = f(even, x[j]), odd = f(odd, x[j + 1]);
@@ -101,12 +103,9 @@ template <bool Add> struct RmsNorm_ {  // T(weight * T(x / sqrt(mean(x^2) + eps)
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
     const Vector<V, V == 1 || Team::early> weight(a.weight, row);
     load_sum<Add, true, T>(row, a, team);
-    const Sums<1> squares = totals<1>(row, team, {0}, [](const Piece &piece) {
-      float x[VALUES<T>];
-      floats<T>(piece, x);
-      return Sums<1>{sum_of<T>(x, [](float s, float x) { return fmaf(x, x, s); })};
-    });
-    const float inverse = inverse_root(mean_of(squares.of[0], a) + a.eps);
+    const float squares =
+        total(row, team, 0, [](const Piece &piece) { return sum_of<T>(piece, [](float s, float x) { return fmaf(x, x, s); }); });
+    const float inverse = inverse_root(mean_of(squares, a) + a.eps);
     change(row, [&](Piece &piece, int i) {
       const Piece by = weight.get(row, i);
       float x[VALUES<T>];
@@ -124,30 +123,18 @@ template <bool Add, bool Post = false> struct LayerNorm_ {
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
     const Vector<V, V == 1 || Team::early> weight(a.weight, row), bias(a.bias, row);
     load_sum<Add, !Post, T>(row, a, team);
-    // The mean of squares less the square of the mean, where that loses no more than two bits; else once more around
-    // the mean. (Place 3 is free again before codes are counted there: all meet for their maximum.)
-    const Sums<2> sums = totals<2>(row, team, {0, 1}, [](const Piece &piece) {
-      float x[VALUES<T>];
-      floats<T>(piece, x);
-      return Sums<2>{sum_of<T>(x, [](float s, float x) { return s + x; }),
-                     sum_of<T>(x, [](float s, float x) { return fmaf(x, x, s); })};
+    const float values =
+        total(row, team, 0, [](const Piece &piece) { return sum_of<T>(piece, [](float s, float x) { return s + x; }); });
+    const float mean = mean_of(values, a);
+    const float squares = total(row, team, 1, [&](const Piece &piece) {
+      return sum_of<T>(piece, [&](float s, float x) { return fmaf(x - mean, x - mean, s); });
     });
-    const float mean = mean_of(sums.of[0], a), square = mean_of(sums.of[1], a);
-    float variance = fmaf(-mean, mean, square);
-    if (!(variance >= 0.25f * square && square < 1e30f)) {
-      const Sums<1> centred = totals<1>(row, team, {3}, [&](const Piece &piece) {
-        float x[VALUES<T>];
-        floats<T>(piece, x);
-        return Sums<1>{sum_of<T>(x, [&](float s, float x) { return fmaf(x - mean, x - mean, s); })};
-      });
-      variance = mean_of(centred.of[0], a);
-    }
-    const float inverse = inverse_root(variance + a.eps), shift = -mean * inverse;
+    const float inverse = inverse_root(mean_of(squares, a) + a.eps);
     change(row, [&](Piece &piece, int i) {
       float x[VALUES<T>], by[VALUES<T>], more[VALUES<T>];
       floats<T>(piece, x), floats<T>(weight.get(row, i), by), floats<T>(bias.get(row, i), more);
 #pragma unroll
-      for (int j = 0; j < VALUES<T>; ++j) x[j] = fmaf(fmaf(x[j], inverse, shift), by[j], more[j]);
+      for (int j = 0; j < VALUES<T>; ++j) x[j] = fmaf((x[j] - mean) * inverse, by[j], more[j]);
 #pragma unroll
       for (int w = 0; w < 4; ++w) piece.word[w] = pack2<T>(x[2 * w], x[2 * w + 1]);
     });

@@ -67,7 +67,7 @@ struct Token {
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
       if (V || row.has(i)) largest.take(row.get(i));
-    const u32 bits = reduce<Max>(team, Max::lanes(largest.bits()), 2);
+    const u32 bits = team.template reduce<Max>(Max::lanes(largest.bits()), 2);
     const float scale = scale_of<Out>(magnitude<T>(bits));
     const Quotient<T> by(scale);
     if (by.lifts()) change(row, [&](Piece &piece, int) { lift<T>(piece, by.lift); });
@@ -76,7 +76,7 @@ struct Token {
 #pragma unroll
     for (int i = 0; i < row.count(); ++i)
       if (V || row.has(i)) total += (u32)write<Out>(row.get(i), by, row.in(to, i), row.has(i));
-    if constexpr (Out::sums) total = reduce<Count>(team, Count::lanes(total), 3);
+    if constexpr (Out::sums) total = team.template reduce<Count>(Count::lanes(total), 3);
     if (team.leads() && team.has(a.rows)) {
       a.scale[team.row()] = scale;
       if constexpr (Out::sums) a.rowsum[team.row()] = (int)total;

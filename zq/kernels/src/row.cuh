@@ -151,17 +151,13 @@ template <class By> __device__ __forceinline__ u32 reduce_words(u32 words, int c
   return By::lanes(4 * lane < count ? of_four(lane) : 0);
 }
 
-// A reduction: each warp gives its word to a place `at`, all meet, and everyone takes the result, `own` being what its warp
-// gave. A place is given to again only when all have met once more since it was taken from.
 struct Warp {  // a warp has a row
   static constexpr bool early = false;
   __device__ __forceinline__ int row() const { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
   __device__ __forceinline__ bool has(int rows) const { return row() < rows; }
   __device__ __forceinline__ int warp() const { return 0; }
   __device__ __forceinline__ bool leads() const { return threadIdx.x % 32 == 0; }
-  __device__ __forceinline__ void give(u32, int) {}
-  __device__ __forceinline__ void meet() {}
-  template <class By> __device__ __forceinline__ u32 take(u32 own, int) const { return own; }
+  template <class By> __device__ __forceinline__ u32 reduce(u32 value, int) { return value; }
 };
 struct Block {
   static constexpr bool early = false;
@@ -169,18 +165,15 @@ struct Block {
   __device__ __forceinline__ int row() const { return blockIdx.x; }
   __device__ __forceinline__ bool has(int) const { return true; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
-  __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
   __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
-  __device__ __forceinline__ void give(u32 value, int at) {
-    const int lane = threadIdx.x % 32;
-    const bool first = lane == 0, pads = warp() == 0 && lane >= warps();
-    if (warps() > 1) store_shared(word(parts, at, first ? warp() : lane), first ? value : 0, first || pads);
-  }
-  __device__ __forceinline__ void meet() {
-    if (warps() > 1) __syncthreads();
-  }
-  template <class By> __device__ __forceinline__ u32 take(u32 own, int at) const {
-    return warps() > 1 ? reduce_words<By>(word(parts, at, 0), warps()) : own;
+  // Each call has an `at` of its own, so that no barrier is needed between two of them.
+  template <class By> __device__ __forceinline__ u32 reduce(u32 value, int at) {
+    const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    if (warps == 1) return value;
+    const bool first = lane == 0;
+    store_shared(word(parts, at, first ? warp() : lane), first ? value : 0, first || (warp() == 0 && lane >= warps));
+    __syncthreads();
+    return reduce_words<By>(word(parts, at, 0), warps);
   }
 };
 #if ZQ_ARCH >= 90
@@ -197,13 +190,12 @@ struct Cluster {  // up to eight blocks of up to sixteen warps
   __device__ __forceinline__ bool has(int) const { return true; }
   __device__ __forceinline__ int warp() const { return rank * (blockDim.x / 32) + threadIdx.x / 32; }
   __device__ __forceinline__ bool leads() const { return rank == 0 && threadIdx.x == 0; }
-  __device__ __forceinline__ void give(u32 value, int at) {
+  template <class By> __device__ __forceinline__ u32 reduce(u32 value, int at) {
     const u32 lane = threadIdx.x % 32;
     if (!met) cluster_wait(), met = true;  // all blocks are there
     if (lane < size) store_remote(word(parts, at, warp()), lane, value);
-  }
-  __device__ __forceinline__ void meet() { cluster_arrive(), cluster_wait(); }
-  template <class By> __device__ __forceinline__ u32 take(u32, int at) const {
+    cluster_arrive();
+    cluster_wait();
     return reduce_words<By>(word(parts, at, 0), size * (blockDim.x / 32));
   }
 };
@@ -211,32 +203,16 @@ struct Cluster {  // up to eight blocks of up to sixteen warps
 using Cluster = Block;
 #endif
 
-template <class By, class Team> __device__ __forceinline__ u32 reduce(Team &team, u32 value, int at) {
-  team.give(value, at);
-  team.meet();
-  return team.template take<By>(value, at);
-}
-
-// Sums over the row of what f(piece) returns: N floats.
-template <int N> struct Sums {
-  float of[N];
-};
-template <int N, int V, class Team, class F>
-__device__ __forceinline__ Sums<N> totals(const Row<V> &row, Team &team, const int (&at)[N], F f) {
-  float own[N][Row<V>::groups] = {};
+// Sum of f(piece, i) over the row.
+template <int V, class Team, class F> __device__ __forceinline__ float total(const Row<V> &row, Team &team, int at, F f) {
+  float own[Row<V>::groups] = {};
 #pragma unroll
   for (int i = 0; i < row.count(); ++i)
-    if (V || row.has(i)) {
-      const Sums<N> sums = f(row.get(i));
-#pragma unroll
-      for (int n = 0; n < N; ++n) own[n][V ? i : 0] += row.has(i) ? sums.of[n] : 0.0f;
+    if constexpr (V > 0) {
+      const float sum = f(row.get(i));
+      own[i] = row.has(i) ? sum : 0.0f;
+    } else if (row.has(i)) {
+      own[0] += f(row.get(i));
     }
-  u32 words[N];
-  Sums<N> result;
-#pragma unroll
-  for (int n = 0; n < N; ++n) team.give(words[n] = __float_as_uint(fold(own[n])), at[n]);
-  team.meet();
-#pragma unroll
-  for (int n = 0; n < N; ++n) result.of[n] = __uint_as_float(team.template take<Sum>(words[n], at[n]));
-  return result;
+  return __uint_as_float(team.template reduce<Sum>(__float_as_uint(fold(own)), at));
 }
