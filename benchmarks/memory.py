@@ -2,11 +2,13 @@
 
     python benchmarks/memory.py depth --device cuda --out benchmarks/results/depth.json
     python benchmarks/memory.py large --device cuda --out benchmarks/results/large.json
+    python benchmarks/memory.py states --device cuda --out benchmarks/results/states.json
 
 depth   a random Llama of hidden size 1024 with 4 and with 16 blocks: if the peaks are alike, memory does not
         depend on depth
 large   the shape of Llama-3-8B with 4 of its 32 blocks, random weights, written piece by piece: seconds per
         block and peak memory of rtn, gptq and lkd
+states  one block of the shape of Llama-3-70B by lkd as published, the states of its AdamW in 32, 8 and 4 bits
 
 Every row is a process of its own, so peaks do not mix. What the whole depth would take is extrapolated: a
 block takes the mean of all but the first, what the first took longer happens once, writing windows and
@@ -41,6 +43,7 @@ from zq.recipe import Recipe
 SHAPES = {
     "depth": {"hidden": 1024, "inner": 2816, "heads": 16, "kv_heads": 4, "vocabulary": 8192},
     "large": {"hidden": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 128256},
+    "states": {"hidden": 8192, "inner": 28672, "heads": 64, "kv_heads": 8, "vocabulary": 1024},
 }
 DEPTH = 32  # blocks of Llama-3-8B
 SCHEMES = {"w4a16 g128": {"weights": "int4:g128"}}
@@ -119,8 +122,9 @@ def measured(source: Path, recipe: str, device: str) -> dict[str, Any]:
 def extrapolated(parts: dict[str, Any], depth: int) -> tuple[float, float, float]:
     """(seconds per block, outside of the blocks, of a model of `depth` blocks); see the top of the file."""
     first, *rest = parts["blocks"]
+    rest = rest or [first]
     per_block = sum(rest) / len(rest)
-    outside = parts["once"] + max(0.0, first - per_block) + parts["with_depth"] * depth / (1 + len(rest))
+    outside = parts["once"] + max(0.0, first - per_block) + parts["with_depth"] * depth / len(parts["blocks"])
     return per_block, outside, outside + depth * per_block
 
 
@@ -135,6 +139,11 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[str, str, int, dict[str, An
             yield "w4a16 g128", f"lkd, {blocks} blocks", blocks, tokens, lkd
         return
     (blocks,) = args.blocks
+    if args.mode == "states":
+        for bits in (32, 8, 4):
+            learned = {"iterations": args.iterations, "batch": 8, "optimizer": {"bits": bits}}
+            yield "w4a16 g128", f"{bits}-bit states", blocks, tokens, [{"lkd-classic": learned}]
+        return
     for scheme in SCHEMES:
         yield scheme, "rtn", blocks, {"source": "none"}, [{"rtn": {"scale": "mse"}}]
         yield scheme, "gptq", blocks, tokens, START
@@ -193,8 +202,9 @@ def main() -> None:
     for mode, shape in SHAPES.items():
         command = commands.add_parser(mode)
         large = mode == "large"
+        blocks = {"depth": [4, 16], "large": [4], "states": [1]}[mode]
         command.add_argument("--device", default="cpu")
-        command.add_argument("--blocks", type=int, nargs="+", default=[4] if large else [4, 16])
+        command.add_argument("--blocks", type=int, nargs="+", default=blocks)
         command.add_argument("--samples", type=int, default=128 if large else 32)
         command.add_argument("--length", type=int, default=1024 if large else 256)
         command.add_argument("--iterations", type=int, default=400 if large else 20, help="of lkd")

@@ -123,8 +123,8 @@ def where(document: dict[str, Any]) -> str:
     return f"{device}; {', '.join(f'{name} {value}' for name, value in facts.items())}."
 
 
-def depth(document: dict[str, Any]) -> str:
-    """Peak memory by the number of blocks (memory.py depth)."""
+def memory(document: dict[str, Any], table: str) -> str:
+    """Peak memory by the number of blocks, or by the bits of optimizer states (memory.py depth, states)."""
     header = ["scheme", "method", "checkpoint", "memory", "GPU", "s"]
     rows = [
         [
@@ -136,7 +136,7 @@ def depth(document: dict[str, Any]) -> str:
             number(row["seconds"], 1),
         ]
         for row in document["rows"]
-        if row["table"] == "depth"
+        if row["table"] == table
     ]
     return markdown(header, rows) + "\n" + where(document) + "\n"
 

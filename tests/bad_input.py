@@ -168,6 +168,7 @@ def situation(
         "unknown-preset",
         "recipe-file-missing",
         "calibration-missing",
+        "written-too-short",
     ),
     *("unknown-option", "not-a-number", "bad-seed", "bad-shard-size", "unknown-device", "missing-device"),
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
@@ -178,6 +179,8 @@ def situation(
         "gguf-tokenizer",
         "engine-unknown",
         "engine-part",
+        "engine-twice",
+        "gguf-below-file",
         "engine-refuses",
         "doctor-float",
         "serve-engine",
@@ -636,6 +639,53 @@ situation("export-same-format", "gguf-name")(_quantized("--w4a16"))
 def export_scales(model: Model) -> None:
     Path("RECIPE.yaml").write_text('rules:\n  - {match: "*", weights: "int4:g32:s=fp32"}\n')
     _quantized("--recipe", "RECIPE.yaml")(model)
+
+
+@situation("gguf-input")
+def gguf_input(model: Model) -> None:
+    Path("MODEL.gguf").write_bytes(b"GGUF")
+
+
+def _config_changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Model], None]:
+    """OUT is a finished W4A8 output whose quantization_config was changed."""
+
+    def build(model: Model) -> None:
+        _quantized("--w4a8")(model)
+        path = Path("OUT", "config.json")
+        config = json.loads(path.read_text())
+        change(config["quantization_config"])
+        path.write_text(json.dumps(config))
+
+    return build
+
+
+def _group(config: dict[str, Any]) -> dict[str, Any]:
+    return config["config_groups"]["group_0"]
+
+
+situation("method-no-name")(_config_changed(lambda config: config.update(quant_method=["gptq"])))
+situation("scheme-no-weights")(_config_changed(lambda config: _group(config).update(weights=None)))
+situation("scheme-as-bytes")(_config_changed(lambda config: _group(config).update(format="int-quantized")))
+situation("scheme-static")(
+    _config_changed(lambda config: _group(config)["input_activations"].update(dynamic=False))
+)
+
+
+def _tensors_changed(change: Callable[[torch.Tensor], torch.Tensor], suffix: str) -> Callable[[Model], None]:
+    """OUT is a finished W4A8 output whose tensors of this name were changed."""
+
+    def build(model: Model) -> None:
+        _quantized("--w4a8")(model)
+        path = Path("OUT", WEIGHTS)
+        tensors = load_file(path)
+        tensors |= {name: change(tensor) for name, tensor in tensors.items() if name.endswith(suffix)}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return build
+
+
+situation("codes-as-floats", "eval-dtype")(_tensors_changed(lambda codes: codes.float(), ".weight_packed"))
+situation("scales-not-finite")(_tensors_changed(lambda scales: scales * float("nan"), ".weight_scale"))
 
 
 @situation("act-order")

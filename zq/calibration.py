@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zq.checkpoint.job import Job
 from zq.checkpoint.reader import Read
-from zq.data import beginnings, calibration_windows, describe, mixed
+from zq.data import BEGINNING, beginnings, calibration_windows, describe, mixed
 from zq.errors import ZqError
 from zq.methods import refuse_few
 from zq.models.capture import positions
@@ -53,6 +53,11 @@ def planned_windows(
     length = min(wanted.length, positions(skeleton) or wanted.length)
     if length < wanted.length:
         notes.append(f"calibration windows of {length} tokens: the model has no more positions")
+    if wanted.generated and length <= BEGINNING:
+        raise ZqError(
+            f"the model cannot write calibration windows of {length} tokens, since it begins each with "
+            f"{BEGINNING}; give --length {BEGINNING + 1} or more, or --generated 0"
+        )
     if wanted.generated:
         notes.append(
             f"{wanted.generated} calibration windows are written by the model itself (sampled, seeded); for "

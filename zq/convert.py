@@ -24,7 +24,7 @@ from zq.checkpoint.job import Job
 from zq.checkpoint.reader import reader
 from zq.checkpoint.writer import ShardWriter, Slot, plan_shards
 from zq.errors import AuditError, ZqError
-from zq.export import EXPORTERS, exporter_for
+from zq.export import EXPORTERS, schemes_of
 from zq.models.build import shapes_only, stores_pooler
 from zq.models.families import FAMILIES
 from zq.models.find import load_config
@@ -75,12 +75,12 @@ def plan_conversion(folder: Path, to: str) -> Conversion:
     stored = quantization_config(folder)
     if stored is None:
         raise ZqError(f"{folder} is not quantized; use zq quantize with --to {to}")
-    source, target = exporter_for(stored, str(folder)), EXPORTERS[to]
+    target = EXPORTERS[to]
     config, index = load_config(folder), read_index(folder)
     pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
     model = shapes_only(config, str(folder), pooler=pooler)
     shapes = linear_shapes(model)
-    before = source.schemes(stored, shapes)
+    source, before = schemes_of(stored, shapes, str(folder))
     float_slots = {s.name: s for n, x in before.items() for s in source.slots(n, x, shapes[n], torch.float32)}
     dtype = main_dtype(index, float_slots)
     after: dict[str, Scheme] = {}
@@ -162,6 +162,8 @@ def convert(
 def restate(q: QTensor, spec: TensorSpec, dtype: torch.dtype, name: str) -> QTensor:
     """The same values under another spec of the same codes: scales in another dtype, two levels as one,
     zero points that are all zero. Raises ZqError when a scale would have to be rounded."""
+    if not q.scale.isfinite().all():
+        raise ZqError(f"'{name}' has scales that are not finite; quantize or download again")
     step = q.scale if q.sub is None or spec.two_level else q.scale.float() * q.sub
     stored = step.to(DTYPES[spec.scale_dtype] if spec.scale_dtype else dtype)
     if not torch.equal(stored.float(), step.float()):
@@ -241,5 +243,5 @@ def _card(plan: Conversion, report: dict[str, Any]) -> str:
 The weights of that checkpoint, value for value, written by zq {report["zq"]}; its figures hold for this one.
 Schemes: {", ".join(report["schemes"])}.
 
-{how_to_use(auto, plan.to, report["command"] or "zq.convert.convert")}
+{how_to_use(plan.folder, auto, plan.to, report["command"] or "zq.convert.convert")}
 """

@@ -240,7 +240,9 @@ def _parquet_texts(path: Path) -> list[str]:
         column = parquet.read_table(path, columns=["text"])["text"].to_pylist()
     except (pyarrow.ArrowException, KeyError) as error:
         why = str(error).splitlines()[0]
-        raise ZqError(f"{path} is no parquet file with a column named text: {why}") from error
+        raise ZqError(
+            f"{path} is no parquet file with a column named text: {why}; give one, or a .txt or .jsonl file"
+        ) from error
     return [text for text in column if isinstance(text, str)]
 
 

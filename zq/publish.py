@@ -21,6 +21,9 @@ from zq.plan import Plan
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 COMPANIONS += ("additional_chat_templates/*.jinja",)
 NOT_COMPANIONS = ("config.json", REPORT)
+# compressed-tensors unpacks in a hook of the model's call, and sentence-transformers calls its forward.
+UNPACK = """encoder = model[0].auto_model
+encoder.hf_quantizer.compressor.decompress_model(encoder)  # sentence-transformers from 5.4 on does not"""
 
 
 def publish(plan: Plan, writer: ShardWriter, out: Path, report: dict[str, Any]) -> None:
@@ -127,7 +130,7 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
 
 The figures are of the run that made this folder; `{REPORT}` has those of every layer, and hashes.
 
-{how_to_use(auto, plan.format, report["command"] or "zq.pipeline.quantize")}
+{how_to_use(plan.folder, auto, plan.format, report["command"] or "zq.pipeline.quantize")}
 
 with the recipe
 
@@ -137,13 +140,17 @@ with the recipe
 """
 
 
-def how_to_use(auto: str, format: str, command: str) -> str:
-    """The end of a card: how to load a checkpoint of this format with the class `auto`, and what made it."""
+def how_to_use(folder: Path, auto: str, format: str, command: str) -> str:
+    """The end of a card: how to load a checkpoint of this format with the class `auto`, and with
+    sentence-transformers where `folder`, its source, is a model of that; and what made it."""
     extra = "import zq  # registers the format\n" if format == "zq" else ""
-    return f"""```python
-{extra}from transformers import {auto}
-model = {auto}.from_pretrained("THIS FOLDER")
-```
+    ways = [f'{extra}from transformers import {auto}\nmodel = {auto}.from_pretrained("THIS FOLDER")']
+    if (folder / "modules.json").is_file():
+        unpack = "\n" + UNPACK if format == "compressed-tensors" else ""
+        name = "SentenceTransformer"
+        ways.append(f'{extra}from sentence_transformers import {name}\nmodel = {name}("THIS FOLDER"){unpack}')
+    loading = "\n\n".join(f"```python\n{way}\n```" for way in ways)
+    return f"""{loading}
 
 Made by
 

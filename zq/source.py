@@ -30,6 +30,10 @@ def resolve(model: str, progress: Callable[[str], None] = lambda message: None) 
         if not (folder / "config.json").is_file():
             raise ZqError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
         return folder
+    if exists and folder.suffix == ".gguf":
+        raise ZqError(
+            f"{folder} is a GGUF file, which zq writes but does not read; give the checkpoint it is from"
+        )
     if exists:
         raise ZqError(f"{folder} is a file; give the folder that holds config.json and *.safetensors")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):

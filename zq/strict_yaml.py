@@ -18,8 +18,11 @@ class Map(dict):
     line: int
 
 
-def read(text: str, where: str) -> Map:
-    """A recipe's text as a mapping. Raises ZqError `where:line: what is wrong`."""
+RECIPE = "a recipe is a mapping with 'rules' and 'steps'; see `zq recipes show w4a8`"
+
+
+def read(text: str, where: str, expected: str = RECIPE) -> Map:
+    """A text as a mapping. Raises ZqError `where:line: what is wrong`, `expected` where it is none."""
     try:
         alias = next((e for e in yaml.parse(text, yaml.SafeLoader) if isinstance(e, yaml.AliasEvent)), None)
         if alias is not None:  # aliases can be recursive, or blow up when expanded
@@ -29,15 +32,13 @@ def read(text: str, where: str) -> Map:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = _convert(node, where) if node is not None else None
     except RecursionError:
-        raise ZqError(f"{where}:1: nested too deeply for a recipe; see `zq recipes show w4a8`") from None
+        raise ZqError(f"{where}:1: nested too deeply: {expected}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ZqError(f"{where}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
     if not isinstance(value, Map):
-        raise ZqError(
-            f"{where}:1: a recipe is a mapping with 'rules' and 'steps'; see `zq recipes show w4a8`"
-        )
+        raise ZqError(f"{where}:1: {expected}")
     return value
 
 

@@ -53,7 +53,18 @@ def test_tensors_that_are_not_there(w4a8: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     done = run("doctor", tmp_path, "--for", "vllm")
     assert done.code == 2
-    assert "tensors are missing, first" in done.out
+    assert (
+        "no engine loads it: config.json and the tensors do not agree: 14 tensors are missing, first"
+        in done.out
+    )
+    done = run("doctor", tmp_path)
+    assert done.code == 0
+    assert done.out.count("are missing") == done.out.count("belong to no part") == 1, (
+        "once, not for each engine"
+    )
+    for entry in run("doctor", tmp_path, "--json").json.values():
+        assert not entry["loads"]
+        assert ["are missing" in line for line in entry["problems"]].count(True) == 1
 
 
 def test_a_float_checkpoint_is_refused(model: Path) -> None:
@@ -106,3 +117,9 @@ def test_an_encoder_and_a_file_for_llama_cpp(model: Path, tmp_path: Path) -> Non
     save_bpe(llama)
     run("quantize", llama, "--w4a16", "--calib", "none", "--to", "gguf", "-o", tmp_path / "g").ok()
     assert run("doctor", tmp_path / "g", "--for", "llama.cpp").code == 0
+
+
+def test_names_that_no_disk_takes(w4a8: Path, tmp_path: Path) -> None:
+    done = run("export", w4a8, "--to", "gguf", "-o", tmp_path / ("x" * 300 + ".gguf"))
+    assert done.code == 2
+    assert "choose another -o" in done.err

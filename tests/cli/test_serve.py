@@ -93,3 +93,16 @@ def test_what_cannot_be_served(w4a8: Path, tmp_path: Path) -> None:
     assert "zq's own format" in done.err
     assert run("serve", native, "--print", "--engine", "transformers").code == 0
     assert "--engine tgi is unknown" in run("serve", w4a8, "--engine", "tgi").err
+    done = run("serve", w4a8, "--print", "--engine", "transformers", "--tp", "2")
+    assert done.code == 2
+    assert "the server of transformers does not split a model" in done.err
+
+
+def test_what_transformers_needs_for_a_format(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "compressed_tensors"
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    done = run("serve", w4a8, "--print", "--engine", "transformers")
+    assert done.code == 2
+    assert "pip install compressed-tensors" in done.err
+    missing = "gptqmodel"
+    assert run("serve", w4a8, "--print", "--engine", "transformers").code == 0

@@ -249,5 +249,5 @@ def test_scales_that_are_not_two_level_are_refused() -> None:
 def test_foreign_schemes_are_refused_by_name() -> None:
     config = ct.config({"m.layers.0.q": Scheme.parse("int4:g32")}, [])
     config["config_groups"]["group_0"]["weights"]["strategy"] = "block"
-    with pytest.raises(ZqError, match="cannot read this compressed-tensors scheme"):
+    with pytest.raises(ZqError, match="cannot read the compressed-tensors scheme of 'group_0'"):
         ct.schemes(config, ["m.layers.0.q"])

@@ -67,7 +67,8 @@ def forced(op: str, p: layout.Packing, m: int, n: int, k: int, sms: int, family:
         yield from (tiles.portable(op, p, tile, split, (m, n), family) for split in (2, 3, 8))
         return
     for tile, (cluster, split) in itertools.product(
-        tiles.tiles(op, p, 90), ((1, 0), (1, 1), (2, 1), (2, 2), (4, 4), (8, 8))
+        tiles.tiles(op, p, 90),
+        ((1, 0), (1, 1), (2, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 8)),
     ):
         sharing = cluster // max(split, 1)
         if (sharing > 1 and tile.tokens < 16) or (split > 1 and (tile.tokens > 64 or steps < split)):

@@ -149,4 +149,5 @@ def _quiet() -> None:
     """Libraries keep their progress bars and advice to themselves; ours are on standard error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line in the end, not one for each try
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

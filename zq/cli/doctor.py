@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +11,11 @@ from zq.cli.console import command, note, out, print_json
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
-    from zq.engines import Layer, Target, Verdict
+    from zq.engines import Heads, Layer, Target, Verdict
     from zq.models.arch import Arch
     from zq.plan import Plan
 
-ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
+ENGINES = ("vllm", "sglang", "transformers", "sentence-transformers", "llama.cpp")
 
 
 def doctor(
@@ -36,32 +36,33 @@ def doctor(
     """
     with command(json):
         from zq.engines import judge, parse
+        from zq.models.find import load_config
         from zq.source import resolve
 
-        targets = [parse(text) for text in engine or ENGINES]
+        asked = [parse(text) for text in engine or ()]
         folder = resolve(checkpoint, note)
-        format, layers, missing = read_layers(folder)
-        heads = head_count(folder)
+        targets = asked or [parse(text) for text in _engines(folder)]
+        format, layers, wrong = read_layers(folder)
+        heads = head_counts(load_config(folder))
         verdicts = [judge(target, _for(target, format, folder), layers, heads) for target in targets]
-        for verdict in verdicts:
-            verdict.problems += missing
         if json:
-            print_json({str(v.target): _as_json(v) for v in verdicts})
+            print_json({str(v.target): _as_json(v, wrong) for v in verdicts})
         else:
+            if wrong:
+                out.print(f"no engine loads it: {wrong}", soft_wrap=True, style="red")
             for verdict in verdicts:
                 show(verdict)
-        if engine and any(v.problems for v in verdicts):
+        if engine and (wrong or any(v.problems for v in verdicts)):
             raise typer.Exit(2)
 
 
-def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
-    """(format, linear layers, what is wrong with the files). Raises ZqError for what zq cannot
-    read."""
+def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
+    """(format, linear layers, what is wrong with the files or ""). Raises ZqError for what zq cannot read."""
     import torch
 
     from zq.checkpoint.index import read_index
     from zq.engines import Layer
-    from zq.export import exporter_for
+    from zq.export import schemes_of
     from zq.models.build import shapes_only, stores_pooler
     from zq.models.find import find_family, load_config
     from zq.models.layout import base_prefix, linear_shapes
@@ -71,10 +72,9 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
     if stored is None:
         raise ZqError(f"{folder} is not quantized, so every engine runs it as it is; give a quantized one")
     arch, index = find_family(folder), read_index(folder)
-    exporter = exporter_for(stored, str(folder))
     model = shapes_only(load_config(folder), str(folder), pooler=stores_pooler(arch, index.tensors))
     shapes = linear_shapes(model)
-    assigned = exporter.schemes(stored, shapes)
+    exporter, assigned = schemes_of(stored, shapes, str(folder))
     slots = {
         slot.name: slot
         for name, scheme in assigned.items()
@@ -88,14 +88,22 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], list[str]]:
         Layer(name=name, shape=shape, scheme=assigned.get(name), site=_site(name, prefix, arch))
         for name, shape in shapes.items()
     ]
-    return stored["quant_method"], layers, wrong
+    said = f"config.json and the tensors do not agree: {'; '.join(wrong)}; quantize or download again"
+    return stored["quant_method"], layers, said if wrong else ""
 
 
-def head_count(folder: Path) -> int:
-    """Attention heads of the model; 0 when its config does not say."""
-    from zq.models.find import load_config
+def head_counts(config: Any) -> Heads:
+    """Attention heads that a transformers config states; 0 where it does not."""
+    from zq.engines import Heads
 
-    return getattr(load_config(folder), "num_attention_heads", 0)
+    query = getattr(config, "num_attention_heads", 0)
+    return Heads(query=query, kv=getattr(config, "num_key_value_heads", None) or query)
+
+
+def _engines(folder: Path) -> list[str]:
+    """Those that are asked by default."""
+    sentences = (folder / "modules.json").is_file()
+    return [name for name in ENGINES if sentences or name != "sentence-transformers"]
 
 
 def _for(target: Target, format: str, folder: Path) -> str:
@@ -121,8 +129,7 @@ def check(plan: Plan, text: str, format: str) -> list[str]:
     """What to tell about a plan for this engine. Raises ZqError when the engine could not load the result."""
     from zq.engines import judge, parse
 
-    heads = getattr(plan.skeleton.config, "num_attention_heads", 0)
-    verdict = judge(parse(text), format, of_plan(plan), heads)
+    verdict = judge(parse(text), format, of_plan(plan), head_counts(plan.skeleton.config))
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more)" if len(verdict.problems) > 1 else ""
         raise ZqError(f"--for {text}: {verdict.problems[0]}{more}")
@@ -140,12 +147,13 @@ def show(verdict: Verdict) -> None:
         out.print(f"  does not load: {line}", soft_wrap=True, style="red")
 
 
-def _as_json(verdict: Verdict) -> dict[str, object]:
+def _as_json(verdict: Verdict, wrong: str) -> dict[str, object]:
+    problems = [*verdict.problems, *[wrong] * bool(wrong)]
     return {
-        "loads": not verdict.problems,
+        "loads": not problems,
         "kernels": verdict.kernels,
         "warnings": verdict.warnings,
-        "problems": verdict.problems,
+        "problems": problems,
     }
 
 

@@ -37,9 +37,12 @@ def export(
         folder = resolve(checkpoint, note)
         from zq.checkpoint.job import check_output
         from zq.convert import convert, plan_conversion
+        from zq.export import EXPORTERS
 
         if to == "gguf":
             return _gguf(folder, output, json)
+        if to not in EXPORTERS:
+            raise ZqError(f"format '{to}' is unknown; allowed: {', '.join(EXPORTERS)}, gguf")
         check_output(output)
         plan = plan_conversion(folder, to)
         if plan.source is plan.target:
@@ -71,7 +74,11 @@ def _gguf(folder: Path, output: Path, as_json: bool) -> None:
 
     if output.suffix != ".gguf":
         raise ZqError(f"{output} is no name of a GGUF file; give -o NAME.gguf")
-    if output.exists():
+    try:
+        exists = output.exists() or output.is_symlink()
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise ZqError(f"cannot use output {output}: {error.strerror}; choose another -o") from None
+    if exists:
         raise ZqError(f"{output} exists; choose another name or delete it")
     if not output.absolute().parent.is_dir():
         raise ZqError(f"there is no folder {output.parent} for {output.name}; create it or choose another")

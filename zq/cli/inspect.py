@@ -59,7 +59,7 @@ def describe(folder: Path) -> dict[str, Any]:
     import torch
 
     from zq.checkpoint.index import read_index
-    from zq.export import exporter_for
+    from zq.export import schemes_of
     from zq.models.build import shapes_only, stores_pooler
     from zq.models.find import find_family, load_config
     from zq.models.layout import linear_shapes
@@ -71,8 +71,7 @@ def describe(folder: Path) -> dict[str, Any]:
     pooler = stores_pooler(arch, index.tensors)
     model = shapes_only(load_config(folder), str(folder), pooler=pooler)
     shapes = linear_shapes(model)
-    exporter = exporter_for(stored, str(folder)) if stored else None
-    assigned = exporter.schemes(stored, shapes) if exporter else {}
+    exporter, assigned = schemes_of(stored, shapes, str(folder)) if stored else (None, {})
     layers: dict[str, Any] = {}
     schemes: dict[str, dict[str, float]] = {}
     for name, shape in shapes.items():

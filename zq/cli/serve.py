@@ -18,6 +18,8 @@ VLLM = ("-m", "vllm.entrypoints.openai.api_server")
 # `import zq` first: transformers then knows zq's own format.
 TRANSFORMERS = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
 ENGINES = ("auto", "vllm", "transformers")
+# What transformers needs beside itself for a format.
+PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
 
 
 def serve(
@@ -36,8 +38,9 @@ def serve(
     printed, then run.
     """
     with command():
-        from zq.cli.doctor import head_count, read_layers
+        from zq.cli.doctor import head_counts, read_layers
         from zq.engines import Target, judge, parse
+        from zq.models.find import load_config
         from zq.plugins.vllm import is_active
         from zq.source import resolve
 
@@ -46,14 +49,22 @@ def serve(
         check_number("--port", port, 1, 65535)
         check_number("--tp", tp, 1, 1024)
         chosen = installed(engine)
+        if chosen != "vllm" and tp > 1:
+            raise ZqError(f"--tp {tp}: the server of transformers does not split a model; leave it out")
         folder = resolve(checkpoint, note)
-        format, layers, missing = read_layers(folder)
+        format, layers, wrong = read_layers(folder)
+        if wrong:
+            raise ZqError(f"{folder} cannot be served: {wrong}")
+        package = PACKAGES.get(format) if chosen == "transformers" else None
+        if package and importlib.util.find_spec(package) is None:
+            package = package.replace("_", "-")
+            raise ZqError(f"transformers needs {package} for format {format}; pip install {package}")
         known = parse(chosen)
         plugin = chosen == "vllm" and is_active()
         target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp, plugin=plugin)
-        verdict = judge(target, format, layers, head_count(folder))
-        if problems := missing + verdict.problems:
-            raise ZqError(f"{target} cannot serve {folder}: {problems[0]}")
+        verdict = judge(target, format, layers, head_counts(load_config(folder)))
+        if verdict.problems:
+            raise ZqError(f"{target} cannot serve {folder}: {verdict.problems[0]}")
         for line in verdict.warnings:
             note(f"{target}: {line}")
         words = server_command(chosen, folder, host, port, tp, any("humming" in w for w in verdict.warnings))

@@ -12,11 +12,13 @@ schemes(config, names)                   -> which scheme that config gives to ea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 from zq.errors import ZqError
 from zq.export import awq, compressed_tensors, gptq, native
+from zq.spec import Scheme
 
 EXPORTERS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors,
@@ -31,7 +33,19 @@ def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:
     if config is not None and not isinstance(config, dict):
         raise ZqError(f"{where}: quantization_config is {config!r}, not a mapping; download it again")
     method = (config or {}).get("quant_method")
-    if method not in EXPORTERS:
-        has = f"is quantized with '{method}'" if method else "is not quantized"
-        raise ZqError(f"{where} {has}; zq reads checkpoints of: {', '.join(EXPORTERS)}")
+    if not isinstance(method, str) or method not in EXPORTERS:
+        has = f"is quantized with {method!r}" if method else "is not quantized"
+        raise ZqError(f"{where} {has}; zq reads checkpoints of: {', '.join(EXPORTERS)}; give one of these")
     return EXPORTERS[method]
+
+
+def schemes_of(
+    config: dict[str, Any] | None, names: Iterable[str], where: str
+) -> tuple[ModuleType, dict[str, Scheme]]:
+    """The exporter of the checkpoint at `where`, and which scheme its `quantization_config` gives to each of
+    these linear layers. Raises ZqError."""
+    exporter = exporter_for(config, where)
+    try:
+        return exporter, exporter.schemes(config, names)
+    except ZqError as error:
+        raise ZqError(f"{where}: {error}") from None

@@ -101,7 +101,9 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Every linear layer inside the blocks but `modules_to_not_convert`, parts of names. Raises ZqError."""
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm" or not config.get("zero_point", True):
-        raise ZqError(f"zq reads AWQ checkpoints of version gemm with zero points, not of version {version}")
+        raise ZqError(
+            f"zq reads AWQ checkpoints of version gemm with zero points, not {version}; quantize again"
+        )
     spec = uniform.spec(config, FORMATS, symmetric=False)
     left = uniform.strings(config, "modules_to_not_convert")
     taken = [name for name in uniform.in_blocks(names) if not any(part in name for part in left)]

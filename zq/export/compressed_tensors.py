@@ -39,6 +39,7 @@ from zq.numerics.qtensor import QTensor
 from zq.spec import Layout, Scheme, TensorSpec, scale_shape
 
 CONFIG_VERSION = "0.17.0"
+MIXED, NAIVE = "mixed-precision", "naive-quantized"  # each group has its own; of others, as their plain ones
 Read = Callable[[str], Tensor]
 
 
@@ -178,7 +179,7 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
     two_level = [name for name, scheme in zip(groups, by_scheme, strict=True) if scheme.weights.two_level]
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -199,7 +200,10 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise ZqError("quantization_config has no mapping 'config_groups'; download config.json again")
     two_level = _two_level(config)
-    parsed = [(patterns(g, "targets"), _scheme(g, name in two_level)) for name, g in groups.items()]
+    kept = config.get("format")
+    parsed = [
+        (patterns(g, "targets"), _scheme(name, g, kept, name in two_level)) for name, g in groups.items()
+    ]
     ignore = patterns(config, "ignore")
     result: dict[str, Scheme] = {}
     for name in names:
@@ -228,7 +232,9 @@ def patterns(config: dict[str, Any], key: str) -> list[str]:
             re.compile(entry.removeprefix("re:"))
         except re.error as error:
             if entry.startswith("re:"):
-                raise ZqError(f"'{entry}' in quantization_config is no regex ({error})") from None
+                raise ZqError(
+                    f"'{entry}' in quantization_config is no regex ({error}); download it again"
+                ) from None
     return listed
 
 
@@ -275,19 +281,38 @@ def _activation_args(spec: TensorSpec | None) -> dict[str, Any] | None:
     }
 
 
-def _scheme(group: dict[str, Any], two_level: bool) -> Scheme:
+def _scheme(name: str, group: dict[str, Any], kept: Any, two_level: bool) -> Scheme:
+    """The scheme of the config group `name`; `kept` is the format of groups that have none of their own."""
     weights, acts = group.get("weights"), group.get("input_activations")
+    kept = group.get("format") or kept
     try:
         if group.get("output_activations"):
             raise ZqError("it quantizes outputs")
-        return Scheme(replace(_spec(weights), two_level=two_level), _spec(acts) if acts else None)
+        spec = replace(_spec(weights, dynamic=False), two_level=two_level)
+        scheme = Scheme(spec, _spec(acts, dynamic=True) if acts else None)
+        if kept not in (None, MIXED, format_of(scheme)) and (kept != NAIVE or not _is_plain(scheme)):
+            raise ZqError(f"it is stored as {kept!r}, and zq reads {scheme} as {format_of(scheme)}")
+        return scheme
     except (KeyError, TypeError, ZqError) as error:
-        raise ZqError(f"zq cannot read this compressed-tensors scheme ({error}): {group}") from None
+        said = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ZqError(
+            f"zq cannot read the compressed-tensors scheme of '{name}': {said}; quantize again"
+        ) from None
 
 
-def _spec(args: Any) -> TensorSpec:
+def _is_plain(scheme: Scheme) -> bool:
+    return format_of(scheme) != "pack-quantized"
+
+
+def _spec(args: Any, *, dynamic: bool) -> TensorSpec:
+    """Of weights, whose scales are stored, or of activations, whose scales are made for each token."""
+    if not isinstance(args, dict):
+        raise ZqError(f"{args!r} says nothing of {'activations' if dynamic else 'weights'}")
     if args.get("actorder") in ("group", "dynamic"):
         raise ZqError("its inputs are in another order (actorder)")
+    if bool(args.get("dynamic")) != dynamic or args.get("dynamic") == "local":
+        what = "scales of activations are stored" if dynamic else "scales of weights are not stored"
+        raise ZqError(f"its {what} (dynamic: {args.get('dynamic')})")
     bits, is_int, strategy = args["num_bits"], args["type"] == "int", args["strategy"]
     layout = Layout.parse(f"g{args['group_size']}" if strategy == "group" else strategy)
     name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")

@@ -158,7 +158,9 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
             raise ZqError(f"config.json gives the scheme '{text}', whose group size was never chosen")
         for layer in layers:
             if layer not in known:
-                raise ZqError(f"config.json quantizes '{layer}', which this model does not have")
+                raise ZqError(
+                    f"config.json quantizes '{layer}', which this model does not have; download it again"
+                )
             result[layer] = scheme
     return result
 

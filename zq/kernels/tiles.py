@@ -26,16 +26,30 @@ KINDS = {  # operator -> kind of packing
 SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90; a multiprocessor has 1 KB more for each
 STAGES = 16  # of a ring, at most: 150 KB in flight are several times what hides the latency of memory
 PITCH = 144  # of gemm_sm90.cu
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 4, 8)  # of gemm_mma.cu
+CLUSTERS = range(1, 9)  # blocks that share K in gemm_sm90.cu
 FEWEST = 16  # tokens, up to which two blocks share a multiprocessor
 LEAST_STEPS = 4  # of a share of K
 
-# Clocks of one multiprocessor, fitted to times of W4A8-INT8 on an H200: for choosing, not for predicting.
-MAC_RATE = {1: 4096, 2: 2048}  # multiply-adds in a clock, by bytes of an activation
-WEIGHTS = 640  # clocks to bring and convert the weights of 128 rows and a step, whatever the tokens
-FILL, EPILOGUE = 4000, 50  # clocks to refill the ring for a tile, to write a token of 128 rows
-TAKE, HAND = 1000, 32  # clocks to take another block's sums, and for a token of 128 rows
-IDLE = 0.1  # share of the multiprocessors' time that whole tiles must leave unused before sharing is tried
+# Microseconds, fitted to 1,100 times of W4A8-INT8 and W8A8-INT8 on an H200: for choosing, not for predicting.
+# On average it takes what is 1 to 2 % slower than the fastest of all ways.
+RATE = 7.2e6  # multiply-adds of 8 bits that a multiprocessor makes in one
+WEIGHTS = {4: 0.227, 8: 0.329}  # to bring and convert the weights of 128 rows and a step, by their bits
+WIDE_WEIGHTS = 0.31  # the same of 4 bits for 16-bit activations
+CHAIN = {4: 0.327, 8: 0.21}  # a step of a block that has its multiprocessor for itself, at least
+MEMORY = 4.4e6  # bytes of weights that come in one
+LAUNCH, TILE, WRITE = 1.32, 0.3, 0.0151  # a launch; a tile; to write a token of 128 rows
+SPLIT, MERGE = 0.051, 0.016  # for each block that K is shared with, and each token of 128 rows
+EVEN, TAKE = 3.25, 0.0049  # even shares: flags and workspace; a token of 128 rows of another block's sums
+LATE = 1.3  # where more than half of the machine is taken, the next kernel begins late
+ROOM = {
+    3: 0.88,
+    4: 0.9,
+    5: 0.83,
+    6: 0.77,
+    7: 0.72,
+    8: 0.72,
+}  # of the machine that clusters of a size can fill
 
 
 @dataclass(frozen=True)
@@ -148,24 +162,27 @@ def stages_and_shared(op: str, p: Packing, tile: Tile) -> tuple[int, int]:
 
 def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config:
     steps = -(-k // STEP)
-    choices, blocks = tiles(op, p, 90), -(-n // 128)
-    tile = next((t for t in choices[:4] if t.tokens >= m), choices[3])
-    places = sms * resident(tile)
-    parts = [
-        s
-        for s in SPLITS
-        if s == 1 or (blocks * -(-m // tile.tokens) * s <= places and steps >= s * LEAST_STEPS)
-    ]
-    fitting = [tile] if m <= tile.tokens else choices[3:]
-    options = [(t, 1) for t in fitting] + [(tile, s) for s in parts[1:]]
-    for t in fitting:
-        works, places = _works(t, 1, m, n), sms * resident(t)
-        if resident(t) > 1 and p.kind == "w4a8_two":
-            continue  # memory is what limits them, and a block that is alone gets more of it
-        if works < (1 - IDLE) * -(-works // places) * places and works * steps >= LEAST_STEPS * places:
-            options.append((t, 0))
-    tile, split = min(options, key=lambda o: _clocks(p, *o, m, n, steps, sms))
+    options = []
+    for tile in tiles(op, p, 90):
+        works, places = _works(tile, 1, m, n), sms * resident(tile)
+        if tile.tokens < min(m, 32) or (tile.tokens >= 2 * m and tile.tokens > 8):
+            continue  # others read all weights once, or half of it does
+        least = LEAST_STEPS if tile.tokens <= FEWEST else LEAST_STEPS + 2
+        options += [
+            (tile, split)
+            for split in CLUSTERS
+            if split == 1
+            or (tile.tokens <= 64 and steps >= least * split and works * split <= _room(tile, split, sms))
+        ]
+        if works * steps >= LEAST_STEPS * places:
+            options.append((tile, 0))
+    tile, split = min(options, key=lambda o: _microseconds(p, o[0], o[1], m, n, steps, sms))
     return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
+
+
+def _room(tile: Tile, split: int, sms: int) -> int:
+    """Blocks that run at once in clusters of `split`: clusters do not cross groups of multiprocessors."""
+    return int(sms * resident(tile) * ROOM.get(split, 1))
 
 
 def persistent(
@@ -201,19 +218,28 @@ def _works(tile: Tile, sharing: int, m: int, n: int) -> int:
     return -(-m // tile.tokens) * -(-n // (tile.rows * sharing))
 
 
-def _clocks(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int, sms: int) -> float:
-    """Estimated time of a product in clocks: rounds of tiles, the slower of tensor core and weights in every
-    step. Blocks of a cluster that share x have never been faster, so none are considered."""
-    heights, works = tile.rows // 128, _works(tile, 1, m, n)
-    together = resident(tile)
-    step = together * max(tile.rows * tile.tokens * STEP / MAC_RATE[p.act_bytes], WEIGHTS * heights)
-    tokens, places = tile.tokens * heights, sms * together
+def _microseconds(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int, sms: int) -> float:
+    """Estimated time of a product: rounds of steps, in each of which the tensor core, the weights or waiting
+    takes longest. Blocks of a cluster that share x have never been faster, so none are considered."""
+    heights, works, r = tile.rows // 128, _works(tile, 1, m, n), resident(tile)
+    tokens, places, blocks = tile.tokens * heights, sms * r, works * max(split, 1)
+    multiply = tokens * 128 * STEP * p.act_bytes / RATE
+    weights = heights * (WIDE_WEIGHTS if p.act_bytes == 2 and p.bits == 4 else WEIGHTS[p.bits])
+
+    def step(together: int) -> float:
+        return max(CHAIN[p.bits] * heights, together * weights, together * multiply)
+
+    least = works / -(-m // tile.tokens) * tile.rows // 64 * p.tile_bytes * steps / MEMORY
+    write, late = TILE + tokens * WRITE, LATE * (blocks > places / 2)
     if split == 0:
-        ended, taken = -(-works // places), -(-places // works)
-        added = FILL + taken * (TAKE + tokens * HAND)
-        return -(-works * steps // places) * step + ended * (FILL + tokens * EPILOGUE) + added
-    rounds = -(-works * split // places)
-    return rounds * (-(-steps // split) * step + FILL + tokens * EPILOGUE * split)
+        ended, taken = -(-works // places), min(-(-places // works), 8)
+        shared = EVEN + tokens * taken * TAKE + LATE
+        return LAUNCH + max(-(-works * steps // places) * step(r), least) + ended * write + shared
+    rounds = -(-blocks // (_room(tile, split, sms) if split > 1 else places))
+    # Larger clusters are packed: they share multiprocessors while others have nothing to do.
+    together = r if split > 2 else min(r, -(-blocks // sms))
+    merge = (split - 1) * (SPLIT + tokens * MERGE)
+    return LAUNCH + max(rounds * -(-steps // split) * step(together), least) + rounds * (write + merge) + late
 
 
 def _portable(op: str, p: Packing, m: int, n: int, k: int, arch: int, sms: int) -> Config:

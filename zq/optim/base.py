@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from zq.errors import ZqError
-from zq.optim import fused
-from zq.optim.config import BITS, FLOAT, States, states
+from zq.optim import checks, fused
+from zq.optim.config import FLOAT, States, states
+from zq.optim.saved import document, loaded
 from zq.optim.storage import Factored, Full, Quantized, State, fill, new, packed
 
 Given = Mapping[str, Any] | str | Path | None
@@ -31,15 +32,19 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
     update_name: str  # of the kernel
 
     def __init__(self, params: Any, defaults: dict[str, Any], fused: bool | None = None) -> None:
+        if fused not in (None, True, False):
+            raise ZqError(f"fused={fused!r} is not allowed; allowed: None, True, False")
         self._overrides: dict[Tensor, int] = {}
         self._entries: dict[Tensor, fused.Entry] = {}
         self.fused, self.unfused = fused, {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises ZqError for `bits` or `states` that cannot be."""
-        group = {"bits": self.defaults["bits"], "states": self.defaults["states"], **param_group}
-        states(group["bits"], group["states"], self.names)
+        """As in torch; raises ZqError for options, `bits` or `states` that cannot be."""
+        if isinstance(param_group, dict):  # else torch says what is wrong
+            group = {**self.defaults, **param_group}
+            checks.options(group)
+            states(group["bits"], group["states"], self.names)
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,12 +99,11 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 
     def _state(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Of a parameter; zeros at first."""
-        if grad.is_sparse:
-            raise ZqError("a gradient is sparse; zq's optimizers take dense ones (Embedding(sparse=False))")
+        checks.gradient(param, grad)
         state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros(())
-            for name in self.wanted(group):
+        state.setdefault("step", torch.zeros(()))
+        for name in self.wanted(group):
+            if name not in state:  # also where momentum was given later
                 state[name] = self._new(param, group, name)
         return state
 
@@ -139,8 +143,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
     def override(self, module: nn.Module, name: str, bits: int) -> None:
         """Keep the states of the parameter `name` of `module` in so many bits from now on; states that are
         there already are converted. Raises ZqError when it is none of this optimizer's parameters."""
-        if bits not in BITS:
-            raise ZqError(f"bits={bits!r} is not allowed; allowed: 32, 8, 4")
+        states(bits, None, self.names)
         param = getattr(module, name, None)
         groups = [g for g in self.param_groups if any(p is param for p in g["params"])]
         if not groups:
@@ -172,25 +175,25 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From any width, zq's or torch's, into the widths of this optimizer: equal ones bit for bit."""
+        """From any width, zq's or torch's, into the widths of this optimizer: equal ones bit for bit. Raises
+        ZqError before anything has changed when what was saved does not fit."""
+        needed = set(self.defaults) - {"bits", "states"}
+        document(state_dict, self.param_groups, needed, type(self).__name__)
+        keys = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        places = [(param, group) for group in self.param_groups for param in group["params"]]
+        found = {
+            param: loaded(param, saved, self.names, self._how(param, group))
+            for key, (param, group) in zip(keys, places, strict=True)
+            if (saved := state_dict["state"].get(key))
+        }
         kept = [{key: group[key] for key in ("bits", "states")} for group in self.param_groups]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for group, own in zip(self.param_groups, kept, strict=True):
             group.update(own)
-        keys = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        places = [(param, group) for group in self.param_groups for param in group["params"]]
-        for key, (param, group) in zip(keys, places, strict=True):
-            saved = state_dict["state"].get(key)
-            if not saved:
-                continue
-            loaded = {
-                name: self._unpacked(param, group, value)
-                for name, value in saved.items()
-                if name in self.names
-            }
-            step = saved.get("step", 0 if not loaded else 1)
-            self.state[param] = {"step": torch.as_tensor(step, dtype=torch.float32).cpu().clone(), **loaded}
-            self._settle(param, group)
+            for param in group["params"]:
+                if param in found:
+                    self.state[param] = found[param]
+                    self._settle(param, group)
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         return self._overrides.get(param) or getattr(param, "optim_bits", None) or group["bits"]
@@ -213,24 +216,6 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
             if target.spec != state[name].spec:
                 fill(target, _padded(state[name]), param.numel())
                 state[name] = target
-
-    def _unpacked(self, param: Tensor, group: dict[str, Any], value: Any) -> State:
-        """Raises ZqError when a saved state does not fit the parameter."""
-        shape = value.shape if isinstance(value, Tensor) else value["shape"]
-        if tuple(shape) != tuple(param.shape):
-            raise ZqError(
-                f"a saved state has shape {list(shape)}, its parameter {list(param.shape)}; load another file"
-            )
-        if isinstance(value, Tensor):
-            full = Full(param)
-            full.values.copy_(value)
-            return full
-        how = self._how(param, group)
-        state = new(param, value["spec"], how)
-        assert isinstance(state, Quantized | Factored)
-        for name, tensor in state.tensors().items():
-            tensor.copy_(value[name])
-        return state
 
 
 def _given(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

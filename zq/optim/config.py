@@ -23,6 +23,7 @@ from zq.spec import TensorSpec
 from zq.strict_yaml import read
 
 FLOAT, FACTORED = "float32", "factored"
+EXAMPLE = "states of an optimizer are a mapping, such as 'exp_avg_sq: ulinear4:rank1'; see docs/optim.md"
 BITS = (32, 8, 4)
 
 
@@ -53,7 +54,7 @@ def states(bits: Any, given: Mapping[str, Any] | str | Path | None, names: tuple
     """The defaults of `bits`, with what `given` (a mapping or a YAML file) says instead; `names` are the
     states of the optimizer. Raises ZqError for an unknown key, a wrong type, or a spec that no state can
     have."""
-    if bits not in BITS or isinstance(bits, bool):
+    if type(bits) is not int or bits not in BITS:
         raise ZqError(f"bits={bits!r} is not allowed; allowed: 32, 8, 4")
     if given is None:
         return DEFAULTS[bits]
@@ -82,9 +83,22 @@ def states(bits: Any, given: Mapping[str, Any] | str | Path | None, names: tuple
 
 def _read(path: Path, where: str) -> Mapping[str, Any]:
     try:
-        return read(path.read_text(encoding="utf-8"), where)
+        return read(path.read_text(encoding="utf-8"), where, EXAMPLE)
     except (OSError, UnicodeDecodeError):
         raise ZqError(f"cannot read {where}; give a readable YAML file or a mapping") from None
+
+
+def checked(spec: Any, where: str) -> str:
+    """The spec of a saved state, if a state can have it. Raises ZqError."""
+    if spec == FACTORED:
+        return spec
+    try:
+        if isinstance(spec, str):
+            _check("exp_avg_sq", spec, where)
+            return spec
+    except ZqError:
+        pass
+    raise ZqError(f"{where} has spec {spec!r}, which no state can have; load another file")
 
 
 def _check(key: str, value: str, where: str) -> None:

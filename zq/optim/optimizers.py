@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from zq.errors import ZqError
 from zq.optim.base import Given, StoredOptimizer
 from zq.optim.kernel import adamw_step_, sgd_step_
 
@@ -40,9 +39,6 @@ class AdamW(StoredOptimizer):
         states: Given = None,
         fused: bool | None = None,
     ) -> None:
-        _positive(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ZqError(f"betas={betas} are not allowed; allowed: from 0 to below 1")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bits": bits, "states": states}, fused)
 
@@ -98,9 +94,6 @@ class SGD(StoredOptimizer):
         states: Given = None,
         fused: bool | None = None,
     ) -> None:
-        _positive(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ZqError("nesterov=True needs momentum and no dampening; give momentum=0.9, dampening=0")
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
         defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "bits": bits, "states": states}, fused)
@@ -132,9 +125,3 @@ class SGD(StoredOptimizer):
             step=step,
             generator=self.generator(param, group, step),
         )
-
-
-def _positive(**values: float | Tensor) -> None:
-    for name, value in values.items():
-        if not float(value) >= 0:
-            raise ZqError(f"{name}={value} is not allowed; allowed: 0 or more")

@@ -2,8 +2,9 @@
 
 A shape is run eagerly when it is first seen, which loads and warms everything up, captured when it comes
 again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on.
-Whatever is unusual about a call runs as transformers runs it. The captured graphs, at most `LIMIT`, share one
-memory pool: they are never replayed at the same time, and what they return is copied.
+So do prompts over an empty static cache. Whatever is unusual about a call runs as transformers runs it. The
+captured graphs, at most `LIMIT` of prompts and `LIMIT` of others, share one memory pool: they are never
+replayed at the same time, and what they return is copied.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Runner:
         self.run: Run | None = None
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.prompts: OrderedDict[Hashable, Captured] = OrderedDict()  # whose lengths vary more than steps do
         self.place: Place | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
@@ -249,7 +251,7 @@ class Runner:
                 x.data_ptr() for y in cache.layers for x in (y.keys, y.values, y.cumulative_length)
             )
             key = ("prompt", batch, count, positions.shape[0], keep, whole, places)
-            seen = self._find(key, lambda: PromptBuffers.like(*given), PROMPTS)
+            seen = self._find(key, lambda: PromptBuffers.like(*given), PROMPTS, self.prompts)
             seen.buffers.fill(*given)
             out = seen.run(lambda: read(seen.buffers), self._place())
         out[self.cache_name] = cache
@@ -292,14 +294,21 @@ class Runner:
 
         return seen.run(step, self._place())
 
-    def _find(self, key: Hashable, make: Callable[[], Any], eager: int = 1) -> Captured:
-        found = self.seen.pop(key, None)
+    def _find(
+        self,
+        key: Hashable,
+        make: Callable[[], Any],
+        eager: int = 1,
+        among: OrderedDict[Hashable, Captured] | None = None,
+    ) -> Captured:
+        among = self.seen if among is None else among
+        found = among.pop(key, None)
         if found is None:
             with torch.inference_mode(False):  # else they could not be written outside of it
                 found = Captured(make(), eager)
-        self.seen[key] = found
-        while len(self.seen) > LIMIT:
-            self.seen.popitem(last=False)
+        among[key] = found
+        while len(among) > LIMIT:
+            among.popitem(last=False)
         return found
 
     def _place(self) -> Place | None:

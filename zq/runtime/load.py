@@ -17,7 +17,7 @@ from zq.checkpoint.index import CheckpointIndex, main_dtype, read_index
 from zq.checkpoint.reader import reader
 from zq.checkpoint.writer import Slot
 from zq.errors import ZqError
-from zq.export import exporter_for, native
+from zq.export import native, schemes_of
 from zq.models import names
 from zq.models.build import class_options, shapes_only, stores_pooler
 from zq.models.families import FAMILIES
@@ -26,15 +26,23 @@ from zq.models.layout import linear_shapes
 from zq.runtime.serving import serve_linears
 from zq.spec import Scheme
 
+SCALES = ("BF16", "F16", "F32")
 TOGETHER = 8  # layers that are read at a time: opening a file takes longer than reading a small one
 
 
 def quantization_config(folder: Path) -> dict[str, Any] | None:
     """`quantization_config` of a folder's config.json, or None. Raises ZqError when unreadable."""
+    file = folder / "config.json"
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ZqError(f"cannot read {folder / 'config.json'} ({error}); give a checkpoint folder") from None
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ZqError(f"cannot read {file} ({error}); give a checkpoint folder") from None
+    if not isinstance(config, dict):
+        raise ZqError(f"{file} holds a {type(config).__name__}, not a JSON object; download it again")
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise ZqError(f"{folder}: quantization_config is {found!r}, not a mapping; download it again")
+    return found
 
 
 def load(
@@ -57,9 +65,8 @@ def load(
     cls: Any = model_class(config)
     pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
     bare = shapes_only(config, where, pooler=pooler)  # a config that fits no model is bad input, not a defect
-    exporter = exporter_for(stored, where) if stored is not None else native
     layers = linear_shapes(bare)
-    assigned = exporter.schemes(stored, layers) if stored is not None else {}
+    exporter, assigned = schemes_of(stored, layers, where) if stored is not None else (native, {})
     slots = {s.name: s for n, x in assigned.items() for s in exporter.slots(n, x, layers[n], torch.float32)}
     _check_shapes(index, bare, assigned, slots)
     options: dict[str, Any] = {
@@ -102,9 +109,9 @@ def load_decoder(folder: str | Path, *, device: str = "cpu", kernels: bool = Fal
 def tensor_problems(
     index: CheckpointIndex, bare: torch.nn.Module, assigned: dict[str, Scheme], slots: dict[str, Slot]
 ) -> dict[str, str]:
-    """What does not fit between the headers of a checkpoint and its model: {"missing", "shapes", "extra": one
-    line each}, only those that there are. `bare` is the model on meta, `slots` the tensors of its quantized
-    layers by name."""
+    """What does not fit between the headers of a checkpoint and its model, one line each: {"missing",
+    "shapes", "dtypes", "extra": text}, only those that there are. `bare` is the model on meta, `slots` the
+    tensors of its quantized layers by name."""
     wanted = {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()}
     for name in assigned:
         del wanted[f"{name}.weight"]
@@ -120,6 +127,8 @@ def tensor_problems(
         for key in names.extra(matched.found, index.tensors)
         if not any(re.search(pattern, key) for pattern in ignored)
     ]
+    there = {key: slots[name].dtype for name, key in matched.found.items() if name in slots}
+    kinds = sorted(key for key, dtype in there.items() if not _holds(index.tensors[key].dtype, dtype))
     problems = {}
     if missing:
         problems["missing"] = f"{len(missing)} tensors are missing, first '{missing[0]}'"
@@ -129,16 +138,28 @@ def tensor_problems(
             f"{len(wrong)} tensors do not have the shape that config.json asks for, first "
             f"'{wrong[0]}' with {list(index.tensors[wrong[0]].shape)} instead of {list(shape)}"
         )
+    if kinds:
+        wanted_dtype = " or ".join(SCALES) if there[kinds[0]] in SCALES else there[kinds[0]]
+        problems["dtypes"] = (
+            f"{len(kinds)} tensors do not have the dtype of this format, first '{kinds[0]}' with "
+            f"{index.tensors[kinds[0]].dtype} instead of {wanted_dtype}"
+        )
     if extra:
         problems["extra"] = f"{len(extra)} tensors belong to no part of this model, first '{extra[0]}'"
     return problems
+
+
+def _holds(found: str, wanted: str) -> bool:
+    """Whether a tensor of this dtype can be in that place; scales may have any width of their own."""
+    return found == wanted or (found in SCALES and wanted in SCALES)
 
 
 def _check_shapes(
     index: CheckpointIndex, bare: torch.nn.Module, assigned: dict[str, Scheme], slots: dict[str, Slot]
 ) -> None:
     """Some releases of transformers (5.16) load a tensor of any shape into a quantized model."""
-    wrong = tensor_problems(index, bare, assigned, slots).get("shapes")
+    problems = tensor_problems(index, bare, assigned, slots)
+    wrong = problems.get("shapes") or problems.get("dtypes")
     if wrong:
         raise ZqError(f"{index.root}: {wrong}; quantize or download again")
 

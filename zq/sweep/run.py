@@ -153,9 +153,8 @@ def _serve(pipe: Connection, device: str, work: Work, scratch: Path) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    if device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // len(work.devices)))
-    else:
+    torch.set_num_threads(max(1, torch.get_num_threads() // len(work.devices)))  # audits run on the CPU
+    if device != "cpu":
         torch.cuda.set_device(device)  # for what takes the current one, whatever its tensors are on
     bench = Bench(device, work.setting, work.base, scratch)
     while True:

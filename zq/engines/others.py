@@ -1,0 +1,57 @@
+"""What SGLang, transformers, sentence-transformers and llama.cpp do with a linear layer."""
+
+from __future__ import annotations
+
+from zq.engines.target import Target
+from zq.engines.vllm import Found
+from zq.export import ggml
+from zq.spec import Scheme
+
+
+def sglang(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
+    w, a = scheme.weights, scheme.activations
+    if format in ("zq", "gguf"):
+        return "", f"zq does not know SGLang to read format {format}; use --to compressed-tensors", None
+    if a is not None and w.info.is_int and w.bits != 8:
+        return "", "SGLang has no dense kernel for narrow weights with 8-bit activations; use --w4a16", None
+    if format == "gptq" and not w.symmetric:
+        return "", "zq knows SGLang to read symmetric GPTQ only; use --to compressed-tensors", None
+    if w.format == "e4m3fn" and target.sm:
+        return ("FP8" if a and target.sm >= 89 else "FP8 weights"), None, None
+    if w.format == "int8" and a and w.layout.kind != "group" and target.sm:
+        return "INT8", None, None
+    if w.info.is_int and w.bits in (4, 8) and a is None and target.sm:
+        return f"INT{w.bits} weights (Marlin)", None, None
+    return "", f"zq knows no kernel of SGLang for {scheme} on this device", None
+
+
+def transformers(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
+    if format == "gguf":
+        return "", "transformers turns GGUF into floats when it loads it; use --to compressed-tensors", None
+    if format in ("gptq", "awq"):
+        return "gptqmodel's, which must be installed", None, None
+    if format == "zq":
+        first = "from_pretrained" if target.engine == "transformers" else "SentenceTransformer"
+        return "weights dequantized in each call", None, f"`import zq` must come before {first}"
+    if scheme.weights.info.is_int and not scheme.weights.symmetric:
+        why = "transformers with compressed-tensors 0.20 cannot load packed zero points"
+        return (
+            "weights dequantized",
+            None,
+            f"{why} unless quantization_config=CompressedTensorsConfig(dequantize=True)",
+        )
+    unpack = None
+    if target.engine == "sentence-transformers":
+        unpack = (
+            "sentence-transformers 5.4 to 6.2 goes around the call that unpacks compressed-tensors; the card "
+            "and docs/serving.md have the line that does it"
+        )
+    kernel = "weights dequantized, activations rounded in simulation: for measuring, not for speed"
+    return kernel, None, unpack
+
+
+def llama_cpp(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
+    if format != "gguf":
+        return "", f"llama.cpp reads GGUF files, not {format}; use --to gguf", None
+    reason = ggml.refuse(scheme, shape)
+    return f"INT{scheme.weights.bits} blocks, activations rounded to INT8", reason, None
