@@ -2,28 +2,22 @@
 """The kernels of activations on a GPU, for a machine that is there for minutes only.
 
     python -m tests.kernels.quant_smoke check [--out FILE.json] [--only REGEX] [--part 0/4]
-    python -m tests.kernels.quant_smoke time [--out FILE.json] [--only REGEX] [--variants]
-    python -m tests.kernels.quant_smoke chain [--out FILE.json]
+    python -m tests.kernels.quant_smoke time [--out FILE.json] [--only REGEX]
 
 `check` runs every operator, dtype and way to launch, into memory full of NaN, against the reference; all ways
 must give the same bytes. `time` runs every way to launch as a CUDA graph of calls on buffers that together
-exceed the caches, beside a copy; the way that zq takes is marked. --variants: more entries (ZQ_VARIANTS of
-quant.cu). `chain` times the products of four layers of Llama-8B (W4A8-INT8, no attention) with the activation
-kernels between them, and without.
+exceed the caches, beside a copy; the way that zq takes is marked.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,22 +29,12 @@ import zq.kernels.ops  # noqa: F401 (registers the operators)
 from tests.kernels.inputs import BF16, FP8, FP16, activations, quant_calls, row_shapes
 from tests.kernels.near_quant import verdict
 from tests.kernels.on_cpu import into
-from zq.kernels import bundle, checks, cuda, launch, layout, reference
+from zq.kernels import bundle, checks, cuda, launch, reference
 from zq.kernels.launch import RowShape
-from zq.kernels.layout import Packing
 from zq.kernels.table import QUANT_UNITS, UNITS
 
 ROTATED = 256 << 20  # bytes: several times the L2 cache
 INT8 = torch.int8
-VARIANTS = {  # pieces of a thread
-    "quantize_2": 2,
-    "quantize_2e": 2,
-    "quantize_4e": 4,
-    "quantize_8": 8,
-    "quantize_warp2": 2,
-    "quantize_warp3": 3,
-    "quantize_cluster2": 2,
-}
 CHECKED = [  # rows, K
     *((5, k) for k in (16, 48, 128, 256, 768, 1008, 1024, 1040, 3072, 4096, 5120, 8192, 8208, 14336, 28672)),
     *((2, k) for k in (32768, 32784, 40000)),
@@ -224,30 +208,13 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
     return median(found)
 
 
-def shapes_to_time(pieces: int, m: int, variants: bool) -> Iterator[RowShape]:
-    warps = -(-pieces // 32)
+def shapes_to_time(pieces: int, m: int) -> Iterator[RowShape]:
     for shape in row_shapes(pieces):
-        if "warp" in shape.entry and shape.rows == 1:
-            continue
-        if "cluster" in shape.entry and m > 512:
-            continue
-        yield shape
-    if not variants or pieces > launch.WIDE:
-        return
-    for entry, each in VARIANTS.items():
-        if "warp" in entry:
-            if (each - 1) * 32 < pieces <= each * 32:
-                yield RowShape(entry, 128, rows=4)
-        elif "cluster" in entry:
-            for blocks in (2, 4):
-                threads = -(-warps // (blocks * each)) * 32
-                if pieces > 512 and m <= 128 and threads <= launch.CLUSTERED:
-                    yield RowShape(entry, threads, blocks=blocks)
-        elif m >= 128 and pieces <= each * 512:
-            yield RowShape(entry, -(-warps // each) * 32)
+        if ("warp" not in shape.entry or shape.rows > 1) and ("cluster" not in shape.entry or m <= 512):
+            yield shape
 
 
-def measure(only: str, variants: bool) -> list[dict[str, Any]]:
+def measure(only: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for m, k in TIMED:
         copied = 0.0
@@ -261,9 +228,9 @@ def measure(only: str, variants: bool) -> list[dict[str, Any]]:
                 copied = 4 * m * k / microseconds(calls)
                 print(f"\n{m} x {k}: a copy takes {4 * m * k / copied:.2f} us", flush=True)
                 continue
-            chosen = CHOICE(k // 8, m, cuda.describe(0))
+            chosen = CHOICE(k // 8, m, cuda.describe(0), name.startswith("quant"))
             found = []
-            for shape in dict.fromkeys([chosen, *shapes_to_time(k // 8, m, variants)]):
+            for shape in dict.fromkeys([chosen, *shapes_to_time(k // 8, m)]):
                 forced(shape)
                 found.append((shape, microseconds(calls)))
             forced(None)
@@ -280,85 +247,27 @@ def measure(only: str, variants: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def chain(tokens: tuple[int, ...] = (1, 4, 16, 64)) -> list[dict[str, Any]]:
-    ops: Any = torch.ops.zq
-    shapes = {"qkv": (6144, 4096), "o": (4096, 4096), "up": (28672, 4096), "down": (4096, 14336)}
-    layers = []
-    for _ in range(4):
-        weights = {}
-        for name, (n, k) in shapes.items():
-            codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
-            sub = torch.randint(1, 9, (n, k // 128), dtype=torch.uint8, device="cuda")
-            packed = layout.pack(
-                Packing("w4a8_two", 128), codes, sub, (128 - 8 * sub.short()).to(torch.uint8)
-            )
-            weights[name] = (packed, torch.full((n,), 1e-3, device="cuda"), n)
-        layers.append(weights)
-    rows = []
-    for m, early in itertools.product(tokens, (False, True)):
-        for unit in QUANT_UNITS:
-            UNITS[unit.name] = replace(unit, options=("-DZQ_EARLY",) if early else ())
-        cuda._functions.clear()
-        launch.forget()
-        x = torch.randn(m, 4096, device="cuda").to(BF16)
-        norm = torch.ones(4096, device="cuda").to(BF16)
-
-        def product(weight: tuple[Tensor, Tensor, int], q: Tensor, s: Tensor, r: Tensor) -> Tensor:
-            packed, ws, n = weight
-            return ops.w4a8_int8(q, s, r, packed, ws, None, n, 128, BF16)
-
-        narrow, wide = ops.quant_int8(x), ops.quant_int8(x.repeat(1, 4)[:, :14336].contiguous())
-
-        def step(fused: bool, m=m, x=x, norm=norm, narrow=narrow, wide=wide) -> None:
-            hidden, out = x, x
-            for weights in layers:
-                if not fused:
-                    for name in shapes:
-                        product(weights[name], *(wide if name == "down" else narrow))
-                    continue
-                q, s, r, hidden = ops.add_rms_norm_quant(out, hidden, norm, 1e-5, INT8)
-                qkv = product(weights["qkv"], q, s, r)
-                out = product(weights["o"], *ops.quant_int8(qkv.view(-1)[: m * 4096].view(m, 4096)))
-                q, s, r, hidden = ops.add_rms_norm_quant(out, hidden, norm, 1e-5, INT8)
-                both = product(weights["up"], q, s, r)
-                out = product(weights["down"], *ops.silu_mul_quant(both, INT8)[:3])
-
-        fused, bare = (microseconds([partial(step, each)]) / len(layers) for each in (True, False))
-        rows.append({"m": m, "early": early, "layer_us": round(fused, 2), "products_us": round(bare, 2)})
-        order = "launch, wait" if early else "wait, launch"
-        print(f"{m} rows, {order}: {fused:.2f} us a layer, its products alone {bare:.2f}", flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["check", "time", "chain"])
+    parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="")
-    parser.add_argument("--variants", action="store_true")
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--part", default="0/1", help="of a check, so that some run side by side")
     args = parser.parse_args()
-    for unit in QUANT_UNITS if args.variants else ():
-        UNITS[unit.name] = replace(unit, entries=(*unit.entries, *VARIANTS), options=("-DZQ_VARIANTS",))
     names = [unit.name for unit in QUANT_UNITS]
-    if args.what != "check":
-        names = [
-            name for name in names if name.endswith("_bf16") and ("int8" in name or name == "plain_fp8_bf16")
-        ]
+    if args.what == "time":
+        names = [name for name in names if re.search("int8_bf16$|^plain_fp8_bf16$", name)]
     compile_all(names)
     started = time.time()
-    found = (
-        check(args.only, *map(int, args.part.split("/")))
-        if args.what == "check"
-        else chain()
-        if args.what == "chain"
-        else measure(args.only, args.variants)
-    )
+    if args.what == "check":
+        found: Any = check(args.only, *map(int, args.part.split("/")))
+    else:
+        found = measure(args.only)
     print(f"{time.time() - started:.0f} s", flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    if args.what == "check" and found["wrong"]:  # type: ignore[call-overload]
+    if args.what == "check" and found["wrong"]:
         raise SystemExit(1)
 
 

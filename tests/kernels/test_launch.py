@@ -25,12 +25,13 @@ EACH = {"quantize_warp": 4, "quantize_1": 1, "quantize_4": 4, "quantize_cluster"
 
 
 @pytest.mark.parametrize("device", [DEVICE, OLD])
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("rows", [1, 64, 5000])
 @pytest.mark.parametrize(
     "pieces", [1, 2, 31, 32, 33, 127, 128, 129, 512, 1000, 1024, 1025, 1793, 3583, 3584, 3585, 7000]
 )
-def test_every_piece_has_a_thread(pieces, rows, device):
-    shape = launch.row_shape(pieces, rows, device)
+def test_every_piece_has_a_thread(pieces, rows, bare, device):
+    shape = launch.row_shape(pieces, rows, device, bare)
     assert shape.entry in UNITS["plain_int8_bf16"].entries
     assert shape.threads % 32 == 0
     assert shape.shared == (16 * pieces if shape.entry == "quantize_long" else 0)
@@ -48,8 +49,12 @@ def test_few_rows_are_spread_and_many_are_not():
     assert launch.row_shape(512, 1, DEVICE).threads == 512
     assert launch.row_shape(1792, 1, DEVICE) == ("quantize_cluster", 448, 1, 4, 0)
     assert launch.row_shape(1792, 1, OLD).entry == "quantize_4"
-    assert launch.row_shape(1792, 4096, DEVICE).entry == "quantize_4"
-    assert launch.row_shape(96, 8192, DEVICE).entry == "quantize_warp"
+    assert launch.row_shape(1792, 64, DEVICE).entry == "quantize_4"
+    assert launch.row_shape(96, 128, DEVICE).entry == "quantize_1"
+    assert launch.row_shape(96, 1024, DEVICE).entry == "quantize_warp"
+    assert launch.row_shape(512, 1, DEVICE, bare=True) == ("quantize_4", 128, 1, 1, 0)
+    assert launch.row_shape(1792, 1, DEVICE, bare=True).entry == "quantize_4"
+    assert launch.row_shape(3584, 1, DEVICE, bare=True).entry == "quantize_cluster"
 
 
 STRUCTURES = {
@@ -91,7 +96,7 @@ def test_names_lead_to_units(dtype, out, monkeypatch):
 
     def record(it):
         assert it.entry in UNITS[it.unit].entries
-        assert it.grid == (3, 1, 1)
+        assert it.grid == ((1 if it.entry == "quantize_warp" else 3), 1, 1)
         defines = dict(UNITS[it.unit].defines)
         assert defines["IN"] == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         assert defines["OUT"] == ("Int8" if UNITS[it.unit].name.split("_")[1] == "int8" else "E4m3")

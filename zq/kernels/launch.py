@@ -68,19 +68,20 @@ class RowShape(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def row_shape(pieces: int, rows: int, device: cuda.Device) -> RowShape:
+def row_shape(pieces: int, rows: int, device: cuda.Device, bare: bool = False) -> RowShape:
     """Who computes `rows` rows of `pieces` of 16 bytes. Few rows: a thread for each piece, and for long rows
-    several multiprocessors, so that the time is short. Many rows: four pieces in a thread, so that fewer
-    share a reduction, and short rows in a warp, which needs no barrier. The codes are the same."""
+    several multiprocessors, so that the time is short. Many rows, or nothing to compute before rows are
+    quantized (`bare`): four pieces in a thread, so that fewer share a reduction, and short rows in a warp,
+    which needs no barrier. The codes are the same. Limits fit times of an H200."""
     warps = -(-pieces // 32)
     if pieces > WIDE:
         return RowShape("quantize_long", THREADS, shared=pieces * PIECE)
-    if rows * warps <= 32 * device.sms:
-        if pieces <= THREADS:
-            return RowShape("quantize_1", 32 * warps)
-        if device.number >= 90:
-            blocks = next(size for size in (2, 4, CLUSTER) if size * CLUSTERED >= pieces)
+    if pieces > (THREADS if not bare else 2 * THREADS) and device.number >= 90:
+        blocks = next(size for size in (2, 4, CLUSTER) if size * CLUSTERED >= pieces)
+        if 2 * rows * blocks <= device.sms:
             return RowShape("quantize_cluster", -(-warps // blocks) * 32, blocks=blocks)
+    if pieces <= THREADS and rows * warps <= 16 * device.sms and not bare:
+        return RowShape("quantize_1", 32 * warps)
     if pieces <= SHORT:
         return RowShape("quantize_warp", 128, rows=4)
     return RowShape("quantize_4", -(-warps // 4) * 32)
@@ -106,7 +107,7 @@ def quantize(op: str, outputs: list[Tensor], x: Tensor, k: int, eps: float = 0.0
     device = cuda.describe(x.device.index)
     if short == "fp8" and device.number < 89:
         raise ZqError(f"{device.arch} has no FP8; use INT8 activations")
-    shape = row_shape(k * x.element_size() // PIECE, rows, device)
+    shape = row_shape(k * x.element_size() // PIECE, rows, device, op == "plain")
     if shape.shared > device.shared - RESERVED:
         raise ZqError(
             f"a row of {shape.shared} bytes is longer than the {device.shared - RESERVED} bytes of shared "

@@ -25,16 +25,14 @@ template <class T, class Team> __device__ __forceinline__ uint4 *row_of(const vo
 }
 
 // A vector of k: of a thread with one piece it is there early, else it is read when it is needed.
-template <int V, bool Early = V == 1> struct Vector {
+template <int V> struct Vector {
   const uint4 *from;
-  Piece kept[Early ? V : 1];
+  Piece kept;
   __device__ __forceinline__ Vector(const void *from, const Row<V> &row) : from(reinterpret_cast<const uint4 *>(from)) {
-    if constexpr (Early)
-#pragma unroll
-      for (int i = 0; i < V; ++i) kept[i] = read(row, i);
+    if constexpr (V == 1) kept = read(row, 0);
   }
   __device__ __forceinline__ Piece get(const Row<V> &row, int i) const {
-    if constexpr (Early) return kept[i];
+    if constexpr (V == 1) return kept;
     else return read(row, i);
   }
   __device__ __forceinline__ Piece read(const Row<V> &row, int i) const {
@@ -44,13 +42,8 @@ template <int V, bool Early = V == 1> struct Vector {
 
 // The next kernel may begin, which waits for this one where it has to; what earlier ones wrote is there.
 __device__ __forceinline__ void meet_neighbours() {
-#ifdef ZQ_EARLY
-  pdl_launch();
-  pdl_wait();
-#else
   pdl_wait();
   pdl_launch();
-#endif
 }
 
 struct Plain {
@@ -101,7 +94,7 @@ template <class T, class F> __device__ __forceinline__ float sum_of(const Piece 
 
 template <bool Add> struct RmsNorm_ {  // T(weight * T(x / sqrt(mean(x^2) + eps))), as transformers computes it
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    const Vector<V, V == 1 || Team::early> weight(a.weight, row);
+    const Vector<V> weight(a.weight, row);
     load_sum<Add, true, T>(row, a, team);
     const float squares =
         total(row, team, 0, [](const Piece &piece) { return sum_of<T>(piece, [](float s, float x) { return fmaf(x, x, s); }); });
@@ -121,7 +114,7 @@ using AddRmsNorm = RmsNorm_<true>;
 // T((x - mean) / sqrt(variance + eps) * weight + bias). Post: that is what the next residual is, and is written.
 template <bool Add, bool Post = false> struct LayerNorm_ {
   template <class T, int V, class Team> static __device__ __forceinline__ void run(Row<V> &row, const Args &a, Team &team) {
-    const Vector<V, V == 1 || Team::early> weight(a.weight, row), bias(a.bias, row);
+    const Vector<V> weight(a.weight, row), bias(a.bias, row);
     load_sum<Add, !Post, T>(row, a, team);
     const float values =
         total(row, team, 0, [](const Piece &piece) { return sum_of<T>(piece, [](float s, float x) { return s + x; }); });

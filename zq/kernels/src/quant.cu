@@ -121,15 +121,3 @@ KERNEL(quantize_1, Block, 1, 1024)
 KERNEL(quantize_4, Block, 4, 896)
 KERNEL(quantize_cluster, Cluster, 1, 512)
 KERNEL(quantize_long, Block, 0, 1024)
-#ifdef ZQ_VARIANTS
-struct EarlyBlock : Block {
-  static constexpr bool early = true;
-};
-KERNEL(quantize_2, Block, 2, 512)
-KERNEL(quantize_2e, EarlyBlock, 2, 512)
-KERNEL(quantize_4e, EarlyBlock, 4, 512)
-KERNEL(quantize_8, Block, 8, 512)
-KERNEL(quantize_warp2, Warp, 2, 256)
-KERNEL(quantize_warp3, Warp, 3, 256)
-KERNEL(quantize_cluster2, Cluster, 2, 512)
-#endif

@@ -42,7 +42,7 @@ template <class T> __device__ __forceinline__ void floats(const Piece &piece, fl
 
 // ---- the pieces that a thread has: i = 0 .. count() - 1, of which the last may be missing ----
 template <int V> struct Row {
-  static constexpr int groups = V == 3 ? 4 : V;  // a power of two
+  static constexpr int groups = V;
   Piece kept[V];
   int first, pieces;  // of the thread; of the row
 
@@ -152,7 +152,6 @@ template <class By> __device__ __forceinline__ u32 reduce_words(u32 words, int c
 }
 
 struct Warp {  // a warp has a row
-  static constexpr bool early = false;
   __device__ __forceinline__ int row() const { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
   __device__ __forceinline__ bool has(int rows) const { return row() < rows; }
   __device__ __forceinline__ int warp() const { return 0; }
@@ -160,7 +159,6 @@ struct Warp {  // a warp has a row
   template <class By> __device__ __forceinline__ u32 reduce(u32 value, int) { return value; }
 };
 struct Block {
-  static constexpr bool early = false;
   u32 parts = shared_words();
   __device__ __forceinline__ int row() const { return blockIdx.x; }
   __device__ __forceinline__ bool has(int) const { return true; }
@@ -178,7 +176,6 @@ struct Block {
 };
 #if ZQ_ARCH >= 90
 struct Cluster {  // up to eight blocks of up to sixteen warps
-  static constexpr bool early = false;
   u32 parts = shared_words(), size = cluster_size(), rank = cluster_rank();
   bool met = false;
   __device__ __forceinline__ Cluster() {
