@@ -1,7 +1,8 @@
 # make demo    set up, quantize SmolLM2-135M to W4A8, evaluate it, reload it, generate text
-# make test    set up, run every test
+# make test    set up, run every test, in two processes (TESTERS=N for more)
 # make engines       environments with vLLM, llama.cpp and gptqmodel, on a CPU (4 GB, half an hour)
 # make test-engines  every format in every engine that reads it
+# make test-plugin   of these the half minute of the vLLM plug-in's own tests; a line that says so without vLLM
 # make kernels  compile every CUDA kernel for every architecture (minutes; no GPU is needed)
 # make check   lint, formatting, types, import order, generated docs
 PYTHON ?= python3
@@ -12,9 +13,10 @@ BIN := $(VENV)/bin
 OUT ?= demo-w4a8
 # Outside the clone: they take long to make and no version of zq changes them.
 ENGINES ?= $(HOME)/.cache/zq/engines
+TESTERS ?= 2
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test engines test-engines kernels check format docs clean
+.PHONY: demo test engines test-engines test-plugin kernels check format docs clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +30,10 @@ demo: $(VENV)/ready
 	$(BIN)/zq eval $(OUT) --against demo
 	$(BIN)/python tools/reload.py $(OUT) "What is the capital of France?"
 
+# One thread each: the models are tiny, and two threads of torch would only wait for each other. A file's tests stay
+# in one process, so what they share is made once.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 engines: $(ENGINES)/vllm/ready $(ENGINES)/llama/ready $(ENGINES)/gptq/ready
 
@@ -55,9 +59,15 @@ $(ENGINES)/gptq/ready:
 	$(@D)/bin/python $(PIP) --no-deps gptqmodel==7.7.0 defuser device-smi logbar pypcre tokenicer
 	touch $@
 
-test-engines: $(VENV)/ready engines
-	$(ENGINES)/vllm/bin/python $(PIP) pytest hypothesis
-	PYTHONPATH=. $(ENGINES)/vllm/bin/python -m pytest tests/plugins
+test-plugin:
+	@if [ -e $(ENGINES)/vllm/ready ]; then \
+		$(ENGINES)/vllm/bin/python $(PIP) pytest hypothesis && \
+		PYTHONPATH=. $(ENGINES)/vllm/bin/python -m pytest tests/plugins; \
+	else \
+		echo "skipped: tests of the vLLM plug-in inside vLLM, because $(ENGINES)/vllm is not there (make engines)"; \
+	fi
+
+test-engines: $(VENV)/ready engines test-plugin
 	PYTHONPATH=. $(BIN)/python benchmarks/engine_ranks.py $(ENGINES)/vllm/bin/python
 	PYTHONPATH=. $(BIN)/python benchmarks/engines.py --check --vllm $(ENGINES)/vllm/bin/python \
 		--llama $(ENGINES)/llama/bin/python --gptq $(ENGINES)/gptq/bin/python

@@ -1,7 +1,7 @@
 """Time and memory of an optimizer step: zq's AdamW with states of 32, 8 and 4 bits beside torch's and others.
 
     python benchmarks/optim_speed.py --out benchmarks/results/optim-speed-h200.json
-    python benchmarks/optim_speed.py --block --out benchmarks/results/optim-speed-h200.json
+    python benchmarks/optim_speed.py --block --out benchmarks/results/optim-block-h200.json
     python benchmarks/optim_speed.py --only '^(?!.*decoder.*unfused)' ...       by scheme and optimizer
     python benchmarks/optim_speed.py --device cpu --small               a quick look without a GPU
 

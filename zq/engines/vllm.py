@@ -10,6 +10,7 @@ from zq.engines.target import Target
 from zq.kernels.select import gemm_op, kernel_op
 from zq.spec import Scheme, TensorSpec
 
+AMX = "on a CPU with AMX vLLM rounds activations to INT8 in bf16; VLLM_CPU_INT4_W4A8=0 stops it"
 IGNORED = "computes it with 16-bit activations"
 Found = tuple[str, str | None, str | None]  # kernel, problem, warning
 
@@ -56,7 +57,10 @@ def vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) ->
         return "INT4 x FP8 (CUTLASS)", None, "vLLM rounds its group scales to FP8 when it loads them"
     if not sm:
         kernel, problem, _ = _vllm_weights(scheme, shape, sm, format)
-        ignored = f"vLLM on a CPU {IGNORED}, the same as --w4a16; with zq beside it (vllm:zq) it does not"
+        ignored = (
+            f"vLLM on a CPU without AMX, or in fp16, {IGNORED}, the same as --w4a16; with zq beside it "
+            "(vllm:zq) it does not"
+        )
         return kernel, problem, None if problem else ignored
     kernel = _weight_kernel(scheme, shape, sm)
     if "humming" in kernel:
@@ -138,7 +142,7 @@ def _vllm_weights(scheme: Scheme, shape: tuple[int, int], sm: int, format: str) 
         return "", f"vLLM on a CPU has kernels for INT4 weights only, not {w.format}", None
     if n % 32 or k % 32:
         return "", f"vLLM on a CPU needs both sides of [{n}, {k}] to be multiples of 32", None
-    return "INT4 weights (bf16 or fp16 only)", None, None
+    return "INT4 weights (bf16 or fp16 only)", None, AMX
 
 
 def _weight_kernel(scheme: Scheme, shape: tuple[int, int], sm: int) -> str:
