@@ -126,11 +126,16 @@ def test_an_interruption_that_a_library_turned_into_something_else(signum, comes
                 raise
             raise comes_out_as("something else") from None
 
-    before = signal.getsignal(signum)
-    monkeypatch.setattr("zq.cli.inspect.describe", stop)
-    done = run("inspect", deep)
-    assert (done.code, done.out, done.err) == (130, "", "interrupted\n")
-    assert signal.getsignal(signum) is before
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+    found = signal.signal(signum, before)
+    try:
+        monkeypatch.setattr("zq.cli.inspect.describe", stop)
+        done = run("inspect", deep)
+        assert (done.code, done.out, done.err) == (130, "", "interrupted\n")
+        assert signal.getsignal(signum) is before
+    finally:
+        signal.signal(signum, found)
 
 
 def test_an_ignored_signal_stays_ignored(deep, monkeypatch):
