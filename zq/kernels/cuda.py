@@ -169,7 +169,7 @@ def raw_stream(index: int) -> int:
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """libcuda itself: a launch through cuda.bindings takes several times as long on the host."""
+    """libcuda itself, which takes prepared structures as they are."""
     library = ctypes.CDLL("libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p,) * 4
     library.cuLaunchKernelEx.restype = ctypes.c_int

@@ -9,6 +9,7 @@ Keys are stored after the rotary embedding. Codes and scales are those of zq's t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from inspect import signature
 from typing import Any
 
@@ -200,10 +201,15 @@ def rounding_cache(config: Any, kv: str) -> Cache:
     return Cache(layers=[RoundedLayer(kv) for _ in range(layers)])
 
 
+def cache_name(parameters: Collection[str]) -> str:
+    """What a forward with these parameters calls its cache, also in its output: `cache` since transformers
+    5.24, `past_key_values` before."""
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 def cache_argument(model: Any) -> str:
-    """What a model of transformers calls its cache, as an argument and in its output: `cache` since 5.24,
-    `past_key_values` before."""
-    return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
+    """What a model of transformers calls its cache."""
+    return cache_name(signature(type(model).forward).parameters)
 
 
 def check_kv(kv: str | None, config: Any) -> None:

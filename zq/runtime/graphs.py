@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zq.errors import ZqError
+from zq.runtime.cache import cache_name
 from zq.runtime.pool import CachePool
 from zq.runtime.prompt import PromptBuffers, is_fresh, prompt_step
 from zq.runtime.step import Buffers, first_seen, given_dtype, is_static, static_step
@@ -141,7 +142,7 @@ class Runner:
         self.config, self.shared, self.encoder, self.takes = config, shared, encoder, takes
         self.on = self.capture = on
         self.kv = kv
-        self.cache_name = "cache" if "cache" in takes else "past_key_values"
+        self.cache_name = cache_name(takes)
         self.run: Run | None = None
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
