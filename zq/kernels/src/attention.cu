@@ -299,8 +299,8 @@ template <int D> struct Sums {
 template <int D> __device__ __forceinline__ void attend(const Args &a) {
   __shared__ Merged<D> merged;
   __shared__ int arrived;
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
   const int group = a.heads / a.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
   const int row = blockIdx.y, kv = blockIdx.x / tiles, head = kv * group + blockIdx.x % tiles * QUERIES;

@@ -105,8 +105,8 @@ struct Head {
 
 extern "C" __global__ void __launch_bounds__(128) store_kv(const __grid_constant__ Args a) {
   __shared__ float rows[WARPS][32 * EACH];
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
   const int batch = blockIdx.y, warp = threadIdx.x / 32, which = blockIdx.x * WARPS + warp;
   if (which >= a.heads + 2 * a.kv_heads) return;
   const bool is_q = which < a.heads, is_k = !is_q && which < a.heads + a.kv_heads;
