@@ -102,3 +102,35 @@ def store_args(
         *weights,
         1e-6,
     )
+
+
+def token_args(
+    shape: tuple[int, int, int, int, int],
+    kv: str | None = None,
+    dtype: torch.dtype = BF16,
+    to: torch.dtype = torch.int8,
+    spans: Sequence[tuple[int, int]] | None = None,
+    alibi: bool = False,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """As `store_args`, which takes `options`; spans: first and last of each row. What lies behind the last
+    is NaN, and so is the place of the new token."""
+    rows, heads, _, length, d = shape
+    qkv, k, v, ks, vs, _, cos, sin, *numbers, eps = store_args(shape, kv, dtype, wide=False, **options)
+    spans = spans or [(row % 3, length - 1 - row % 2) for row in range(rows)]
+    for row, (_, end) in enumerate(spans):
+        for x, scale in ((k, ks), (v, vs)):
+            x[row, :, max(end, 0) :] = torch.nan if kv != "int8" else 127
+            if scale is not None:
+                scale[row, :, max(end, 0) :] = torch.nan
+    first, last = (torch.tensor(each, dtype=torch.int32) for each in zip(*spans, strict=True))
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads) if alibi else None
+    return qkv, k, v, ks, vs, first, last, cos, sin, *numbers, eps, d**-0.5, slopes, to
+
+
+def in_parts(args: tuple[Any, ...], store: Any, attend: Any) -> tuple[Tensor, ...]:
+    """attend_token by the other operators, `store` and `attend`, and the reference's rounding."""
+    qkv, k, v, ks, vs, first, last, cos, sin, *numbers, eps, scale, slopes, to = args
+    q = store(qkv, k, v, ks, vs, last, cos, sin, *numbers, eps)
+    out = attend(q, k, v, ks, vs, first, last, scale, slopes)
+    return reference.codes(out.view(out.shape[0], -1), to)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zq.kernels.reference import quantize, rms_norm
+from zq.kernels.reference import codes, quantize, rms_norm
 
 
 def decode_attention(  # noqa: PLR0913 (the operator's arguments)
@@ -89,3 +89,30 @@ def store_kv(  # noqa: PLR0913
             kept.view(torch.uint8)[at] = codes.view(torch.uint8).view(x.shape)
             scale[at] = steps.view(x.shape[:2])
     return q.clone(memory_format=torch.contiguous_format)
+
+
+def attend_token(  # noqa: PLR0913
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    first: Tensor,
+    last: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rope: str,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """store_kv at `last`, decode_attention, then the rows of heads in `dtype`."""
+    cache = k, v, k_scale, v_scale
+    q = store_kv(qkv, *cache, last, cos, sin, heads, kv_heads, rope, q_norm, k_norm, eps)
+    out = decode_attention(q, *cache, first, last, scale, slopes)
+    return codes(out.flatten(1), dtype)
