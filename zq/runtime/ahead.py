@@ -80,6 +80,7 @@ def sample(
     following = Following(model, given)
     pad = next((config._pad_token_tensor for each in criteria if hasattr(each, "eos_token_id")), None)
     asked: list[Any] = [each for each in criteria if type(each) is not MaxLengthCriteria or _reminds(each)]
+    limit = min(each.max_length for each in criteria if isinstance(each, MaxLengthCriteria))
     stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mail = Mail(stopped) if streamer is None else Mail(stopped, ids[:, 0])
     while True:
@@ -94,7 +95,7 @@ def sample(
         for each in asked:
             stopped = (stopped | each(ids, None)).bool()
         mail.send(*(stopped, tokens)[: len(mail.boxes)])
-        full = ids.shape[1] >= criteria.max_length
+        full = ids.shape[1] >= limit
         if not full:
             logits = following(tokens[:, None])
         flags, *texts = mail.read()
