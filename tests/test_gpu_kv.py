@@ -40,7 +40,15 @@ def test_a_row_does_not_depend_on_its_batch(kv) -> None:
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    "options", [{}, {"rotary": 24}, {"rope": "interleaved", "rotary": 16}, {"rope": "none"}, {"wide": False}]
+    "options",
+    [
+        {},
+        {"rotary": 24},
+        {"rope": "interleaved", "rotary": 16},
+        {"rope": "none"},
+        {"wide": False},
+        {"tokens": 7},
+    ],
 )
 def test_store(kv, dtype, options) -> None:
     for shape in ((5, 32, 8, 40, 128), (3, 4, 4, 9, 80), (300, 2, 1, 7, 64)):

@@ -72,13 +72,16 @@ def store_args(
     norms: bool = False,
     wide: bool = True,
     seed: int = 0,
+    tokens: int = 1,
 ) -> tuple[Any, ...]:
-    """shape as above; the caches are full of other values before. The third row is zeros, if there is one."""
-    rows, heads, kv_heads, length, d = shape
+    """shape as above; the caches are full of other values before. The third row is zeros, if there is one.
+    tokens: of each row, one behind the other."""
+    batch, heads, kv_heads, length, d = shape
+    rows = batch * tokens
     qkv = normal(rows, (heads + 2 * kv_heads) * d, seed=seed) * torch.logspace(-2, 2, rows)[:, None]
     qkv[2:3] = 0
-    (k, ks), (v, vs) = (cache((rows, kv_heads, length, d), kv, dtype, seed + s) for s in (1, 3))
-    position = torch.arange(rows) * 7 % length
+    (k, ks), (v, vs) = (cache((batch, kv_heads, length, d), kv, dtype, seed + s) for s in (1, 3))
+    position = torch.arange(rows) * 7 % length if tokens == 1 else torch.arange(tokens).repeat(batch)
     cos = sin = None
     if rope != "none":
         angle = torch.arange(rows)[:, None] * torch.linspace(1, 0.01, (rotary or d) // 2)
@@ -101,6 +104,7 @@ def store_args(
         rope,
         *weights,
         1e-6,
+        *[tokens] * (tokens > 1),
     )
 
 

@@ -252,6 +252,7 @@ STORES = [
     {"rope": "interleaved", "rotary": 16},
     {"rope": "none"},
     {"rope": "half", "wide": False},
+    {"rope": "half", "tokens": 3},
 ]
 
 

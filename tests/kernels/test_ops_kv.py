@@ -26,6 +26,7 @@ CALLS = [
     ),
     *(("store_kv", store_args((3, 4, 2, 9, 32), kv, norms=kv is None)) for kv in (None, "int8", "fp8")),
     ("store_kv", store_args((3, 4, 2, 9, 32), None, rope="none")[:11]),
+    ("store_kv", store_args((2, 4, 2, 9, 32), None, tokens=5)),
     *(("attend_token", token_args((2, 4, 2, 9, 32), kv, norms=True)) for kv in (None, "int8", "fp8")),
     ("attend_token", token_args((2, 4, 2, 9, 32), None, to=FP8, rope="none", alibi=True)),
 ]
@@ -253,6 +254,16 @@ MISUSES = [
         "cos is float32; allowed: bfloat16",
     ),
     (STORE, (QKV, K, K, None, None, NULL, COS, COS, 5, 2, "half"), "5 query heads cannot share 2"),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "half", None, None, 1e-6, 3),
+        "2 rows are no multiple of tokens, which is 3",
+    ),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "half", None, None, 1e-6, 2),
+        r"k has shape \[2, 2, 5, 32\], expected \[1, 2, 5, 32\]",
+    ),
     (
         STORE,
         (QKV, K, K, None, None, NULL, COS, COS, 6, 2, "half"),

@@ -147,6 +147,7 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    tokens: int = 1,
     op: str = "store_kv",
 ) -> Outputs:
     if qkv.dim() != 2 or k.dim() != 4:
@@ -155,9 +156,14 @@ def store_kv(  # noqa: PLR0913
             "[B, (Hq + 2 Hkv) D] and [B, Hkv, L, D]"
         )
     rows, channels = qkv.shape[0], k.shape[3]
+    if tokens < 1 or rows % tokens:
+        raise ZqError(
+            f"zq::{op}: {rows} rows are no multiple of tokens, which is {tokens}; give those of a row"
+        )
     heads_of(op, heads, kv_heads)
     tensor(op, "qkv", qkv, HALVES, (rows, (heads + 2 * kv_heads) * channels), qkv)
-    caches(op, k, v, {"k_scale": k_scale, "v_scale": v_scale}, qkv, (rows, kv_heads, k.shape[2], channels))
+    cached = (rows // tokens, kv_heads, k.shape[2], channels)
+    caches(op, k, v, {"k_scale": k_scale, "v_scale": v_scale}, qkv, cached)
     tensor(op, "position", position, (torch.int32, torch.int64), (rows,), qkv)
     choice(op, "rope", rope, ROPES)
     if (rope == "none") != (cos is None) or (cos is None) != (sin is None):

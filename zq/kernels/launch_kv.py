@@ -39,7 +39,7 @@ AttentionArguments = _structure(
 )
 StoreArguments = _structure(
     "qkv k v k_scale v_scale position cos sin q_norm k_norm q",
-    "heads kv_heads length d rotary interleaved wide",
+    "heads kv_heads length d rotary interleaved wide tokens",
     "eps",
 )
 TokenArguments = _structure(
@@ -142,15 +142,16 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    tokens: int = 1,
 ) -> Launch | None:
     rows = qkv.shape[0]
     if rows == 0:
         return None
-    arguments = StoreArguments(heads=heads, eps=eps)
+    arguments = StoreArguments(heads=heads, eps=eps, tokens=tokens)
     kind = _cache(arguments, k, v, k_scale, v_scale)
     _turns(arguments, cos, rope)
     arguments.wide = position.dtype == torch.int64
-    grid = (-(-(heads + 2 * kv_heads) // WARPS), rows, 1)
+    grid = (rows, -(-(heads + 2 * kv_heads) // WARPS), 1)
     unit = kv_units(KINDS[qkv.dtype], kind)[1]
     device = cuda.describe(qkv.device.index)
     return Launch(device, unit, "store_kv", grid, THREADS, arguments, pdl=True)

@@ -19,7 +19,8 @@ torch.float8_e4m3fn, `out` is torch.bfloat16 or torch.float16. Wrong shapes, dty
     w4a8_int8                       weight = ws (q s + o - 128), two-level; rowsum of quant_int8
     w4a8_int8_group, w4a8_fp8       weight = s (q - 8), a float scale per group; group 0: ws per channel
     w4a16, w8a16                    weight = s (q - zero) and 16-bit activations; output in the dtype of x
-    store_kv                        one new token per row: q of the fused product, k and v into the cache
+    store_kv                        one new token per row, or several: q of the fused product, k and v into
+                                    the cache
     decode_attention                its attention over the cache (zq.kernels.checks_kv)
     attend_token                    both, and the rows that come out quantized, in one launch
 """
@@ -65,7 +66,7 @@ SCHEMAS = {
     "Tensor last, float scale, Tensor? slopes) -> Tensor",
     "store_kv": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
     "Tensor position, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm=None, "
-    "Tensor? k_norm=None, float eps=1e-6) -> Tensor",
+    "Tensor? k_norm=None, float eps=1e-6, int tokens=1) -> Tensor",
     "attend_token": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
     "Tensor first, Tensor last, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm, "
     f"Tensor? k_norm, float eps, float scale, Tensor? slopes, ScalarType dtype) -> {QUANTIZED}",

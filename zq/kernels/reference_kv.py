@@ -71,6 +71,7 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    tokens: int = 1,
 ) -> Tensor:
     rows, channels = qkv.shape[0], k.shape[3]
     q, key, value = qkv.view(rows, heads + 2 * kv_heads, channels).split((heads, kv_heads, kv_heads), 1)
@@ -79,7 +80,7 @@ def store_kv(  # noqa: PLR0913
     if cos is not None and sin is not None:
         q, key = (rotate(x, cos, sin, rope) for x in (q, key))
     inside = (position >= 0) & (position < k.shape[2])
-    at = (inside.nonzero()[:, 0], slice(None), position[inside].long())
+    at = (inside.nonzero()[:, 0] // tokens, slice(None), position[inside].long())
     for x, kept, scale in ((key, k, k_scale), (value, v, v_scale)):
         x = x[inside].contiguous()
         if scale is None:
