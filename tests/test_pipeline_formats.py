@@ -196,7 +196,9 @@ def test_fp8_in_tiles_everywhere(wide: Path, tmp_path: Path) -> None:
     assert back.read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("steps", ["- gptq: {}", "- awq: {}\n- rtn: {}", "- rtn: {}\n- lkd: {iterations: 4, batch: 2}"])
+@pytest.mark.parametrize(
+    "steps", ["- gptq: {}", "- awq: {}\n- rtn: {}", "- rtn: {}\n- lkd: {iterations: 4, batch: 2}"]
+)
 def test_the_other_methods_with_tiles(steps: str, wide: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"extends: fp8-block\nsteps:\n{steps}\ncalibration: {{samples: 4, length: 32}}\n"
