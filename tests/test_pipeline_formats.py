@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import zq
 from tests.command import run as command
 from tests.letters import save_tokenizer
 from tests.simulate import block_linears
-from tests.tiny import save_tiny, token_ids
+from tests.tiny import random_model, save_tiny, token_ids
 from zq.audit import audit_folder
 from zq.formats import FORMATS
 from zq.models.find import load_config, model_class
@@ -23,9 +25,10 @@ from zq.numerics.qtensor import quantize as quantize_matrix
 from zq.pipeline import quantize
 from zq.plan import make_plan
 from zq.recipe import Recipe
+from zq.runtime.linear import QuantLinear
 from zq.spec import TensorSpec
 
-LAYOUTS = ["b64", "channel", "g32", "b16:pow2=4", "b32:center", "rank1", "channel:pow2=8:s=fp32"]
+LAYOUTS = ["b64", "channel", "g32", "b16:pow2=4", "b32:center", "rank1", "channel:pow2=8:s=fp32", "5x32"]
 
 
 def specs() -> list[str]:
@@ -151,3 +154,71 @@ def test_the_command_line_quantizes_inspects_and_evaluates_them(tmp_path: Path) 
     words = ("--against", model, "--windows", "2", "--length", "32", "--json")
     found = json.loads(command("eval", out, *words).ok().out)
     assert "kl" in json.dumps(found)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose inputs tiles of 128 divide, with outputs (of k, v and gate) that end inside one."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"num_hidden_layers": 2, "vocab_size": 160, "tie_word_embeddings": False}
+    config = LlamaConfig(**sizes, **more, architectures=["LlamaForCausalLM"], pad_token_id=None)
+    random_model(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_fp8_in_tiles_everywhere(wide: Path, tmp_path: Path) -> None:
+    """zq.load and transformers compute the same to the bit; to zq's own format and back nothing is lost."""
+    out = tmp_path / "out"
+    made = command("quantize", wide, "--fp8-block", "-o", out, "--json").ok().json
+    assert made["format"] == "compressed-tensors"
+    assert audit_folder(out)["passed"]
+    stored = load_file(out / "model.safetensors")
+    path = "model.layers.1.self_attn.k_proj"
+    assert stored[f"{path}.weight"].dtype == torch.float8_e4m3fn
+    assert stored[f"{path}.weight_scale"].shape == (1, 1)
+    with torch.no_grad():
+        ours = zq.load(out)(token_ids()).logits
+        assert torch.equal(ours, AutoModelForCausalLM.from_pretrained(out)(token_ids()).logits)
+        plain = AutoModelForCausalLM.from_pretrained(wide)(token_ids()).logits
+        weights_only = zq.load(out)
+        for module in weights_only.modules():
+            if isinstance(module, QuantLinear):
+                module.scheme = replace(module.scheme, activations=None)
+        unrounded = weights_only(token_ids()).logits
+    assert 0 < float((ours - plain).square().mean()) < 0.03 * float(plain.square().mean())
+    assert not torch.equal(ours, unrounded)
+    command("export", out, "--to", "zq", "-o", tmp_path / "own").ok()
+    assert torch.equal(zq.load(tmp_path / "own")(token_ids()).logits, ours)
+    command("export", tmp_path / "own", "--to", "compressed-tensors", "-o", tmp_path / "back").ok()
+    back = tmp_path / "back" / "model.safetensors"
+    assert back.read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "steps", ["- gptq: {}", "- awq: {}\n- rtn: {}", "- rtn: {}\n- lkd: {iterations: 4, batch: 2}"]
+)
+def test_the_other_methods_with_tiles(steps: str, wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"extends: fp8-block\nsteps:\n{steps}\ncalibration: {{samples: 4, length: 32}}\n"
+    )
+    made = command("quantize", wide, "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "out", "--json").ok()
+    assert made.json["format"] == "compressed-tensors"
+    assert made.json["audit"]["passed"]
+
+
+def test_tiles_that_do_not_divide_the_inputs(source: Path, tmp_path: Path) -> None:
+    """zq's own format holds them; when another is asked for, nothing is written."""
+    made = (
+        command("quantize", source, "--fp8-block", "--calib", "random", "-o", tmp_path / "own", "--json")
+        .ok()
+        .json
+    )
+    assert made["format"] == "zq"
+    assert "tiles of 128 inputs do not divide K=64" in str(made["notes"])
+    out = tmp_path / "out"
+    done = command("quantize", source, "--fp8-block", "--to", "compressed-tensors", "-o", out)
+    assert done.code == 2
+    assert "tiles of 128 inputs do not divide K=64" in done.err
+    assert not out.exists()

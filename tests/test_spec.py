@@ -16,6 +16,7 @@ from zq.spec import FORMATS, SCALE_DTYPES, Layout, Scheme, TensorSpec, choose_gr
 layouts = st.one_of(
     st.sampled_from(["tensor", "channel", "gauto", "rank1"]),
     st.builds("{}{}".format, st.sampled_from("gb"), st.integers(2, 9_999_999)),
+    st.builds("{}x{}".format, st.integers(1, 9_999_999), st.integers(1, 9_999_999)),
 )
 
 
@@ -25,7 +26,7 @@ def weight_specs(draw: st.DrawFn) -> TensorSpec:
     options: list[dict] = [{}, {"center": True}, {"inner": layout.size // 2 if layout.size else 4}]
     if layout.kind == "rank1" or (layout.kind == "group" and not layout.size):
         options = [{}]
-    elif layout.size and (layout.size % 2 or layout.size < 4):
+    elif layout.size and (layout.size % 2 or layout.size < 4 or layout.kind == "tile"):
         options = [{}, {"center": True}]
     if not FORMATS[name].signed:
         options, layout = [{"center": True}], Layout("channel")
@@ -44,7 +45,12 @@ def weight_specs(draw: st.DrawFn) -> TensorSpec:
 
 
 activation_specs = st.sampled_from(["int8:token", "e4m3fn:token", "e5m2:token", "int8:token:narrow"])
-schemes = st.builds(Scheme, weight_specs(), st.one_of(st.none(), activation_specs.map(TensorSpec.parse)))
+schemes = st.one_of(
+    st.builds(Scheme, weight_specs(), st.one_of(st.none(), activation_specs.map(TensorSpec.parse))),
+    st.builds("e4m3fn:{0}x{1} @ e4m3fn:g{1}".format, st.integers(1, 999), st.integers(2, 999)).map(
+        Scheme.parse
+    ),
+)
 
 
 @given(weight_specs())
@@ -81,6 +87,10 @@ def test_every_part_of_the_spelling_counts() -> None:
         ("int4:g-4", "N >= 2"),
         ("int4:g99999999", "unknown"),
         ("int4:bauto", "unknown"),
+        ("e4m3fn:128x", "RxK (tile of R rows and K inputs)"),
+        ("e4m3fn:0x128", "unknown"),
+        ("e4m3fn:128x128:pow2=16", "tiles; drop one"),
+        ("int4:4x16:two-level", "needs groups along K"),
         ("int4:g64:", "allowed: asym"),
         ("int4:g64:sym", "allowed: asym, narrow, two-level"),
         ("int4:g64:pow2=1", "pow2=N (N >= 2)"),
@@ -122,6 +132,10 @@ def test_a_wrong_spec_is_refused_in_one_line(text: str, words: str) -> None:
         ("int4:g64 @ int4:token", "allowed: int8:token"),
         ("int4:g64 @ int8:token:asym", "allowed: int8:token"),
         ("int4:g64 @ int8:token:s=bf16", "allowed: int8:token"),
+        ("int4:g64 @ e4m3fn:g64", "allowed: int8:token, e4m3fn:token, e5m2:token"),
+        ("e4m3fn:128x128 @ e4m3fn:g64", "under 128x128 weights e4m3fn:g128"),
+        ("e4m3fn:128x128 @ int8:g128", "under 128x128 weights e4m3fn:g128"),
+        ("e4m3fn:channel @ e4m3fn:g128", "allowed: int8:token, e4m3fn:token, e5m2:token"),
         ("int4:g64 @", "write FORMAT:LAYOUT"),
         ("int4:g64 @ int8:token @ int8:token", "unknown"),
         ("@ int8:token", "write FORMAT:LAYOUT"),
@@ -145,6 +159,8 @@ def test_a_wrong_scheme_is_refused_in_one_line(text: str, words: str) -> None:
         ("int4:g100", (6, 1)),
         ("int4:b64", (10,)),
         ("int4:rank1", (106,)),
+        ("e4m3fn:4x32", (2, 4)),
+        ("e4m3fn:128x128", (1, 1)),
     ],
 )
 def test_scale_shapes_of_a_6_by_100_matrix(text: str, shape: tuple[int, ...]) -> None:

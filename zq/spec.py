@@ -3,6 +3,7 @@
     int4:g128            4-bit integers, one scale per 128 consecutive inputs of a row (group along K)
     int4:gauto           a group size that fits the model: the largest of 128, 64, 32 that divides every K
     int8:channel         one scale per output channel (row of an [N, K] weight)
+    e4m3fn:128x128       one scale per tile of 128 rows and 128 inputs; tiles at the edges may be smaller
     int8:token           one scale per token (row of a [tokens, K] activation), measured at run time
     int4:g64:asym        with an integer zero point
     int4:g64:narrow      restricted range [-7, 7] instead of [-8, 7]
@@ -17,7 +18,8 @@
     int4:g64:keep=12     12 input columns stay in the dtype of the model; only the step `proxy` asks for it
 
 A `Scheme` is a weight spec and, when activations are quantized too, an activation spec:
-`int4:g128 @ int8:token`.
+`int4:g128 @ int8:token`. Activations of FP8 under weights in tiles have a scale per token and group of
+inputs, as wide as the tiles: `e4m3fn:128x128 @ e4m3fn:g128` (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
 
 This module is pure data and imports no torch, so that `zq --help` is instant.
 """
@@ -32,7 +34,7 @@ from typing import Literal
 from zq.errors import ZqError
 from zq.formats import FORMATS, KNOWN, FormatInfo
 
-LayoutKind = Literal["tensor", "channel", "token", "group", "block", "rank1"]
+LayoutKind = Literal["tensor", "channel", "token", "group", "block", "rank1", "tile"]
 SCALE_DTYPES = ("fp32", "bf16", "fp16", "half")
 ACTIVATIONS = ("int8", "e4m3fn", "e5m2")
 AUTO = 0  # group size still to be chosen
@@ -40,12 +42,16 @@ AUTO = 0  # group size still to be chosen
 
 @dataclass(frozen=True)
 class Layout:
-    """Which values share a scale. `size` is the group or block length (AUTO = 0: to be chosen)."""
+    """Which values share a scale. `size` is the group or block length (AUTO = 0: to be chosen), of a tile its
+    inputs; `rows` are those of a tile, else 1."""
 
     kind: LayoutKind
     size: int | None = None
+    rows: int = 1
 
     def __str__(self) -> str:
+        if self.kind == "tile":
+            return f"{self.rows}x{self.size}"
         if self.kind in ("group", "block"):
             return self.kind[0] + (str(self.size) if self.size else "auto")
         return self.kind
@@ -57,11 +63,14 @@ class Layout:
             return cls(text)  # type: ignore[arg-type]
         if text == "gauto":
             return cls("group", AUTO)
+        if tile := re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text):
+            return cls("tile", int(tile[2]), int(tile[1]))
         found = re.fullmatch(r"([gb])(\d{1,7})", text)
         if not found or int(found[2]) < 2:
             raise ZqError(
                 f"scale layout '{text}' is unknown; allowed: tensor, channel, token, gauto, "
-                "gN (group of N >= 2 inputs), bN (flat block of N >= 2 values), rank1"
+                "gN (group of N >= 2 inputs), bN (flat block of N >= 2 values), RxK (tile of R rows and K "
+                "inputs), rank1"
             )
         return cls("group" if found[1] == "g" else "block", int(found[2]))
 
@@ -105,8 +114,8 @@ class TensorSpec:
 
     def _check_inner(self) -> None:
         size = self.layout.size
-        if self.two_level or not self.symmetric:
-            raise ZqError(f"'{self}': 'pow2' goes with no 'asym' or 'two-level'; drop one")
+        if self.two_level or not self.symmetric or self.layout.kind == "tile":
+            raise ZqError(f"'{self}': 'pow2' goes with no 'asym', 'two-level' or tiles; drop one")
         if size is not None and (size == AUTO or size % self.inner or size == self.inner):
             raise ZqError(
                 f"'{self}': groups of pow2={self.inner} must divide the larger group or block; give for "
@@ -196,10 +205,20 @@ class Scheme:
             return
         # Scales made at run time are float32, and there is no error to correct before it.
         plain = TensorSpec(format=act.format, layout=act.layout, narrow=act.narrow)
-        if act != plain or act.layout.kind != "token" or act.format not in ACTIVATIONS:
+        by_token = act.layout.kind == "token" and act.format in ACTIVATIONS
+        if act != plain or not (by_token or act == self._under_tiles):
+            under = f", and under {self.weights.layout} weights {self._under_tiles}" * bool(self._under_tiles)
             raise ZqError(
-                f"activations '{act}' are not supported; allowed: int8:token, e4m3fn:token, e5m2:token"
+                f"activations '{act}' are not supported; allowed: int8:token, e4m3fn:token, e5m2:token{under}"
             )
+
+    @property
+    def _under_tiles(self) -> TensorSpec | None:
+        """FP8 activations in groups as wide as the tiles of the weights; None where these have none."""
+        layout = self.weights.layout
+        if layout.kind != "tile" or self.weights.format != "e4m3fn" or (layout.size or 0) < 2:
+            return None
+        return TensorSpec(format="e4m3fn", layout=Layout("group", layout.size))
 
     def __str__(self) -> str:
         return f"{self.weights} @ {self.activations}" if self.activations else str(self.weights)
@@ -216,7 +235,8 @@ class Scheme:
 
 def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scale tensor of an [N, K] tensor: tensor [1], channel/token [N, 1], group [N, G],
-    block [B], rank1 [N + K] (rows, then columns). A ragged last group or block counts as one."""
+    block [B], tile [rows of tiles, G], rank1 [N + K] (rows, then columns). A ragged last group, block or tile
+    counts as one."""
     n, k = shape
     kind, size = spec.layout.kind, spec.layout.size or 0
     if kind == "tensor":
@@ -225,8 +245,8 @@ def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
         return (n + k,)
     if kind in ("channel", "token"):
         return (n, 1)
-    if kind == "group":
-        return (n, math.ceil(k / size))
+    if kind in ("group", "tile"):
+        return (math.ceil(n / spec.layout.rows), math.ceil(k / size))
     return (math.ceil(n * k / size),)
 
 

@@ -72,7 +72,8 @@ def test_every_shortcut(name, llama, tmp_path):
     out = tmp_path / "out"
     report = quantize(llama, out, f"--{name}")
     assert set(report) == KEYS
-    assert report["format"] == "compressed-tensors"
+    tiles = name == "fp8-block"  # of 128, which do not divide the 64 inputs
+    assert report["format"] == ("zq" if tiles else "compressed-tensors")
     assert report["output"] == str(out)
     assert Recipe.parse(report["recipe"]).name == name
     assert report["bits_per_weight"] == pytest.approx(bits_on_disk(out, llama), rel=1e-12)

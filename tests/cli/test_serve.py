@@ -1,21 +1,36 @@
-"""zq serve builds a command; what it would start is another's."""
+"""zq serve builds a command; what it starts is another's, for real where that is installed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+import zq
 from tests.command import run
-from tests.letters import save_tokenizer
-from tests.tiny import save_tiny
+from tests.letters import CHARACTERS, SPECIAL, save_tokenizer
+from tests.tiny import random_model, save_tiny
 from zq.cli import serve
 from zq.errors import ZqError
+from zq.models.find import load_tokenizer
+
+ENGINES = Path(os.environ.get("ENGINES") or Path.home() / ".cache" / "zq" / "engines")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +56,8 @@ def test_the_commands(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[:4] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     assert words[4:9] == [str(w4a8), "--host", "127.0.0.1", "--port", "9000"]
     assert words[9:] == ["--linear-backend", "humming"]  # else vLLM would leave the activations in 16 bits
+    more = shlex.split(run("serve", w4a8, "--print", "--", "--seed", "1").ok().out)
+    assert more[-4:] == ["--linear-backend", "humming", "--seed", "1"]
     done = run("serve", w4a8, "--engine", "transformers", "--print").ok()
     assert shlex.split(done.out)[3:] == ["serve", str(w4a8), "--host", "127.0.0.1", "--port", "8000"]
 
@@ -106,3 +123,106 @@ def test_what_transformers_needs_for_a_format(w4a8: Path, monkeypatch: pytest.Mo
     assert "pip install compressed-tensors" in done.err
     missing = "gptqmodel"
     assert run("serve", w4a8, "--print", "--engine", "transformers").code == 0
+
+
+PROMPT, TOKENS = "What is the capital of France?", 6
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A Llama in W8A8 and how it continues PROMPT, each token far ahead of the next likely one."""
+    home = tmp_path_factory.mktemp("sure")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"num_hidden_layers": 2, "vocab_size": len(SPECIAL) + len(CHARACTERS), "head_dim": 32}
+    more |= {"tie_word_embeddings": False, "max_position_embeddings": 128, "eos_token_id": None}
+    model = random_model(LlamaConfig(**sizes, **more, architectures=["LlamaForCausalLM"]))
+    with torch.no_grad():
+        model.get_submodule("lm_head").weight.mul_(16)
+    model.bfloat16().save_pretrained(home / "model")
+    save_tokenizer(home / "model")
+    run("quantize", home / "model", "--w8a8", "--calib", "none", "-o", home / "out").ok()
+    tokenizer, loaded = load_tokenizer(home / "out"), zq.load(home / "out", dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for _ in range(TOKENS):
+        with torch.no_grad():
+            first, second = loaded(ids).logits[0, -1].topk(2).values.tolist()
+            best = loaded(ids).logits[0, -1].argmax()
+        assert first - second > 2
+        ids = torch.cat([ids, best.reshape(1, 1)], 1)
+    return home / "out", tokenizer.decode(ids[0, -TOKENS:])
+
+
+def python_of(engine: str) -> str:
+    """A Python with this server, or a skip that says what is missing."""
+    there = ENGINES / "vllm" / "bin" / "python"
+    if engine == "transformers" and find_spec("fastapi") and find_spec("uvicorn"):
+        return sys.executable
+    if not there.is_file():
+        pytest.skip(f"{engine} serves from {there}, which is not there: make engines")
+    return str(there)
+
+
+@contextmanager
+def started(python: str, folder: Path, log: Path, *flags: str) -> Iterator[str]:
+    """The address of what `zq serve` starts, in a process group of its own that is ended behind it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    clone = Path(zq.__file__).parent.parent
+    environment = os.environ | {
+        "PYTHONPATH": str(clone),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    words = [python, "-m", "zq", "serve", str(folder), "--port", port, *flags]
+    with log.open("w") as out:
+        server = subprocess.Popen(words, stdout=out, stderr=out, env=environment, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            assert server.poll() is None, log.read_text()[-2000:]
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
+                break
+            time.sleep(1)
+        yield address
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        assert ended(server.pid), "a process of the server is left"
+    finally:
+        with suppress(ProcessLookupError):  # nothing is left of the group
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait(20)
+
+
+def ended(group: int) -> bool:
+    """Whether every process of the group has ended, at most half a minute from now."""
+    for _ in range(60):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def posted(address: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags"),
+    [("vllm", ("--", "--enforce-eager", "--max-num-seqs", "2")), ("transformers", ())],
+)
+def test_a_server_that_answers(
+    engine: str, flags: tuple[str, ...], sure: tuple[Path, str], tmp_path: Path
+) -> None:
+    python, (folder, wanted), log = python_of(engine), sure, tmp_path / "log"
+    with started(python, folder, log, "--engine", engine, *flags) as address:
+        body = {"model": str(folder), "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+        found = posted(f"{address}/v1/completions", body)
+    assert found["choices"][0]["text"] == wanted
+    assert found["usage"]["completion_tokens"] == TOKENS
+    said = log.read_text()
+    assert shlex.join([python, *(serve.VLLM if engine == "vllm" else serve.TRANSFORMERS)]) in said

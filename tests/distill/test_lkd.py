@@ -31,6 +31,7 @@ from zq.recipe import Recipe
 from zq.spec import Scheme, TensorSpec
 
 SCALED = ["int4:g16", "int3:channel", "int4:g16:asym", "int4:g32:narrow", "int2:tensor", "int4:g16:center"]
+SCALED += ["int4:5x16"]
 OTHERS = ["e4m3fn:channel", "e2m1fn:g16", "nf4:b16", "dynamic3:g16", "linear4:b64", "kmeans3:channel"]
 FIXED = ["int4:rank1", "nf3:b64:pow2=16", "quantile4:rank1"]
 KEPT = ["int4:g16:keep=3", "int4:g16:asym:keep=3", "nf4:g16:keep=3"]

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    initialize_module_for_quantization,
+    preset_name_to_scheme,
+)
 from compressed_tensors.utils.match import match_named_modules
 from torch import nn
 
@@ -23,6 +28,7 @@ SCHEMES = [
     *(f"int{k}:{layout}{z}" for k in range(2, 9) for layout in ("channel", "g32") for z in ("", ":asym")),
     *(f"int8:{layout} @ int8:token" for layout in ("channel", "tensor", "g32")),
     *(f"e4m3fn:{layout}{a}" for layout in ("channel", "tensor") for a in ("", " @ e4m3fn:token")),
+    *(f"e4m3fn:{rows}x32{a}" for rows in (4, 128) for a in ("", " @ e4m3fn:g32")),
 ]
 SHAPES = [(32, 128), (6, 64), (33, 192)]
 
@@ -103,6 +109,7 @@ def test_slots_promise_what_pack_gives_and_unpack_takes_it_back(text: str, dtype
         ("int8:channel @ int8:token", "int-quantized"),
         ("e4m3fn:channel", "float-quantized"),
         ("e4m3fn:channel @ e4m3fn:token", "float-quantized"),
+        ("e4m3fn:128x128 @ e4m3fn:g128", "float-quantized"),
     ],
 )
 def test_formats(text: str, expected: str) -> None:
@@ -121,19 +128,43 @@ def test_formats(text: str, expected: str) -> None:
         ("e5m2:channel", "no e5m2 weights"),
         ("int4:g32 @ e5m2:token", "no e5m2 activations"),
         ("int4:g32 @ int8:token:narrow", "no narrow activations"),
-        ("e4m3fn:g32", "channel or tensor scale"),
+        ("e4m3fn:g32", "scale per channel, tensor or tile"),
         ("e4m3fn:channel @ int8:token", "no INT8 activations"),
         ("int8:channel @ e4m3fn:token", "no INT8 x FP8"),
         ("int4:tensor", "channel or group scales"),
         ("int8:tensor", "channel scales"),
         ("int8:channel:asym @ int8:token", "no zero point"),
         ("int4:g48", "groups of 48 do not divide K=128"),
+        ("e4m3fn:128x48", "tiles of 48 inputs do not divide K=128"),
+        ("e4m3fn:128x128 @ e4m3fn:token", "activations in groups, e4m3fn:g128, or none"),
+        ("int8:128x128", "tiles there for FP8 weights only"),
     ],
 )
 def test_refusals_say_why(text: str, words: str) -> None:
     reason = ct.refuse(Scheme.parse(text), (32, 128), False, torch.bfloat16)
     assert reason is not None
     assert words in reason
+
+
+def test_fp8_in_tiles_is_the_librarys_own_preset() -> None:
+    theirs = preset_name_to_scheme("FP8_BLOCK", ["Linear"])
+    ours = library_scheme(Scheme.parse("e4m3fn:128x128 @ e4m3fn:g128"))
+    assert (ours.weights, ours.input_activations) == (theirs.weights, theirs.input_activations)
+
+
+@pytest.mark.parametrize("shape", [(200, 256), (128, 128), (8, 384)])
+def test_tiles_of_128_and_what_is_left_at_the_edge(shape: tuple[int, int]) -> None:
+    scheme, q = quantized("e4m3fn:128x128 @ e4m3fn:g128", shape, torch.bfloat16)
+    theirs, compressor = library_scheme(scheme), BaseCompressor.get_value_from_registry("float-quantized")
+    expected = compressor.compress({"weight": q.dequantize(torch.bfloat16), "weight_scale": q.scale}, theirs)
+    got = ct.pack("n", q, scheme)
+    assert got["n.weight_scale"].shape == (-(-shape[0] // 128), shape[1] // 128)
+    assert torch.equal(got["n.weight"].float(), expected["weight"].float())
+    assert torch.equal(compressor.decompress(expected, theirs)["weight"], q.dequantize(torch.bfloat16))
+    model = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+    initialize_module_for_quantization(model, theirs)
+    assert model.weight_scale.shape == got["n.weight_scale"].shape
+    assert model.weight_scale.dtype == got["n.weight_scale"].dtype
 
 
 def test_transposed_layers_are_refused() -> None:
@@ -166,6 +197,7 @@ ASSIGNMENTS = {
         None if ".1." in name else "int8:channel" if ".2." in name and "mlp" in name else "int4:g32:asym"
     ),
     "fp8": lambda name: "e4m3fn:channel @ e4m3fn:token" if "mlp" in name else None,
+    "fp8 in tiles": lambda name: "e4m3fn:128x128 @ e4m3fn:g128" if "mlp" in name else "int4:g32",
 }
 
 
@@ -200,12 +232,15 @@ def test_config_gives_every_layer_its_scheme_by_the_librarys_own_rules(case: str
         weights = found[name].weights
         assert weights.num_bits == scheme.weights.bits
         assert weights.symmetric == scheme.weights.symmetric
-        assert weights.strategy == scheme.weights.layout.kind
-        assert weights.group_size == scheme.weights.layout.size
+        layout, tiled = scheme.weights.layout, scheme.weights.layout.kind == "tile"
+        assert weights.strategy == ("block" if tiled else layout.kind)
+        assert weights.group_size == (None if tiled else layout.size)
+        assert weights.block_structure == ([layout.rows, layout.size] if tiled else None)
         assert found[name].format == ct.format_of(scheme)
         acts = found[name].input_activations
         assert (acts is None) == (scheme.activations is None)
-        assert acts is None or (acts.dynamic, acts.strategy, acts.num_bits) == (True, "token", 8)
+        wanted = (True, "group", 128) if tiled else (True, "token", None)
+        assert acts is None or (acts.dynamic, acts.strategy, acts.group_size) == wanted
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -246,8 +281,12 @@ def test_scales_that_are_not_two_level_are_refused() -> None:
         ct.unpack("n", packed.__getitem__, Scheme.parse("int4:g32:two-level"), (32, 128))
 
 
-def test_foreign_schemes_are_refused_by_name() -> None:
+@pytest.mark.parametrize("structure", ["missing", None, [], [128], 128, [0, 128], ["a", "b"]])
+def test_foreign_schemes_are_refused_by_name(structure: object) -> None:
     config = ct.config({"m.layers.0.q": Scheme.parse("int4:g32")}, [])
-    config["config_groups"]["group_0"]["weights"]["strategy"] = "block"
+    weights = config["config_groups"]["group_0"]["weights"]
+    weights["strategy"] = "block"
+    if structure != "missing":
+        weights["block_structure"] = structure
     with pytest.raises(ZqError, match="cannot read the compressed-tensors scheme of 'group_0'"):
         ct.schemes(config, ["m.layers.0.q"])

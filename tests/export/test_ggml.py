@@ -89,6 +89,7 @@ def test_scales_that_fp16_does_not_hold_are_refused() -> None:
         ("e4m3fn:channel", 64, "no e4m3fn blocks"),
         ("int8:g32:asym", 64, "symmetric"),
         ("int4:b64", 64, "along the inputs"),
+        ("int4:32x64", 64, "along the inputs"),
         ("int4:g16", 64, "no multiple of its 32"),
         ("int8:g32:two-level", 64, "no two-level int8"),
         ("int4:channel", 48, "K=48 is no multiple of 32"),

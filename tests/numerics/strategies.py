@@ -13,7 +13,7 @@ INTS = [f"int{k}" for k in range(2, 9)]
 FLOATS = [name for name, info in FORMATS.items() if info.is_float]
 MAPS = [n for n, i in FORMATS.items() if not (i.is_int or i.is_float or i.is_estimated)]
 ESTIMATED = [name for name, info in FORMATS.items() if info.is_estimated]
-LAYOUTS = ["tensor", "channel", "token", "g2", "g5", "g32", "b3", "b64", "rank1"]
+LAYOUTS = ["tensor", "channel", "token", "g2", "g5", "g32", "b3", "b64", "rank1", "3x5", "2x32"]
 
 
 @st.composite
@@ -54,7 +54,8 @@ def ct_args(spec: TensorSpec, *, dynamic: bool = False) -> QuantizationArgs:
         num_bits=spec.bits,
         type="int" if spec.info.is_int else "float",
         symmetric=spec.symmetric,
-        strategy=spec.layout.kind,
+        strategy="block" if spec.layout.kind == "tile" else spec.layout.kind,
         group_size=spec.layout.size if spec.layout.kind == "group" else None,
+        block_structure=[spec.layout.rows, spec.layout.size] if spec.layout.kind == "tile" else None,
         dynamic=dynamic,
     )

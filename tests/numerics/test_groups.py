@@ -16,13 +16,18 @@ def spec_of(layout: str) -> TensorSpec:
     return TensorSpec.parse(f"int8:{layout}")
 
 
-def members(n: int, k: int, layout: str) -> list[list[tuple[int, int]]]:
-    """For each scale, in stored order, the positions that share it."""
-    every = [(i, j) for i in range(n) for j in range(k)]
+def members(n: int, k: int, layout: str) -> list[list[tuple[int, int] | None]]:
+    """For each scale, in stored order, the positions that share it; None: beyond the edge."""
+    every: list[tuple[int, int] | None] = [(i, j) for i in range(n) for j in range(k)]
     if layout == "tensor":
         return [every]
     if layout in ("channel", "token"):
         return [[(i, j) for j in range(k)] for i in range(n)]
+    if "x" in layout:
+        tall, wide = map(int, layout.split("x"))
+        corners = [(i, j) for i in range(0, n, tall) for j in range(0, k, wide)]
+        inside = [[(i + a, j + b) for a in range(tall) for b in range(wide)] for i, j in corners]
+        return [[at if at[0] < n and at[1] < k else None for at in places] for places in inside]
     size = int(layout[1:])
     if layout[0] == "b":
         return [every[at : at + size] for at in range(0, n * k, size)]
@@ -37,7 +42,7 @@ def test_groups_hold_the_values_that_the_layout_says(x: torch.Tensor, layout: st
     flat = grouped.reshape(-1, grouped.shape[-1])
     assert len(flat) == len(wanted)
     for row, places in zip(flat, wanted, strict=True):
-        assert row[: len(places)].tolist() == [float(x[p]) for p in places]
+        assert row[: len(places)].tolist() == [float(x[p]) if p else 0.0 for p in places]
         assert not row[len(places) :].any()
     assert torch.equal(ungroup(grouped, (n, k), spec), x)
     scales = torch.arange(len(wanted), dtype=torch.float32).reshape(grouped.shape[:2])

@@ -70,6 +70,7 @@ def stored_at(spec: TensorSpec, i: int, j: int, k: int) -> tuple[int, ...]:
     """Where the scale of position (i, j) of a matrix with k columns is stored."""
     size = spec.layout.size or 1
     flat = {"tensor": (0,), "channel": (i, 0), "token": (i, 0), "group": (i, j // size)}
+    flat["tile"] = (i // spec.layout.rows, j // size)
     return flat.get(spec.layout.kind) or ((i * k + j) // size,)
 
 

@@ -32,6 +32,7 @@ SPECS = [
     "int2:tensor",
     "e2m1fn:g16",
     "int4:b24",
+    "int4:5x16",
 ]
 
 

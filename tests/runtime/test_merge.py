@@ -13,7 +13,7 @@ from tests.kernels.inputs import activations
 from tests.runtime.quantized import force_kernels
 from zq.numerics.qtensor import quantize
 from zq.runtime.linear import QuantLinear
-from zq.runtime.merge import mergeable, merged, reordered
+from zq.runtime.merge import mergeable, merged, reorderable, reordered
 from zq.runtime.serving import ServedLinear, served
 from zq.spec import Scheme
 
@@ -63,6 +63,19 @@ def test_another_order(text: str, kernels: bool) -> None:
     wanted = part(x)[:, order]
     assert torch.equal(reordered(part, order)(x), wanted)
     assert torch.equal(part(x)[:, order], wanted), "the one before is as it was"
+
+
+TILES = "e4m3fn:128x128 @ e4m3fn:g128"
+
+
+@pytest.mark.parametrize(("sizes", "whole"), [((128, 256), True), ((128, 64), False), ((192, 128), False)])
+def test_tiles_are_merged_where_none_would_cross(sizes: tuple[int, ...], whole: bool, kernels: bool) -> None:
+    parts, x = [linear(TILES, n, True, i) for i, n in enumerate(sizes)], activations(5, 256)
+    assert mergeable(parts) is (whole or not kernels)
+    assert mergeable(parts[:1])
+    assert reorderable(parts[0]) is not kernels
+    if mergeable(parts):
+        assert torch.equal(merged(parts)(x), torch.cat([part(x) for part in parts], -1))
 
 
 @pytest.mark.parametrize("make", [nn.Linear, lambda k, n: Conv1D(n, k)])

@@ -15,6 +15,7 @@ from zq.runtime.served import NAMES, DenseLinear, KernelLinear, serve, units
 from zq.spec import Scheme, TensorSpec
 
 BF16 = torch.bfloat16
+OP = "fp8_block128"
 INT8 = TensorSpec.parse("int8:token")
 
 
@@ -43,6 +44,7 @@ def test_what_is_dequantized_is_what_zq_load_computes(text: str, acts: str | Non
         ("int3:g64:asym", INT8, DenseLinear),
         ("int4:g64:center", INT8, DenseLinear),
         ("e4m3fn:channel", TensorSpec.parse("e4m3fn:token"), DenseLinear),
+        ("e4m3fn:128x128", TensorSpec.parse("e4m3fn:g128"), DenseLinear),
     ],
 )
 def test_any_shape_of_input(text: str, acts: TensorSpec | None, way: type) -> None:
@@ -70,6 +72,7 @@ def test_activations_count() -> None:
         ("int8:channel", "w8a16"),
         ("int4:g128 @ e4m3fn:token", "w4a8_fp8"),
         ("e4m3fn:channel @ e4m3fn:token", "w8a8_fp8"),
+        ("e4m3fn:128x128 @ e4m3fn:g128", "fp8_block128"),
         ("int8:channel @ int8:token", "w8a8_int8"),
     ],
 )
@@ -98,6 +101,9 @@ def test_packed_weights_are_the_weights(text: str, op: str, dtype: torch.dtype) 
         ("int4:g64 @ int8:token", 256, torch.float32, 90, None),
         ("e4m3fn:channel @ e4m3fn:token", 256, BF16, 80, None),
         ("e4m3fn:channel @ e4m3fn:token", 256, BF16, 89, "w8a8_fp8"),
+        ("e4m3fn:128x128 @ e4m3fn:g128", 272, BF16, 90, "fp8_block128"),
+        ("e4m3fn:128x128 @ e4m3fn:g128", 264, BF16, 90, None),
+        ("e4m3fn:128x128 @ e4m3fn:g128", 256, BF16, 80, None),
         ("int3:g64 @ int8:token", 256, BF16, 90, None),
     ],
 )
@@ -110,8 +116,8 @@ def test_where_a_kernel_is_used(
 def test_the_units_that_are_loaded_exist() -> None:
     from zq.kernels.table import UNITS
 
-    two_level = "int4:g128:two-level @ int8:token"
-    for text in ("int4:g64 @ int8:token", two_level, "int4:g32:asym", "int8:channel"):
+    two_level, tiles = "int4:g128:two-level @ int8:token", "e4m3fn:128x128 @ e4m3fn:g128"
+    for text in ("int4:g64 @ int8:token", two_level, tiles, "int4:g32:asym", "int8:channel"):
         scheme = Scheme.parse(text)
         op = gemm_op(scheme)
         assert op is not None
@@ -131,3 +137,16 @@ def test_it_compiles_as_one_graph() -> None:
             whole = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")
             assert torch.equal(whole(x, None), made(x, None))
             torch.compiler.reset()
+    for text in ("e4m3fn:128x128", "e4m3fn:32x64"):
+        acts = TensorSpec.parse(f"e4m3fn:g{text.rpartition('x')[2]}")
+        for made in (serve(weight(text), acts, BF16), KernelLinear(weight("e4m3fn:128x128"), OP, BF16)):
+            whole = torch.compile(made, fullgraph=True, dynamic=True, backend="eager")
+            assert torch.equal(whole(x, None), made(x, None))
+            torch.compiler.reset()
+
+
+def test_tiles_take_rows_as_they_are() -> None:
+    """Their scales within a row come from no operator that norms or activates."""
+    made = KernelLinear(weight("e4m3fn:128x128"), OP, BF16)
+    assert made.takes is None
+    assert made.ws is None

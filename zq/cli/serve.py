@@ -24,6 +24,9 @@ PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "aw
 
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a hub id.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- FLAGS]", help="Further flags, for the server itself.")
+    ] = None,
     engine: Annotated[
         str, typer.Option("--engine", help="vllm, transformers, or auto: vllm where it is installed.")
     ] = "auto",
@@ -33,6 +36,8 @@ def serve(
     only_print: Annotated[bool, typer.Option("--print", help="Print the command, do not run it.")] = False,
 ) -> None:
     """Serve a checkpoint with an OpenAI-compatible API.
+
+    zq serve smol-w4a8 -- --max-model-len 4096
 
     The server is vLLM's or transformers' own. The checkpoint is checked as `zq doctor` does, and the command
     printed, then run.
@@ -68,6 +73,7 @@ def serve(
         for line in verdict.warnings:
             note(f"{target}: {line}")
         words = server_command(chosen, folder, host, port, tp, any("humming" in w for w in verdict.warnings))
+        words += more or []
         out.print(shlex.join(words), soft_wrap=True)
         if not only_print:
             os.execv(words[0], words)

@@ -16,6 +16,10 @@ def sglang(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) 
         return "", "SGLang has no dense kernel for narrow weights with 8-bit activations; use --w4a16", None
     if format == "gptq" and not w.symmetric:
         return "", "zq knows SGLang to read symmetric GPTQ only; use --to compressed-tensors", None
+    if w.layout.kind == "tile":
+        if w.format == "e4m3fn" and (w.layout.rows, w.layout.size) == (128, 128) and a and target.sm >= 89:
+            return "FP8 in tiles", None, None
+        return "", "zq knows SGLang to serve FP8 in tiles of 128x128 from sm89 on, activations too", None
     if w.format == "e4m3fn" and target.sm:
         return ("FP8" if a and target.sm >= 89 else "FP8 weights"), None, None
     if w.format == "int8" and a and w.layout.kind != "group" and target.sm:

@@ -83,8 +83,8 @@ def refuse_fused(layers: Sequence[Layer]) -> list[str]:
 
 
 def refuse_split(layers: Sequence[Layer], tp: int, heads: Heads, format: str) -> list[str]:
-    """What cannot be split between devices, and packed words that a device or a fused layer would cut: the
-    first of each kind."""
+    """What cannot be split between devices, and packed words or tiles that a device or a fused layer would
+    cut: the first of each kind."""
     found: dict[str, str] = {}
     if heads.query % tp:
         found["heads"] = f"{heads.query} attention heads cannot be split between {tp} devices"
@@ -98,12 +98,11 @@ def refuse_split(layers: Sequence[Layer], tp: int, heads: Heads, format: str) ->
                     for key, line in _cuts(layer, members, tp, heads, format).items()
                     if key not in found
                 }
-    remedy = (
-        "choose another tensor parallel size"
-        if tp > 1
-        else "use --to compressed-tensors with symmetric weights"
-    )
-    return [f"{line}; {remedy}" for line in found.values()]
+    remedies = {"tiles": "use FP8 with a scale per channel (--fp8)"}
+    remedy = "use --to compressed-tensors with symmetric weights"
+    if tp > 1:
+        remedies, remedy = {}, "choose another tensor parallel size"
+    return [f"{line}; {remedies.get(key, remedy)}" for key, line in found.items()]
 
 
 def _cuts(layer: Layer, members: Sequence[Layer], tp: int, heads: Heads, format: str) -> dict[str, str]:
@@ -111,18 +110,22 @@ def _cuts(layer: Layer, members: Sequence[Layer], tp: int, heads: Heads, format:
     assert layer.site is not None
     (n, k), w = layer.shape, layer.scheme.weights
     rows, inputs = part(layer, members, tp, heads)
-    size = w.layout.size or 1 if w.layout.kind == "group" else 1
+    size = w.layout.size or 1 if w.layout.kind in ("group", "tile") else 1
     inside = f"of {w.bits} bits end inside a packed 32-bit word"
     cannot = f"cannot be split between {tp} devices"
     if layer.site[1] in SPLIT_INPUTS:
         if k % tp or inputs % size:
-            groups = f"{k} inputs in groups of {size}" if size > 1 else f"{k} inputs"
+            what = "tiles" if w.layout.kind == "tile" else "groups"
+            groups = f"{k} inputs in {what} of {size}" if size > 1 else f"{k} inputs"
             return {"inputs": f"'{layer.name}': {groups} {cannot}"}
         if tp > 1 and _is_packed(layer.scheme, format) and inputs * w.bits % 32:
             return {"words": f"'{layer.name}': {inputs} inputs {inside}"}
         return {}
     if n % tp and not _is_kv(layer, members, heads):
         return {"outputs": f"'{layer.name}': {n} outputs {cannot}"}
+    if rows % w.layout.rows and (tp > 1 or layer is not members[-1]):
+        held = f"the {rows} outputs of a device" if tp > 1 else f"{rows} outputs, fused with others,"
+        return {"tiles": f"'{layer.name}': {held} end inside a tile of {w.layout.rows}"}
     zeros = format == "compressed-tensors" and w.info.is_int and not w.symmetric
     alone = tp == 1 and len(members) == 1
     if not alone and (zeros or format in PACKED_ALONG_OUTPUTS) and rows * w.bits % 32:

@@ -12,6 +12,7 @@ from zq.spec import Scheme, TensorSpec
 
 AMX = "on a CPU with AMX vLLM rounds activations to INT8 in bf16; VLLM_CPU_INT4_W4A8=0 stops it"
 IGNORED = "computes it with 16-bit activations"
+MARLIN_FP8 = "FP8 weights (Marlin)"
 Found = tuple[str, str | None, str | None]  # kernel, problem, warning
 
 
@@ -35,8 +36,8 @@ def vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) ->
     problem = next((reason for hit, reason in problems if hit), None)
     if problem:
         return "", problem, None
-    if not w.info.is_int:
-        return _vllm_fp8(scheme, sm)
+    if not w.info.is_int or w.layout.kind == "tile":
+        return _vllm_fp8(scheme, shape, sm)
     if a is None:
         return _vllm_weights(scheme, shape, sm, format)
     if a.format not in ("int8", "e4m3fn") or (w.bits == 8 and a.format != "int8"):
@@ -95,6 +96,11 @@ def plugin_refuses(spec: TensorSpec) -> str | None:
         (bool(spec.inner), f"'pow2={spec.inner}'", f"{again} without pow2"),
         (spec.info.is_estimated, f"estimated values ({spec.format})", f"{again} to a fixed format"),
         (
+            spec.layout.kind == "tile",
+            f"tiles ({spec.layout})",
+            "export it to compressed-tensors, which vLLM reads itself (zq export --to compressed-tensors)",
+        ),
+        (
             spec.layout.kind not in ("channel", "group", "tensor"),
             f"the layout '{spec.layout}'",
             f"{again} in groups (g64) or per channel",
@@ -120,18 +126,49 @@ def _plugin(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
     )
 
 
-def _vllm_fp8(scheme: Scheme, sm: int) -> Found:
+def _vllm_fp8(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
+    if scheme.weights.layout.kind == "tile":
+        return _vllm_tiles(scheme, shape, sm)
     if scheme.weights.format != "e4m3fn":
         return "", f"zq knows no kernel of vLLM for {scheme.weights.format}", None
     if scheme.activations is None:
         if not sm:
             return "", "vLLM has no kernel for FP8 weights with 16-bit activations on a CPU", None
-        return "FP8 weights (Marlin)", None, None
+        return MARLIN_FP8, None, None
     if not sm:
         return "FP8 (torch._scaled_mm, slow)", None, None
     if sm < 89:
-        return "FP8 weights (Marlin)", None, f"before sm89 there is no FP8 arithmetic, so vLLM {IGNORED}"
+        return MARLIN_FP8, None, f"before sm89 there is no FP8 arithmetic, so vLLM {IGNORED}"
     return "FP8 (CUTLASS)", None, None
+
+
+def _vllm_tiles(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
+    """Read in vLLM 0.32; on a CPU run in it."""
+    w, a, (n, k) = scheme.weights, scheme.activations, shape
+    if w.format != "e4m3fn" or (w.layout.rows, w.layout.size) != (128, 128):
+        return "", f"zq knows vLLM to serve tiles of FP8 and of 128x128 only, not {w}", None
+    if not sm:
+        if a is None or n % 32:
+            return "", "vLLM on a CPU serves FP8 in tiles with FP8 activations and outputs in 32s only", None
+        return (
+            "FP8 weights in tiles (needs AMX)",
+            None,
+            f"vLLM on a CPU {IGNORED}, and does not load it where the CPU has no AMX",
+        )
+    if a is None:
+        return MARLIN_FP8, None, None
+    if sm < 90:
+        why = "there is no FP8 arithmetic" if sm < 89 else "vLLM takes Marlin for FP8 in tiles"
+        remedy = "; `--linear-backend triton` rounds them" if sm == 89 else ""
+        return MARLIN_FP8, None, f"before sm90 {why}, and {IGNORED}{remedy}"
+    if n % 64 == 0 and k % 128 == 0:
+        return (
+            "FP8 in tiles (DeepGEMM)",
+            None,
+            "vLLM makes its scales powers of two when it loads them, and rounds the weights again; "
+            "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them",
+        )
+    return "FP8 in tiles (CUTLASS)", None, None
 
 
 def _vllm_weights(scheme: Scheme, shape: tuple[int, int], sm: int, format: str) -> Found:

@@ -5,7 +5,8 @@
                      activations (int8 with int8            weight_scale [N, G], weight_shape I64 [2],
                      activations excepted)                  asym: weight_zero_point I32 [ceil(N*b/32), G]
     int-quantized    int8 weights, int8 activations         weight I8 [N, K], weight_scale [N, G]
-    float-quantized  e4m3 weights, e4m3 or no activations   weight F8_E4M3 [N, K], weight_scale [N, 1]
+    float-quantized  e4m3 weights, e4m3 or no activations   weight F8_E4M3 [N, K], weight_scale [N, 1], in
+                                                            tiles R x C [ceil(N/R), K/C] (`block`)
 
 Codes are offset binary, zero points stay in the signed domain plus the same offset and are packed along
 N. W4A8 must be pack-quantized: the library would infer int-quantized, one byte per weight, which no
@@ -55,6 +56,11 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (transposed, "its layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
         (w.layout.kind == "block", "compressed-tensors has no flat blocks"),
         (w.layout.kind == "rank1", "compressed-tensors has no rank-1 scales"),
+        (w.layout.kind == "tile" and w.format != "e4m3fn", "zq writes tiles there for FP8 weights only"),
+        (
+            w.layout.kind == "tile" and a is not None and a.layout.kind != "group",
+            f"its FP8 weights in tiles need activations in groups, e4m3fn:g{w.layout.size}, or none",
+        ),
         (w.rank > 0, "compressed-tensors has no low-rank corrections"),
         (w.kept > 0, "compressed-tensors has no columns that stay in 16 bits"),
         (w.center, "compressed-tensors subtracts no mean"),
@@ -65,7 +71,7 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (a is not None and a.narrow, "it has no narrow activations"),
         (
             w.format == "e4m3fn" and (w.layout.kind == "group" or (a and a.format == "int8")),
-            "its FP8 weights need a channel or tensor scale and no INT8 activations",
+            "its FP8 weights need a scale per channel, tensor or tile and no INT8 activations",
         ),
         (w.format == "int8" and a is not None and a.format != "int8", "it has no INT8 x FP8 scheme"),
         (w.layout.kind == "tensor" and w.bits != 8, "its packed weights need channel or group scales"),
@@ -77,6 +83,10 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (
             w.layout.kind == "group" and bool(shape[1] % (w.layout.size or 1)),
             f"groups of {w.layout.size} do not divide K={shape[1]}",
+        ),
+        (
+            w.layout.kind == "tile" and bool(shape[1] % (w.layout.size or 1)),
+            f"tiles of {w.layout.size} inputs do not divide K={shape[1]}",
         ),
     ]
     return next((reason for hit, reason in problems if hit), None)
@@ -260,12 +270,14 @@ def _position(name: str) -> str:
 
 
 def _weight_args(spec: TensorSpec) -> dict[str, Any]:
+    layout = spec.layout
     return {
         "num_bits": spec.bits,
         "type": "int" if spec.info.is_int else "float",
         "symmetric": spec.symmetric,
-        "strategy": spec.layout.kind,
-        "group_size": spec.layout.size if spec.layout.kind == "group" else None,
+        "strategy": "block" if layout.kind == "tile" else layout.kind,
+        "group_size": layout.size if layout.kind == "group" else None,
+        **({"block_structure": [layout.rows, layout.size]} if layout.kind == "tile" else {}),
         "dynamic": False,
     }
 
@@ -275,8 +287,8 @@ def _activation_args(spec: TensorSpec | None) -> dict[str, Any] | None:
         "num_bits": 8,
         "type": "int" if spec.info.is_int else "float",
         "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
+        "strategy": spec.layout.kind,
+        "group_size": spec.layout.size,
         "dynamic": True,
     }
 
@@ -313,7 +325,18 @@ def _spec(args: Any, *, dynamic: bool) -> TensorSpec:
     if bool(args.get("dynamic")) != dynamic or args.get("dynamic") == "local":
         what = "scales of activations are stored" if dynamic else "scales of weights are not stored"
         raise ZqError(f"its {what} (dynamic: {args.get('dynamic')})")
-    bits, is_int, strategy = args["num_bits"], args["type"] == "int", args["strategy"]
-    layout = Layout.parse(f"g{args['group_size']}" if strategy == "group" else strategy)
+    bits, is_int, layout = args["num_bits"], args["type"] == "int", _layout(args)
     name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")
     return TensorSpec(format=name, layout=layout, symmetric=bool(args.get("symmetric", True)))
+
+
+def _layout(args: dict[str, Any]) -> Layout:
+    strategy = args["strategy"]
+    if strategy == "group":
+        return Layout.parse(f"g{args['group_size']}")
+    if strategy != "block":
+        return Layout.parse(strategy)
+    tile = args["block_structure"]
+    if not isinstance(tile, list) or len(tile) != 2:
+        raise ZqError(f"its block_structure is {tile!r}, not a list of two sizes")
+    return Layout.parse(f"{tile[0]}x{tile[1]}")

@@ -41,7 +41,7 @@ def refuse(scheme: Scheme, shape: tuple[int, int]) -> str | None:
         (w.format not in ("int4", "int6", "int8"), f"it has no {w.format} blocks, only int4, int6 and int8"),
         (w.extras, "it has codes and scales only"),
         (not w.symmetric and w.bits != 4, f"its blocks of {w.format} are symmetric"),
-        (w.layout.kind in ("block", "rank1"), "its scales run along the inputs of a row"),
+        (w.layout.kind in ("block", "rank1", "tile"), "its scales run along the inputs of a row"),
         (
             w.layout.kind == "group" and bool((w.layout.size or 0) % unit),
             f"groups of {w.layout.size} are no multiple of its {unit}",

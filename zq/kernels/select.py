@@ -11,7 +11,12 @@ from zq.kernels.unit import Unit
 from zq.spec import Scheme
 
 INPUTS = {"bf16": ("bf16",), "fp16": ("fp16",), "fp32": ("bf16", "fp16")}  # fp32 models are served in 16 bits
-OUTPUTS = {"int8": "Int8", "e4m3fn": "E4m3"}
+OUTPUTS = {  # of a scheme's activations -> OUT and SCALES of quant.cu
+    "int8:token": ("Int8", "Token"),
+    "e4m3fn:token": ("E4m3", "Token"),
+    "e4m3fn:g128": ("E4m3", "Block128"),
+}
+FP8_BLOCK128 = Scheme.parse("e4m3fn:128x128 @ e4m3fn:g128")
 GROUPS = (0, 32, 64, 128)  # 0: one scale per channel
 MULTIPLE = 16  # of K: rows are read 16 bytes at a time
 INT8_K = 65536  # beyond it sums of INT8 products may not fit 32 bits
@@ -22,6 +27,8 @@ def gemm_op(scheme: Scheme) -> str | None:
     """The operator that computes a layer of this scheme; None: no kernel does, it is dequantized."""
     weights, activations = scheme.weights, scheme.activations
     kind = weights.layout.kind
+    if kind == "tile":
+        return "fp8_block128" if scheme == FP8_BLOCK128 else None
     group = {"group": weights.layout.size or 0, "channel": 0}.get(kind)
     if group not in GROUPS or weights.extras:
         return None
@@ -53,7 +60,8 @@ def units_for(schemes: Iterable[Scheme], dtype: str, decoder: bool = False) -> l
     """The units that layers of these schemes need in a model of `dtype` (bf16, fp16, fp32), activations alone
     or fused included, in the order of the table. decoder: with those of its steps, over caches of all kinds.
     None at all where no kernel computes a layer."""
-    names, outputs = set(), set()
+    names: set[str] = set()
+    outputs: set[tuple[str, str]] = set()
     for scheme in schemes:
         op = gemm_op(scheme)
         if op is None:
@@ -64,7 +72,7 @@ def units_for(schemes: Iterable[Scheme], dtype: str, decoder: bool = False) -> l
             packed = packing(op, group, not weights.symmetric, kind == "fp16")
             names |= {unit_name(op, packed, arch) for arch in FAMILIES}
         if scheme.activations is not None:
-            outputs.add(OUTPUTS[scheme.activations.format])
+            outputs.add(OUTPUTS[str(scheme.activations)])
     if names and decoder:
         names |= {name for kind in INPUTS[dtype] for name in _cache_units(kind)}
     return [unit for unit in UNITS.values() if unit.name in names or _quantizes(unit, INPUTS[dtype], outputs)]
@@ -76,11 +84,8 @@ def _cache_units(kind: str) -> list[str]:
     return [*steps, *(f"plain_{kv}_{kind}" for kv in CACHES if kv)]
 
 
-def _quantizes(unit: Unit, inputs: tuple[str, ...], outputs: set[str]) -> bool:
+def _quantizes(unit: Unit, inputs: tuple[str, ...], outputs: set[tuple[str, str]]) -> bool:
     defines = dict(unit.defines)
-    return (
-        unit.source == "quant.cu"
-        and defines["SCALES"] == "Token"
-        and defines["IN"] in inputs
-        and defines["OUT"] in outputs
-    )
+    if unit.source != "quant.cu" or defines["IN"] not in inputs:
+        return False
+    return (defines["OUT"], defines["SCALES"]) in outputs

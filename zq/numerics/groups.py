@@ -4,7 +4,7 @@ Every layout becomes the same three axes: R rows, G groups in a row, S values in
 
     tensor    [1, 1, N*K]        channel, token  [N, 1, K]
     group g   [N, ceil(K/g), g]  block b         [1, ceil(N*K/b), b]
-    rank1     [N, K, 1]
+    rank1     [N, K, 1]           tile r x c      [ceil(N/r), ceil(K/c), r*c]
 
 With power-of-two groups inside (`pow2=p`) the last axis is split further, [R, G * ceil(S/p), p].
 
@@ -30,6 +30,11 @@ def group(x: Tensor, spec: TensorSpec) -> Tensor:
     kind, size = spec.layout.kind, spec.layout.size or 0
     if kind == "rank1":
         return x.reshape(n, k, 1)
+    if kind == "tile":
+        tall = spec.layout.rows
+        full = _padded(_padded(x, size, spec).T, tall, spec).T
+        tiles = full.reshape(full.shape[0] // tall, tall, full.shape[1] // size, size)
+        return tiles.transpose(1, 2).flatten(2)
     rows = x if kind in ("group", "channel", "token") else x.reshape(1, n * k)
     rows = _padded(rows, size or spec.inner or rows.shape[1], spec)
     length = spec.inner or size or rows.shape[1]
@@ -47,16 +52,18 @@ def _padded(rows: Tensor, size: int, spec: TensorSpec) -> Tensor:
 
 
 def counted(shape: tuple[int, int], spec: TensorSpec) -> Tensor | None:
-    """[1, G, S] with 1 for the values of an [N, K] tensor and 0 for padding; None where padding is no error,
-    or code values were estimated with it."""
+    """[1 or R, G, S] with 1 for the values of an [N, K] tensor and 0 for padding; None where padding is no
+    error, or code values were estimated with it."""
     if (spec.info.zero and not spec.center) or spec.info.is_estimated:
         return None
     n, k = shape
-    length = k if spec.layout.kind in ("group", "channel", "token", "rank1") else n * k
-    flat = torch.ones(1, length)
     zeros = replace(spec, format="int8", center=False)
+    if spec.layout.kind == "tile":
+        flat = torch.ones(n, k)
+    else:
+        flat = torch.ones(1, k if spec.layout.kind in ("group", "channel", "token", "rank1") else n * k)
     grouped = group(flat, zeros)
-    return None if grouped.numel() == length else grouped
+    return None if grouped.numel() == flat.numel() else grouped
 
 
 def ungroup(x: Tensor, shape: tuple[int, int], spec: TensorSpec) -> Tensor:
@@ -64,6 +71,9 @@ def ungroup(x: Tensor, shape: tuple[int, int], spec: TensorSpec) -> Tensor:
     n, k = shape
     if spec.layout.kind in ("tensor", "block"):
         return x.reshape(-1)[: n * k].reshape(n, k)
+    if spec.layout.kind == "tile":
+        tiles = x.unflatten(2, (spec.layout.rows, -1)).transpose(1, 2)
+        return tiles.flatten(2).flatten(0, 1)[:n, :k]
     return x.reshape(n, -1)[:, :k]
 
 

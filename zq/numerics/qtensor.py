@@ -215,10 +215,11 @@ def _round_int(x: Tensor, spec: TensorSpec, scale: Scale, generator: torch.Gener
 def fake_quantize_tokens(x: Tensor, spec: TensorSpec) -> Tensor:
     """Token-wise dynamic activation quantization, simulated: x [..., K] -> same shape and dtype.
 
-    One absmax scale per row, in float32 as the fused kernels keep it (ZeroQuant, section 3.2).
+    One absmax scale per row, or per group of a row, in float32 as the fused kernels keep it (ZeroQuant,
+    section 3.2).
     """
     # 16-bit values are not widened first: their extremes are exact, and quotients by float32 are float32.
     rows = group(x.reshape(-1, x.shape[-1]), spec)
     rows = rows if rows.element_size() == 2 else rows.float()
     scale = _scales.absmax(rows, spec, torch.float32)
-    return fake_groups(rows, spec, scale).reshape(x.shape).to(x.dtype)
+    return fake_groups(rows, spec, scale).flatten(1)[:, : x.shape[-1]].reshape(x.shape).to(x.dtype)

@@ -121,8 +121,8 @@ def quantize_weight(
     work = weight.to(factor.upper.dtype)
     weights = None
     each = factor.diagonal.float() ** importance
-    if spec.layout.kind in ("group", "channel", "token"):
-        weights = group(each.expand(1, -1), spec)
+    if spec.layout.kind in ("group", "channel", "token", "tile"):
+        weights = group(each.expand(spec.layout.rows, -1), spec)
     elif spec.layout.kind == "rank1":
         weights = each.reshape(1, -1, 1)
     coded = work.float() if places is None else without(work.float(), places)
@@ -184,7 +184,8 @@ def _per_column(scale: Tensor, spec: TensorSpec, n: int, k: int) -> Tensor:
         return scale.expand(n, k)
     if spec.layout.kind in ("tensor", "block"):
         return scale.reshape(-1).repeat_interleave(size)[: n * k].reshape(n, k)
-    return scale.expand(n, -1).repeat_interleave(size, dim=1)[:, :k]
+    rows = scale.repeat_interleave(spec.layout.rows, dim=0)[:n]
+    return rows.expand(n, -1).repeat_interleave(size, dim=1)[:, :k]
 
 
 def correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:

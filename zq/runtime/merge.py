@@ -41,8 +41,14 @@ def merged(linears: Sequence[ServedLinear]) -> ServedLinear:
     return ServedLinear(made, _biases(linears), sum(x.out_features for x in linears), linears[0].in_features)
 
 
+def reorderable(linear: nn.Module) -> bool:
+    """Whether each output has scales of its own, or none."""
+    served = linear.served if isinstance(linear, ServedLinear) else None
+    return not (isinstance(served, KernelLinear) and served.op == "fp8_block128")
+
+
 def reordered(linear: nn.Module, order: Tensor) -> nn.Module:
-    """A linear whose output i is output order[i] of `linear`. order: int64 [N]."""
+    """A linear whose output i is output order[i] of `linear`, which is `reorderable`. order: int64 [N]."""
     if not isinstance(linear, ServedLinear):
         return _reordered_plain(linear, order)
     made: Any = copy.copy(linear.served)
@@ -72,7 +78,8 @@ def _reordered_plain(linear: Any, order: Tensor) -> nn.Linear:
 
 def _kind(served: Any) -> tuple[Any, ...]:
     if isinstance(served, KernelLinear):
-        return (KernelLinear, served.op, served.k, served.packing, served.ws is None)
+        cut = served.op == "fp8_block128" and served.n % layout.PAD  # a tile of scales would cross layers
+        return (KernelLinear, served.op, served.k, served.packing, served.ws is None, cut and id(served))
     if isinstance(served, IntegerLinear):
         return (IntegerLinear, served.codes.shape[1], served.zero is None)
     if isinstance(served, PackedLinear):

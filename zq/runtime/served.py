@@ -11,6 +11,8 @@ its input (rows.py), where it can.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from zq.kernels.tiles import packing, unit_name
 from zq.numerics.qtensor import QTensor, fake_quantize_tokens
 from zq.runtime.cpu import cpu_linear
 from zq.runtime.rows import Rows, quantized
-from zq.spec import Layout, Scheme, TensorSpec
+from zq.spec import Scheme, TensorSpec
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -32,7 +34,8 @@ def units(op: str, scheme: Scheme, dtype: torch.dtype, capability: int) -> list[
     names = [unit_name(op, packed, capability)]
     if scheme.activations is not None:
         kind = "int8" if scheme.activations.format == "int8" else "fp8"
-        names.append(f"plain_{kind}_{NAMES[dtype]}")
+        blocks = "_block128" if scheme.activations.layout.kind == "group" else ""
+        names.append(f"plain_{kind}{blocks}_{NAMES[dtype]}")
     return names
 
 
@@ -99,8 +102,8 @@ class KernelLinear(nn.Module):
 
     @property
     def takes(self) -> torch.dtype | None:
-        """What the operator wants its rows quantized to; None: as they are."""
-        if self.op.endswith("a16"):
+        """What the operator wants its rows quantized to, token by token; None: as they are."""
+        if self.op.endswith("a16") or self.op == "fp8_block128":  # which has scales within a row
             return None
         return torch.float8_e4m3fn if self.op.endswith("fp8") else torch.int8
 
@@ -116,6 +119,8 @@ class KernelLinear(nn.Module):
             return ops.w4a16(x, w, ws, bias, n, group, self.asym)
         if self.op == "w8a16":
             return ops.w8a16(x, w, ws, bias, n)
+        if self.op == "fp8_block128":
+            return ops.fp8_block128(*ops.quant_fp8_block128(x), w, bias, n, out)
         if self.op == "w4a8_fp8":
             return ops.w4a8_fp8(x, sx, w, bias, n, group, out)
         if self.op == "w8a8_fp8":
@@ -133,6 +138,8 @@ def pack(q: QTensor, op: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     p = packing(op, group, not spec.symmetric, dtype == torch.float16)
     if spec.two_level:
         return layout.pack(p, *layout.two_level(q)), q.scale[:, 0].float().contiguous()
+    if op == "fp8_block128":
+        return layout.pack(p, q.codes, q.scale), None
     if p.bits == 8:
         return layout.pack(p, q.codes.view(torch.uint8)), q.scale[:, 0].float().contiguous()
     codes = (q.codes + 8).to(torch.uint8)
@@ -149,7 +156,7 @@ class DenseLinear(nn.Module):
 
     def __init__(self, q: QTensor, activations: TensorSpec | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.activations = None if activations is None else activations.format
+        self.activations = None if activations is None else str(activations)
         self.weight: Tensor
         self.register_buffer("weight", q.dequantize(dtype))
 
@@ -159,14 +166,17 @@ class DenseLinear(nn.Module):
         return nn.functional.linear(x, self.weight, bias)
 
 
-def simulate(x: Tensor, format: str) -> Tensor:
+def simulate(x: Tensor, spec: str) -> Tensor:
     """`fake_quantize_tokens`, as one operator where torch.compile would change its rounding."""
-    return fake_quantize_tokens(x, TensorSpec(format=format, layout=Layout("token")))
+    return fake_quantize_tokens(x, parsed(spec))
+
+
+parsed = cache(TensorSpec.parse)
 
 
 simulate_op = torch.library.custom_op("zq::simulate_tokens", simulate, mutates_args=())
 
 
 @simulate_op.register_fake
-def _(x: Tensor, format: str) -> Tensor:
+def _(x: Tensor, spec: str) -> Tensor:
     return torch.empty_like(x)

@@ -14,7 +14,7 @@ from zq.models.structure import Structure
 from zq.runtime.blocks.attention import Attention
 from zq.runtime.blocks.block import fused_class
 from zq.runtime.blocks.site import Activation, Norm, Site
-from zq.runtime.merge import reordered
+from zq.runtime.merge import reorderable, reordered
 from zq.runtime.serving import ServedLinear
 
 POSTS = ("post", "normed")  # orders whose norms feed the residual stream as well
@@ -28,6 +28,8 @@ def obstacle(block: nn.Module, arch: Arch, structure: Structure) -> str:
     other = next((x for x in linears if not isinstance(x, ServedLinear) and not is_linear(x)), None)
     if other is not None:
         return f"a layer is a {type(other).__name__}"
+    if structure.per_head and not all(reorderable(linear) for linear in linears):
+        return "q, k and v come head by head, and weights in tiles cannot be put in another order"
     for path in (*structure.norms, *_head_norms(structure)):
         norm = _at(block, path) if path else None
         if isinstance(norm, nn.LayerNorm) or norm is None or hasattr(norm, "variance_epsilon"):
