@@ -190,11 +190,12 @@ def test_a_graph_of_a_shape_that_has_not_run_on_its_stream(monkeypatch) -> None:
 
 
 def test_a_kernel_is_not_loaded_during_a_capture(monkeypatch) -> None:
-    from zq.kernels import cuda
+    from zq.kernels import cuda, launch
 
     x = torch.ones(2, 64, device="cuda")
     outputs("quant_int8", (x,))
     monkeypatch.setattr(cuda, "_functions", {})
+    launch.forget()
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(ZqError, match="a CUDA graph is being captured"), torch.cuda.graph(graph):
         outputs("quant_int8", (x,))

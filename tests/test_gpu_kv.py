@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.kernels.attention_smoke import cases, moved
-from tests.kernels.inputs import BF16, FP16
-from tests.kernels.inputs_kv import attention_args, store_args
+from tests.kernels.inputs import BF16, FP8, FP16
+from tests.kernels.inputs_kv import attention_args, in_parts, store_args, token_args
 from tests.kernels.near_kv import worst
 from zq.kernels import ops  # noqa: F401  (registers the operators)
 
@@ -40,7 +40,15 @@ def test_a_row_does_not_depend_on_its_batch(kv) -> None:
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    "options", [{}, {"rotary": 24}, {"rope": "interleaved", "rotary": 16}, {"rope": "none"}, {"wide": False}]
+    "options",
+    [
+        {},
+        {"rotary": 24},
+        {"rope": "interleaved", "rotary": 16},
+        {"rope": "none"},
+        {"wide": False},
+        {"tokens": 7},
+    ],
 )
 def test_store(kv, dtype, options) -> None:
     for shape in ((5, 32, 8, 40, 128), (3, 4, 4, 9, 80), (300, 2, 1, 7, 64)):
@@ -49,6 +57,29 @@ def test_store(kv, dtype, options) -> None:
         assert torch.equal(Z.store_kv(*here).cpu(), Z.store_kv(*args))
         for a, b in zip(here[1:5], args[1:5], strict=True):
             assert a is b is None or torch.equal(a.cpu().float().nan_to_num(3), b.float().nan_to_num(3))
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+@pytest.mark.parametrize("to", [torch.int8, FP8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rotary": 24, "norms": True},
+        {"rope": "interleaved", "rotary": 16},
+        {"rope": "none", "alibi": True},
+    ],
+)
+def test_a_token_is_its_parts(kv, to, options) -> None:
+    """To the bit, three times: counters are as before."""
+    for shape in ((5, 32, 8, 640, 128), (1, 32, 8, 5000, 128), (3, 72, 8, 300, 80), (40, 12, 1, 1300, 64)):
+        args = token_args(shape, kv, to=to, **options)
+        other = moved(args)
+        wanted = [*in_parts(other, Z.store_kv, Z.decode_attention), *other[1:5]]
+        for _ in range(3):
+            here = moved(args)
+            for a, b in zip((*Z.attend_token(*here), *here[1:5]), wanted, strict=True):
+                assert a is b is None or torch.equal(a.float().nan_to_num(3), b.float().nan_to_num(3))
 
 
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])

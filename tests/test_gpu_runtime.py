@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, StaticCache
 import zq
 from tests.runtime.gpu_smoke import launches
 from tests.runtime.quantized import SCHEMES, W4A8, W8A8, SchemeOf, distance, in_float32, quantized
+from tests.runtime.test_ahead import Told
 from tests.simulate import outputs, recipe
 from tests.tiny import TINY, random_model, save_tiny, token_ids
 from zq.errors import ZqError
 from zq.pipeline import quantize
 from zq.plan import make_plan
+from zq.runtime import ahead
 from zq.runtime.blocks.around import Around
 from zq.runtime.cache import make_cache
 from zq.runtime.graphs import PATIENCE, Captured
@@ -168,6 +170,79 @@ def test_the_graph_is_the_step() -> None:
             found.append(model.generate(**given, do_sample=sample))
         assert torch.equal(*found)
     assert replays(model) > 40
+
+
+def both_loops(model: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> list[torch.Tensor]:
+    """Tokens of a seeded call, a step ahead of the device and with transformers' loop."""
+    found, states = [], []
+    for fits in (ahead.fits, lambda *_: False):
+        with monkeypatch.context() as patch:
+            patch.setattr(ahead, "fits", fits)
+            torch.manual_seed(7)
+            found.append(model.generate(**given, pad_token_id=0))
+            states.append(torch.cuda.get_rng_state())
+    assert torch.equal(*states)
+    return found
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gptj", "bloom", "opt", "gpt_neox"])
+def test_a_step_ahead_of_the_device(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of transformers' loop, rows that end at different steps and early included."""
+    _, model = on_gpu(name, W4A8)
+    given = {**padded(3, 9), "max_new_tokens": 16, "do_sample": sampled}
+    for _ in range(2):  # afterwards all steps are replayed
+        free, wanted = both_loops(model, monkeypatch, **given, eos_token_id=None)
+    assert torch.equal(free, wanted)
+    for steps in ((1, 6, 11), (0, 0, 0), (2, 3, 3), (14, 14, 14), (15, 15, 15)):
+        eos = [int(row[9 + step]) for row, step in zip(free, steps, strict=True)]
+        assert torch.equal(*both_loops(model, monkeypatch, **given, eos_token_id=eos))
+
+
+def test_a_call_on_another_stream_waits_for_the_step_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = on_gpu("llama", W4A8)
+    given = {**padded(3, 9), "max_new_tokens": 16}
+    wanted = both_loops(model, monkeypatch, **given, eos_token_id=None)[1]
+    for _ in range(8):
+        model.generate(**given, pad_token_id=0, eos_token_id=wanted[:, 9].tolist())
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = model.generate(**given, pad_token_id=0, eos_token_id=None)
+            torch.cuda.current_stream().synchronize()
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_device_is_never_waited_for_at_once(sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on there is only the event of the flags, which is behind by a launch."""
+    _, model = on_gpu("llama", W4A8)
+    given = {**padded(2, 9), "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": [10**6]}
+    model.generate(**given, do_sample=sampled)
+    sent: list[int] = []
+    original = ahead.Mail.send
+
+    def send(self: ahead.Mail, *values: torch.Tensor) -> None:
+        sent.append(len(values))
+        original(self, *values)
+        if len(sent) == 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(ahead.Mail, "send", send)
+    try:
+        model.generate(**given, do_sample=sampled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sent == [1] * 12
+
+
+def test_a_streamer_gets_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = on_gpu("llama", W4A8)
+    given = {**padded(1, 9), "max_new_tokens": 12, "pad_token_id": 0}
+    free = model.generate(**given, eos_token_id=None)
+    for eos in (None, int(free[0, 9 + 5])):
+        told = Told()
+        found = model.generate(**given, eos_token_id=eos, streamer=told)
+        assert torch.equal(torch.cat([x.view(-1) for x in told.texts[:-1]]), found[0].cpu())
+        assert told.texts[-1] is None
 
 
 def test_a_static_cache_of_the_users_own() -> None:

@@ -88,7 +88,17 @@ def test_shipped_recipes_are_whole(name: str) -> None:
 
 
 def test_the_shortcuts_of_the_command_line_are_all_shipped() -> None:
-    assert {"w8a8", "w4a8", "w4a16", "w8a16", "fp8", "fp8-block", "w4afp8", "w4w8a8"} <= set(shipped())
+    assert {
+        "w8a8",
+        "w4a8",
+        "w4a8-two-level",
+        "w4a16",
+        "w8a16",
+        "fp8",
+        "fp8-block",
+        "w4afp8",
+        "w4w8a8",
+    } <= set(shipped())
 
 
 def test_the_first_rule_that_matches_wins() -> None:

@@ -72,13 +72,16 @@ def store_args(
     norms: bool = False,
     wide: bool = True,
     seed: int = 0,
+    tokens: int = 1,
 ) -> tuple[Any, ...]:
-    """shape as above; the caches are full of other values before. The third row is zeros, if there is one."""
-    rows, heads, kv_heads, length, d = shape
+    """shape as above; the caches are full of other values before. The third row is zeros, if there is one.
+    tokens: of each row, one behind the other."""
+    batch, heads, kv_heads, length, d = shape
+    rows = batch * tokens
     qkv = normal(rows, (heads + 2 * kv_heads) * d, seed=seed) * torch.logspace(-2, 2, rows)[:, None]
     qkv[2:3] = 0
-    (k, ks), (v, vs) = (cache((rows, kv_heads, length, d), kv, dtype, seed + s) for s in (1, 3))
-    position = torch.arange(rows) * 7 % length
+    (k, ks), (v, vs) = (cache((batch, kv_heads, length, d), kv, dtype, seed + s) for s in (1, 3))
+    position = torch.arange(rows) * 7 % length if tokens == 1 else torch.arange(tokens).repeat(batch)
     cos = sin = None
     if rope != "none":
         angle = torch.arange(rows)[:, None] * torch.linspace(1, 0.01, (rotary or d) // 2)
@@ -101,4 +104,37 @@ def store_args(
         rope,
         *weights,
         1e-6,
+        *[tokens] * (tokens > 1),
     )
+
+
+def token_args(
+    shape: tuple[int, int, int, int, int],
+    kv: str | None = None,
+    dtype: torch.dtype = BF16,
+    to: torch.dtype = torch.int8,
+    spans: Sequence[tuple[int, int]] | None = None,
+    alibi: bool = False,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """As `store_args`, which takes `options`; spans: first and last of each row. What lies behind the last
+    is NaN, and so is the place of the new token."""
+    rows, heads, _, length, d = shape
+    qkv, k, v, ks, vs, _, cos, sin, *numbers, eps = store_args(shape, kv, dtype, wide=False, **options)
+    spans = spans or [(row % 3, length - 1 - row % 2) for row in range(rows)]
+    for row, (_, end) in enumerate(spans):
+        for x, scale in ((k, ks), (v, vs)):
+            x[row, :, max(end, 0) :] = torch.nan if kv != "int8" else 127
+            if scale is not None:
+                scale[row, :, max(end, 0) :] = torch.nan
+    first, last = (torch.tensor(each, dtype=torch.int32) for each in zip(*spans, strict=True))
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads) if alibi else None
+    return qkv, k, v, ks, vs, first, last, cos, sin, *numbers, eps, d**-0.5, slopes, to
+
+
+def in_parts(args: tuple[Any, ...], store: Any, attend: Any) -> tuple[Tensor, ...]:
+    """attend_token by the other operators, `store` and `attend`, and the reference's rounding."""
+    qkv, k, v, ks, vs, first, last, cos, sin, *numbers, eps, scale, slopes, to = args
+    q = store(qkv, k, v, ks, vs, last, cos, sin, *numbers, eps)
+    out = attend(q, k, v, ks, vs, first, last, scale, slopes)
+    return reference.codes(out.view(out.shape[0], -1), to)

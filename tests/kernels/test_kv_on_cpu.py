@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.inputs import BF16, FP16
-from tests.kernels.inputs_kv import attention_args, store_args
+from tests.kernels.inputs_kv import attention_args, in_parts, store_args, token_args
 from tests.kernels.near_kv import of_magnitudes, worst
 from tests.kernels.on_cpu import Sources, aligned, into
 from zq.kernels import checks_kv, launch_kv, reference_kv
@@ -29,6 +29,7 @@ extern "C" void run(const Args *a, int entry, int x, int y, int z, int backwards
   run_grid({x, y, z}, 128, [=] { store_kv(*a); }, backwards);
 }
 """
+TOKEN = ATTEND.replace("attention_", "token_")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def device(sources, monkeypatch):
             it.scratch.append((made, call.scratch.zeroed))
             call.lend(made)
         name = call.entry.rpartition("_")[2]
-        run = ATTEND if call.entry.startswith("attention") else STORE
+        run = {"attention": ATTEND, "token": TOKEN}.get(call.entry.partition("_")[0], STORE)
         library = sources.compile(UNITS[call.unit], run, {}, it.arch, "-O1")
         size = int(name) if name.isdigit() else 0
         library.run(ctypes.byref(call.arguments), size, *call.grid, it.backwards)
@@ -74,12 +75,16 @@ def device(sources, monkeypatch):
 
 def launched(name: str, args: tuple) -> Tensor:
     """Into memory full of NaN; q is aligned as on a GPU."""
+    return whole(name, args)[0]
+
+
+def whole(name: str, args: tuple) -> list[Tensor]:
     args = (aligned(args[0]), *args[1:])
-    ((shape, dtype),) = getattr(checks_kv, name)(*args)
-    out = aligned(torch.zeros(shape, dtype=dtype))
-    out.view(torch.uint8).fill_(0xFF)
-    into(name, args, [out])
-    return out
+    made = [aligned(torch.zeros(shape, dtype=dtype)) for shape, dtype in getattr(checks_kv, name)(*args)]
+    for out in made:
+        out.view(torch.uint8).fill_(0xFF)
+    into(name, args, made)
+    return made
 
 
 def attend(device, args: tuple) -> Tensor:
@@ -247,6 +252,7 @@ STORES = [
     {"rope": "interleaved", "rotary": 16},
     {"rope": "none"},
     {"rope": "half", "wide": False},
+    {"rope": "half", "tokens": 3},
 ]
 
 
@@ -305,6 +311,49 @@ def test_e4m3_by_bits(device):
         made.append((k.float(), v.float(), ks, vs))
     for old, new in zip(*made, strict=True):
         assert torch.equal(old, new)
+
+
+def same_as_its_parts(device, args: tuple) -> None:
+    """To the bit: codes, scales, sums of rows, and the cache."""
+    other = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+    found = whole("attend_token", args)
+    for memory, zeroed in device.scratch:
+        assert not memory[:zeroed].any(), "counters are not zero again"
+    wanted = in_parts(other, lambda *a: launched("store_kv", a), lambda *a: launched("decode_attention", a))
+    for a, b in zip((*found, *args[1:5]), (*wanted, *other[1:5]), strict=True):
+        assert a is b is None or torch.equal(a.float().nan_to_num(3), b.float().nan_to_num(3))
+
+
+TOKENS = [
+    {},
+    {"rope": "half", "rotary": 16, "to": torch.float8_e4m3fn},
+    {"rope": "interleaved", "rotary": 8},
+    {"rope": "none", "alibi": True},
+    {"norms": True},
+]
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+@pytest.mark.parametrize("options", TOKENS, ids=str)
+def test_a_token_in_one_launch(kv, options, device):
+    for shape in ((3, 6, 2, 300, 32), (2, 12, 1, 40, 80), (1, 2, 2, 20, 256)):
+        same_as_its_parts(device, token_args(shape, kv, **options))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("sms", [1, 132])
+def test_a_token_of_several_blocks(backwards, sms, device):
+    """Rows of one chunk and of many; the newest position alone, before the first that is seen, outside."""
+    device.sms, device.backwards = sms, backwards
+    spans = [(0, 2099), (5, 5), (1300, 2000), (7, 6), (2, 2100), (0, 128)]
+    for kv, dtype in ((None, FP16), ("int8", BF16)):
+        same_as_its_parts(device, token_args((6, 10, 1, 2100, 16), kv, dtype, spans=spans))
+
+
+def test_a_long_row_of_heads_and_one_of_zeros(device):
+    """More pieces than the threads of a block keep; the third row is zeros."""
+    for to in (torch.int8, torch.float8_e4m3fn):
+        same_as_its_parts(device, token_args((3, 72, 12, 9, 128), None, BF16, to, [(0, 0), (0, 4), (2, 2)]))
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 1000, 1023, 1024, 1025, 4096, 32768, 131072])

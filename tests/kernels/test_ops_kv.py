@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rot
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from tests.kernels.inputs import BF16, FP8, FP16, normal
-from tests.kernels.inputs_kv import attention_args, store_args
+from tests.kernels.inputs_kv import attention_args, in_parts, store_args, token_args
 from tests.tiny import build_tiny
 from zq.errors import ZqError
 from zq.kernels import ops, reference, reference_kv
@@ -26,6 +26,9 @@ CALLS = [
     ),
     *(("store_kv", store_args((3, 4, 2, 9, 32), kv, norms=kv is None)) for kv in (None, "int8", "fp8")),
     ("store_kv", store_args((3, 4, 2, 9, 32), None, rope="none")[:11]),
+    ("store_kv", store_args((2, 4, 2, 9, 32), None, tokens=5)),
+    *(("attend_token", token_args((2, 4, 2, 9, 32), kv, norms=True)) for kv in (None, "int8", "fp8")),
+    ("attend_token", token_args((2, 4, 2, 9, 32), None, to=FP8, rope="none", alibi=True)),
 ]
 
 
@@ -182,8 +185,17 @@ K = torch.zeros(2, 2, 5, 32, dtype=BF16)
 K8, S = K.to(torch.int8), torch.ones(2, 2, 5)
 NULL = torch.zeros(2, dtype=torch.int32)
 QKV, COS = torch.zeros(2, 8 * 32, dtype=BF16), torch.zeros(2, 32, dtype=BF16)
-ATTEND, STORE = "decode_attention", "store_kv"
+ATTEND, STORE, TOKEN = "decode_attention", "store_kv", "attend_token"
+REST = (COS, COS, 4, 2, "half", None, None, 1e-6, 0.2, None)
 MISUSES = [
+    (TOKEN, (QKV, K, K, None, None, NULL, NULL, *REST, BF16), "dtype is bfloat16; allowed: int8, float8"),
+    (TOKEN, (QKV, K, K, None, None, NULL, NULL.long(), *REST, torch.int8), "last is int64; allowed: int32"),
+    (
+        TOKEN,
+        (QKV, K, K, None, None, NULL[:1], NULL, *REST, torch.int8),
+        r"first has shape \[1\], expected \[2\]",
+    ),
+    (TOKEN, (QKV, K8, K8, None, S, NULL, NULL, *REST, torch.int8), "zq::attend_token: k_scale is missing"),
     (
         ATTEND,
         (Q[0], K, K, None, None, NULL, NULL, 1.0, None),
@@ -244,6 +256,16 @@ MISUSES = [
     (STORE, (QKV, K, K, None, None, NULL, COS, COS, 5, 2, "half"), "5 query heads cannot share 2"),
     (
         STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "half", None, None, 1e-6, 3),
+        "2 rows are no multiple of tokens, which is 3",
+    ),
+    (
+        STORE,
+        (QKV, K, K, None, None, NULL, COS, COS, 4, 2, "half", None, None, 1e-6, 2),
+        r"k has shape \[2, 2, 5, 32\], expected \[1, 2, 5, 32\]",
+    ),
+    (
+        STORE,
         (QKV, K, K, None, None, NULL, COS, COS, 6, 2, "half"),
         r"qkv has shape \[2, 256\], expected \[2, 320\]",
     ),
@@ -280,11 +302,22 @@ def test_no_rows():
     assert Z.decode_attention(*none, 1.0, None).shape == (0, 4, 32)
     none = (x[:0] for x in (QKV, K8, K8, S, S, NULL, COS, COS))
     assert Z.store_kv(*none, 4, 2, "half").shape == (0, 4, 32)
+    none = (x[:0] for x in (QKV, K8, K8, S, S, NULL, NULL, COS, COS))
+    assert Z.attend_token(*none, *REST[2:], FP8)[0].shape == (0, 128)
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_a_token_is_its_parts(kv):
+    args = token_args((3, 6, 2, 30, 32), kv, norms=True)
+    other = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+    found, wanted = Z.attend_token(*args), in_parts(other, Z.store_kv, Z.decode_attention)
+    for a, b in zip((*found, *args[1:5]), (*wanted, *other[1:5]), strict=True):
+        assert a is b is None or torch.equal(a.float().nan_to_num(3), b.float().nan_to_num(3))
 
 
 def test_units_of_a_model():
     names = {unit.name for unit in KV_UNITS}
-    assert kv_units("bf16", "int8") == ("attention_int8_bf16", "store_kv_int8_bf16")
+    assert kv_units("bf16", "int8") == ("attention_int8_bf16", "store_kv_int8_bf16", "token_int8_bf16")
     assert {
         name for kind in ("bf16", "fp16") for kv in (None, "int8", "fp8") for name in kv_units(kind, kv)
     } == names

@@ -80,7 +80,7 @@ def test_a_decoder_needs_its_caches():
     without, found = units_for(schemes, "bf16"), units_for(schemes, "bf16", decoder=True)
     more = {unit.name for unit in found} - {unit.name for unit in without}
     caches = ("", "_int8", "_fp8")
-    steps = {f"{what}{kv}_bf16" for what in ("attention", "store_kv") for kv in caches}
+    steps = {f"{what}{kv}_bf16" for what in ("attention", "store_kv", "token") for kv in caches}
     assert more == steps | {"plain_int8_bf16", "plain_fp8_bf16"}
     assert units_for([Scheme.parse("int3:g64")], "bf16", decoder=True) == []
 

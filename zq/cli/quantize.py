@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from zq.plan import Plan
     from zq.recipe import Recipe
 
-SHORTCUTS = ("w8a8", "w4a8", "w4a16", "w8a16", "fp8", "fp8-block", "w4afp8", "w4w8a8")
+SHORTCUTS = ("w8a8", "w4a8", "w4a8-two-level", "w4a16", "w8a16", "fp8", "fp8-block", "w4afp8", "w4w8a8")
 MIN_SHARD = 0.0001  # GB; below, a checkpoint would be one file per tensor
 SCHEMES = "Scheme (one of them, or --recipe)"
 RUN = "Run"
@@ -47,6 +47,9 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     ] = None,
     w8a8: Annotated[bool, _shortcut("w8a8", "INT8 weights, INT8 activations.")] = False,
     w4a8: Annotated[bool, _shortcut("w4a8", "INT4 weights in groups, INT8 activations.")] = False,
+    w4a8_two_level: Annotated[
+        bool, _shortcut("w4a8-two-level", "w4a8 on the grid of the fastest INT8 kernel.")
+    ] = False,
     w4a16: Annotated[bool, _shortcut("w4a16", "INT4 weights in groups.")] = False,
     w8a16: Annotated[bool, _shortcut("w8a16", "INT8 weights.")] = False,
     fp8: Annotated[bool, _shortcut("fp8", "FP8 e4m3 weights and activations.")] = False,
@@ -154,7 +157,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     Every layer is planned before work begins, written atomically, and read back and compared at the end.
     """
     flags = {"w8a8": w8a8, "w4a8": w4a8, "w4a16": w4a16, "w8a16": w8a16, "fp8": fp8, "w4afp8": w4afp8}
-    flags |= {"fp8-block": fp8_block, "w4w8a8": w4w8a8}
+    flags |= {"w4a8-two-level": w4a8_two_level, "fp8-block": fp8_block, "w4w8a8": w4w8a8}
     with command(json):
         started = time.monotonic()
         wanted = {"source": calib, "samples": samples, "length": length, "generated": generated}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zq.errors import ZqError
-from zq.kernels.checks import F32, FP8, HALVES, I32, INT8, MULTIPLE, Outputs, choice, tensor
+from zq.kernels.checks import F32, FP8, HALVES, I32, INT8, MULTIPLE, Outputs, choice, quantized, tensor
 
 CHANNELS = 256  # of a head, at most
 ROPES = ("none", "half", "interleaved")
@@ -101,6 +101,37 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
     return [((rows, heads, channels), q.dtype)]
 
 
+def attend_token(  # noqa: PLR0913
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    first: Tensor,
+    last: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rope: str,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+) -> Outputs:
+    op = "attend_token"
+    given = (k, v, k_scale, v_scale, last, cos, sin, heads, kv_heads, rope, q_norm, k_norm, eps)
+    (((rows, _, channels), _),) = store_kv(qkv, *given, op=op)
+    tensor(op, "first", first, (I32,), (rows,), qkv)
+    tensor(op, "last", last, (I32,), (rows,), qkv)
+    if slopes is not None:
+        tensor(op, "slopes", slopes, (F32,), (heads,), qkv)
+    choice(op, "dtype", dtype, (INT8, FP8))
+    return quantized(rows, heads * channels, dtype)
+
+
 def store_kv(  # noqa: PLR0913
     qkv: Tensor,
     k: Tensor,
@@ -116,17 +147,23 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    tokens: int = 1,
+    op: str = "store_kv",
 ) -> Outputs:
-    op = "store_kv"
     if qkv.dim() != 2 or k.dim() != 4:
         raise ZqError(
             f"zq::{op}: qkv has shape {list(qkv.shape)} and k {list(k.shape)}, expected "
             "[B, (Hq + 2 Hkv) D] and [B, Hkv, L, D]"
         )
     rows, channels = qkv.shape[0], k.shape[3]
+    if tokens < 1 or rows % tokens:
+        raise ZqError(
+            f"zq::{op}: {rows} rows are no multiple of tokens, which is {tokens}; give those of a row"
+        )
     heads_of(op, heads, kv_heads)
     tensor(op, "qkv", qkv, HALVES, (rows, (heads + 2 * kv_heads) * channels), qkv)
-    caches(op, k, v, {"k_scale": k_scale, "v_scale": v_scale}, qkv, (rows, kv_heads, k.shape[2], channels))
+    cached = (rows // tokens, kv_heads, k.shape[2], channels)
+    caches(op, k, v, {"k_scale": k_scale, "v_scale": v_scale}, qkv, cached)
     tensor(op, "position", position, (torch.int32, torch.int64), (rows,), qkv)
     choice(op, "rope", rope, ROPES)
     if (rope == "none") != (cos is None) or (cos is None) != (sin is None):

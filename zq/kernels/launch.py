@@ -34,6 +34,7 @@ OUTPUTS = {  # fields of arguments that outputs fill; the other tensors have the
     "product": ("y",),
     "decode_attention": ("out",),
     "store_kv": ("q",),
+    "attend_token": ("codes", "steps", "rowsum"),
 }
 RENAMED = {"gate_up": "x"}
 ANYWHERE = frozenset(  # of the cache's kernels, which read one value of these at a time

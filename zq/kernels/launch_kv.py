@@ -1,4 +1,4 @@
-"""Launches of decode_attention and store_kv: which kernel, how many blocks, which arguments."""
+"""Launches of decode_attention, store_kv and attend_token: which kernel, how many blocks, which arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zq.errors import ZqError
 from zq.kernels import cuda
 from zq.kernels.call import Launch, Scratch
 from zq.kernels.table_kv import HEADS, kv_units
@@ -22,14 +23,15 @@ STRIDES = ("k_batch", "k_head", "k_position", "v_batch", "v_head", "v_position")
 SCALE_STRIDES = ("ks_batch", "ks_head", "vs_batch", "vs_head")
 
 
-def _structure(pointers: str, integers: str, last: str) -> Any:
+def _structure(pointers: str, integers: str, floats: str) -> Any:
     fields = [(name, ctypes.c_void_p) for name in pointers.split()]
     fields += [(name, ctypes.c_uint64) for name in (*STRIDES, *SCALE_STRIDES)]
     fields += [(name, ctypes.c_int) for name in integers.split()]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, (last, ctypes.c_float)]})
+    fields += [(name, ctypes.c_float) for name in floats.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
-# `Args` of attention.cu and of store_kv.cu
+# `Args` of attention.cu, of store_kv.cu and of token.cu
 AttentionArguments = _structure(
     "q k v k_scale v_scale first last slopes out counters partial sums",
     "heads kv_heads length d most pieces",
@@ -37,8 +39,14 @@ AttentionArguments = _structure(
 )
 StoreArguments = _structure(
     "qkv k v k_scale v_scale position cos sin q_norm k_norm q",
-    "heads kv_heads length d rotary interleaved wide",
+    "heads kv_heads length d rotary interleaved wide tokens",
     "eps",
+)
+TokenArguments = _structure(
+    "qkv k v k_scale v_scale first last slopes cos sin q_norm k_norm out codes steps rowsum counters ended "
+    "partial sums",
+    "heads kv_heads length d most pieces rotary interleaved fp8",
+    "scale eps",
 )
 
 
@@ -85,23 +93,35 @@ def decode_attention(  # noqa: PLR0913 (the operator's arguments)
     scale: float,
     slopes: Tensor | None,
 ) -> Launch | None:
-    rows, heads, d = q.shape
+    rows, heads = q.shape[:2]
     if rows == 0:
         return None
-    device = cuda.describe(q.device.index)
     arguments = AttentionArguments(heads=heads, scale=scale)
-    kind = _cache(arguments, k, v, k_scale, v_scale)
-    kv_heads = k.shape[1]
+    unit = kv_units(KINDS[q.dtype], _cache(arguments, k, v, k_scale, v_scale))[0]
+    return _attention(unit, "attention", arguments, rows, q)
+
+
+def _attention(
+    unit: str, entry: str, arguments: Any, rows: int, like: Tensor, zeroed: int = 0, beside: int = 0
+) -> Launch:
+    """A launch over a cache that `_cache` has described. In its workspace lie `zeroed` bytes for `ended`,
+    which are zero before and after, and `beside` bytes for `out`."""
+    heads, kv_heads, d = arguments.heads, arguments.kv_heads, arguments.d
+    device = cuda.describe(like.device.index)
     groups = kv_heads * -(-heads // kv_heads // QUERIES)
-    pieces, most, blocks = attention_grid(rows, groups, k.shape[2], device.sms)
+    pieces, most, blocks = attention_grid(rows, groups, arguments.length, device.sms)
     arguments.pieces, arguments.most = pieces, most
-    counters = -(-rows * groups * 4 // 256) * 256
-    sums, partial = rows * heads * most * 8, rows * heads * most * d * 4
-    sums = -(-sums // 256) * 256
-    fields = {"counters": 0, "sums": counters, "partial": counters + sums}
-    scratch = Scratch(counters + sums + partial, counters, fields) if most > 1 else None
-    entry = f"attention_{min(size for size in HEADS if size >= d)}"
-    unit = kv_units(KINDS[q.dtype], kind)[0]
+    chunks = rows * heads * most * (most > 1)
+    parts = {"counters": rows * groups * 4 * (most > 1), "ended": zeroed, "out": beside}
+    parts |= {"sums": chunks * 8, "partial": chunks * d * 4}
+    fields, size = {}, 0
+    for name, length in parts.items():
+        if length:
+            fields[name] = size
+            size += -(-length // 256) * 256
+    zeros = min((fields[name] for name in ("out", "sums") if name in fields), default=0)
+    scratch = Scratch(size, zeros, fields) if size else None
+    entry = f"{entry}_{min(size for size in HEADS if size >= d)}"
     return Launch(device, unit, entry, (groups, rows, blocks), THREADS, arguments, pdl=True, scratch=scratch)
 
 
@@ -122,18 +142,64 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    tokens: int = 1,
 ) -> Launch | None:
     rows = qkv.shape[0]
     if rows == 0:
         return None
-    arguments = StoreArguments(heads=heads, eps=eps)
+    arguments = StoreArguments(heads=heads, eps=eps, tokens=tokens)
     kind = _cache(arguments, k, v, k_scale, v_scale)
-    arguments.rotary = 0 if cos is None else cos.shape[1]
-    arguments.interleaved, arguments.wide = rope == "interleaved", position.dtype == torch.int64
-    grid = (-(-(heads + 2 * kv_heads) // WARPS), rows, 1)
+    _turns(arguments, cos, rope)
+    arguments.wide = position.dtype == torch.int64
+    grid = (rows, -(-(heads + 2 * kv_heads) // WARPS), 1)
     unit = kv_units(KINDS[qkv.dtype], kind)[1]
     device = cuda.describe(qkv.device.index)
     return Launch(device, unit, "store_kv", grid, THREADS, arguments, pdl=True)
 
 
-LAUNCH: dict[str, Callable[..., Launch | None]] = {"decode_attention": decode_attention, "store_kv": store_kv}
+def _turns(arguments: Any, cos: Tensor | None, rope: str) -> None:
+    arguments.rotary = 0 if cos is None else cos.shape[1]
+    arguments.interleaved = rope == "interleaved"
+
+
+def attend_token(  # noqa: PLR0913
+    op: str,
+    outputs: list[Tensor],
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    first: Tensor,
+    last: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rope: str,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+) -> Launch | None:
+    rows = qkv.shape[0]
+    if rows == 0:
+        return None
+    device = cuda.describe(qkv.device.index)
+    if dtype == torch.float8_e4m3fn and device.number < 89:
+        raise ZqError(f"{device.arch} has no FP8; use INT8 activations")
+    arguments = TokenArguments(heads=heads, fp8=dtype == torch.float8_e4m3fn, scale=scale, eps=eps)
+    unit = kv_units(KINDS[qkv.dtype], _cache(arguments, k, v, k_scale, v_scale))[2]
+    _turns(arguments, cos, rope)
+    return _attention(
+        unit, "token", arguments, rows, qkv, rows * 4, rows * heads * k.shape[3] * qkv.element_size()
+    )
+
+
+LAUNCH: dict[str, Callable[..., Launch | None]] = {
+    "decode_attention": decode_attention,
+    "store_kv": store_kv,
+    "attend_token": attend_token,
+}

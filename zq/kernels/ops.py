@@ -1,5 +1,5 @@
 """The operators: `torch.ops.zq.NAME`, after `import zq.kernels.ops`. All are functional, new tensors out, but
-store_kv, which also writes into the cache.
+store_kv and attend_token, which also write into the cache.
 
 x is [M, K] with K a multiple of 16; flatten leading dimensions. Weights are packed by zq.kernels.layout, n is
 the number of outputs N (the packed weight is padded). On a CPU an operator is its reference
@@ -19,8 +19,10 @@ torch.float8_e4m3fn, `out` is torch.bfloat16 or torch.float16. Wrong shapes, dty
     w4a8_int8                       weight = ws (q s + o - 128), two-level; rowsum of quant_int8
     w4a8_int8_group, w4a8_fp8       weight = s (q - 8), a float scale per group; group 0: ws per channel
     w4a16, w8a16                    weight = s (q - zero) and 16-bit activations; output in the dtype of x
-    store_kv                        one new token per row: q of the fused product, k and v into the cache
+    store_kv                        one new token per row, or several: q of the fused product, k and v into
+                                    the cache
     decode_attention                its attention over the cache (zq.kernels.checks_kv)
+    attend_token                    both, and the rows that come out quantized, in one launch
 """
 
 from __future__ import annotations
@@ -64,10 +66,13 @@ SCHEMAS = {
     "Tensor last, float scale, Tensor? slopes) -> Tensor",
     "store_kv": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
     "Tensor position, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm=None, "
-    "Tensor? k_norm=None, float eps=1e-6) -> Tensor",
+    "Tensor? k_norm=None, float eps=1e-6, int tokens=1) -> Tensor",
+    "attend_token": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
+    "Tensor first, Tensor last, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm, "
+    f"Tensor? k_norm, float eps, float scale, Tensor? slopes, ScalarType dtype) -> {QUANTIZED}",
 }
 QUANT_OPS = tuple(name for name in SCHEMAS if "quant" in name)
-KV_OPS = ("decode_attention", "store_kv")
+KV_OPS = ("decode_attention", "store_kv", "attend_token")
 GEMM_OPS = tuple(name for name in SCHEMAS if name not in (*QUANT_OPS, *KV_OPS))
 
 

@@ -60,7 +60,7 @@ def quant_fp8_block128(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.reshape(padded.shape)[:, :k].contiguous(), scale.reshape(m, -1)
 
 
-def _outputs(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def codes(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     q, scale = quantize(y, dtype)
     return (
         q,
@@ -86,34 +86,34 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _outputs(rms_norm(x, weight, eps), dtype)
+    return codes(rms_norm(x, weight, eps), dtype)
 
 
 def add_rms_norm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     total = x + residual
-    return *_outputs(rms_norm(total, weight, eps), dtype), total
+    return *codes(rms_norm(total, weight, eps), dtype), total
 
 
 def layer_norm_quant(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    return _outputs(layer_norm(x, weight, bias, eps), dtype)
+    return codes(layer_norm(x, weight, bias, eps), dtype)
 
 
 def add_layer_norm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     total = x + residual
-    return *_outputs(layer_norm(total, weight, bias, eps), dtype), total
+    return *codes(layer_norm(total, weight, bias, eps), dtype), total
 
 
 def post_layer_norm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     normed = layer_norm(x + residual, weight, bias, eps)
-    return *_outputs(normed, dtype), normed
+    return *codes(normed, dtype), normed
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_quant(gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _outputs(silu_mul(gate_up), dtype)
+    return codes(silu_mul(gate_up), dtype)
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
@@ -131,7 +131,7 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 
 def gelu_quant(x: Tensor, approximate: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _outputs(gelu(x, approximate), dtype)
+    return codes(gelu(x, approximate), dtype)
 
 
 def finish(v: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype) -> Tensor:

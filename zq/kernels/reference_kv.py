@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zq.kernels.reference import quantize, rms_norm
+from zq.kernels.reference import codes, quantize, rms_norm
 
 
 def decode_attention(  # noqa: PLR0913 (the operator's arguments)
@@ -71,6 +71,7 @@ def store_kv(  # noqa: PLR0913
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    tokens: int = 1,
 ) -> Tensor:
     rows, channels = qkv.shape[0], k.shape[3]
     q, key, value = qkv.view(rows, heads + 2 * kv_heads, channels).split((heads, kv_heads, kv_heads), 1)
@@ -79,7 +80,7 @@ def store_kv(  # noqa: PLR0913
     if cos is not None and sin is not None:
         q, key = (rotate(x, cos, sin, rope) for x in (q, key))
     inside = (position >= 0) & (position < k.shape[2])
-    at = (inside.nonzero()[:, 0], slice(None), position[inside].long())
+    at = (inside.nonzero()[:, 0] // tokens, slice(None), position[inside].long())
     for x, kept, scale in ((key, k, k_scale), (value, v, v_scale)):
         x = x[inside].contiguous()
         if scale is None:
@@ -89,3 +90,30 @@ def store_kv(  # noqa: PLR0913
             kept.view(torch.uint8)[at] = codes.view(torch.uint8).view(x.shape)
             scale[at] = steps.view(x.shape[:2])
     return q.clone(memory_format=torch.contiguous_format)
+
+
+def attend_token(  # noqa: PLR0913
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    first: Tensor,
+    last: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rope: str,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """store_kv at `last`, decode_attention, then the rows of heads in `dtype`."""
+    cache = k, v, k_scale, v_scale
+    q = store_kv(qkv, *cache, last, cos, sin, heads, kv_heads, rope, q_norm, k_norm, eps)
+    out = decode_attention(q, *cache, first, last, scale, slopes)
+    return codes(out.flatten(1), dtype)

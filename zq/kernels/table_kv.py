@@ -9,16 +9,17 @@ CACHES = {None: ("Same", None), "int8": ("Int8Codes", "Int8"), "fp8": ("Fp8Codes
 HEADS = (64, 96, 128, 256)  # channels of a head are padded to one of these
 
 
-def kv_units(kind: str, kv: str | None) -> tuple[str, str]:
-    """Names of the units that decode_attention and store_kv need in a model of `kind` (bf16, fp16) with a
-    cache of `kv` (int8, fp8, None: 16 bits): load them before a CUDA graph is captured."""
+def kv_units(kind: str, kv: str | None) -> tuple[str, str, str]:
+    """Names of the units that decode_attention, store_kv and attend_token need in a model of `kind` (bf16,
+    fp16) with a cache of `kv` (int8, fp8, None: 16 bits): load them before a CUDA graph is captured."""
     cache = "" if kv is None else f"_{kv}"
-    return f"attention{cache}_{kind}", f"store_kv{cache}_{kind}"
+    return f"attention{cache}_{kind}", f"store_kv{cache}_{kind}", f"token{cache}_{kind}"
 
 
-def _units(kind: str, kv: str | None) -> tuple[Unit, Unit]:
-    attention, store = kv_units(kind, kv)
+def _units(kind: str, kv: str | None) -> tuple[Unit, ...]:
+    attention, store, token = kv_units(kind, kv)
     cache, out = CACHES[kv]
+    written = (("OUT", out),) if out else ()
     return (
         Unit(
             name=attention,
@@ -32,7 +33,14 @@ def _units(kind: str, kv: str | None) -> tuple[Unit, Unit]:
             source="store_kv.cu",
             entries=("store_kv",),
             ops=("store_kv",),
-            defines=(("IN", kind), *((("OUT", out),) if out else ())),
+            defines=(("IN", kind), *written),
+        ),
+        Unit(
+            name=token,
+            source="token.cu",
+            entries=tuple(f"token_{d}" for d in HEADS),
+            ops=("attend_token",),
+            defines=(("IN", kind), ("CACHE", cache), *written),
         ),
     )
 

@@ -37,6 +37,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         self._overrides: dict[Tensor, int] = {}
         self._entries: dict[Tensor, fused.Entry] = {}
         self.fused, self.unfused = fused, {}
+        self._options = set(defaults) - {"bits", "states"}  # torch adds its own when it loads
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("_overrides", "fused", "unfused")}
+        own = {name: getattr(self, name) for name in ("_overrides", "_options", "fused", "unfused")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -177,8 +178,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From any width, zq's or torch's, into the widths of this optimizer: equal ones bit for bit. Raises
         ZqError before anything has changed when what was saved does not fit."""
-        needed = set(self.defaults) - {"bits", "states"}
-        document(state_dict, self.param_groups, needed, type(self).__name__)
+        document(state_dict, self.param_groups, self._options, type(self).__name__)
         keys = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         places = [(param, group) for group in self.param_groups for param in group["params"]]
         found = {

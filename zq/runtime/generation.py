@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import wraps
 from inspect import signature
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from zq.runtime import ahead
 from zq.runtime.cache import make_cache
 from zq.runtime.graphs import Run, Runner
 from zq.runtime.step import is_plain
@@ -27,20 +30,21 @@ class Graphed:
         """Greedy search and sampling get a static cache where nobody asked for another one."""
         batch, length, runner = more[0], more[1], self.zq_runner
         steps = str(getattr(mode, "value", mode)) in MODES
-        runner.run = Run() if steps else None
+        run = runner.run = Run() if steps else None
         usual = (
             (runner.on or runner.kv is not None)
-            and steps
             and generation_config.cache_implementation is None
             and generation_config.use_cache is not False
             and not generation_config.is_assistant
             and model_kwargs.get(runner.cache_name) is None
         )
-        if usual:
+        if usual and run is not None:
             rows = batch * (generation_config.num_return_sequences or 1)
             given: Any = self
             cache: Any = runner.caches.lease(rows, length, given.device, given.dtype, runner.kv)
-            if cache is None and runner.kv is not None:
+            if cache is not None:
+                run.ours = weakref.ref(cache)
+            elif runner.kv is not None:
                 cache = make_cache(given.config, rows, length, given.dtype, runner.kv, given.device)
             if cache is not None:
                 model_kwargs[runner.cache_name] = cache
@@ -48,6 +52,28 @@ class Graphed:
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, mode, *more
         )
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **given: Any,
+    ) -> Any:
+        """Usual calls run a step ahead of the device."""
+        usual: Any = super()._sample  # type: ignore[misc]
+        call = (input_ids, logits_processor, stopping_criteria, generation_config)
+        known = getattr(usual, "__func__", None) is getattr(GenerationMixin, "_sample", None)
+        if (
+            known
+            and not synced_gpus
+            and ahead.fits(self, input_ids, stopping_criteria, generation_config, given)
+        ):
+            return ahead.sample(self, *call, streamer, given)
+        return usual(*call, synced_gpus=synced_gpus, streamer=streamer, **given)
 
     def _valid_auto_compile_criteria(self, model_kwargs: Any, generation_config: Any) -> bool:
         """transformers compiles a model with a static cache; here its steps are captured as they are."""

@@ -96,14 +96,18 @@ class Captured:
 
 class Run:
     """What is known of a call of generate() after its first step: its mask then only grows by ones, so it is
-    padded with them once [B, L], and what `first_seen` has found stays so."""
+    padded with them once [B, L], and what `first_seen` has found stays so, and with it the graph.
+
+    ours: the cache that was made for it, which nobody else has yet."""
 
     def __init__(self) -> None:
-        self.cache: Any = lambda: None  # a weak reference
+        self.cache: Any = lambda: None  # a weak reference, as is:
+        self.ours: Any = lambda: None
         self.mask: Tensor | None = None
         self.width = 0
         self.announced = self.asked = False
         self.first: Tensor | None = None
+        self.known: tuple[Captured, Tensor | None] | None = None
 
     def announce(self, mask: Tensor | None, cache: Any) -> Tensor | None:
         """A step of generate() follows, with this mask [B, width]: the one to be used for it."""
@@ -112,7 +116,7 @@ class Run:
         if not grown or self.cache() is not cache:
             missing = max(cache.layers[0].max_cache_len - width, 0)
             self.mask = None if mask is None else torch.nn.functional.pad(mask, (0, missing), value=1)
-            self.cache, self.asked = weakref.ref(cache), False
+            self.cache, self.asked, self.known = weakref.ref(cache), False, None
         self.width, self.announced = width, True
         return self.mask
 
@@ -120,6 +124,12 @@ class Run:
         """Whether this is the step that was announced."""
         announced, self.announced = self.announced, False
         return announced and mask is self.mask and self.cache() is cache
+
+    def ask(self, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """`first_seen`, once."""
+        if not self.asked:
+            self.first, self.asked = first_seen(cache, mask, positions), True
+        return self.first
 
 
 class Runner:
@@ -177,9 +187,36 @@ class Runner:
         cache: Any = rest.get(self.cache_name)
         mask, positions = rest.get("attention_mask"), rest.get("position_ids")
         keep = rest.get("logits_to_keep", 0)
-        if not _ordinary(rest, {*DECODE, self.cache_name}) or not is_static(cache):
+        run = self.run if self.run is not None and self.run.expects(mask, cache) else None
+        if not _ordinary(rest, {*DECODE, self.cache_name}) or not isinstance(keep, int):
             return None
-        if ("position_ids" in self.takes and positions is None) or not isinstance(keep, int):
+        known = None if run is None else run.known
+        if known is None:
+            known = self._known(cache, ids, mask, positions, run)
+            if known is None:
+                return None
+            if run is not None:
+                run.known = known
+        seen, first = known
+        seen.buffers.fill(ids, positions, mask, first)
+
+        def step() -> Any:
+            options = {"logits_to_keep": keep, "position_ids": seen.buffers.positions, self.cache_name: cache}
+            options = {name: value for name, value in options.items() if name in self.takes}
+            out = static_step(forward, cache, seen.buffers, self.shared, options)
+            # What is kept must not keep a cache alive.
+            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
+
+        out = seen.run(step, self._place())
+        out[self.cache_name] = cache
+        return out
+
+    def _known(
+        self, cache: Any, ids: Tensor, mask: Tensor | None, positions: Tensor | None, run: Run | None
+    ) -> tuple[Captured, Tensor | None] | None:
+        """The steps that one over this cache belongs to, and what `first_seen` says if they are on zq's own
+        attention; None: it is made without. run: the call of generate() whose step it is."""
+        if not is_static(cache) or ("position_ids" in self.takes and positions is None):
             return None
         layers = cache.layers
         batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
@@ -187,7 +224,9 @@ class Runner:
             return None
         shared, dtype, stored = self.shared, given_dtype(layers[0]), layers[0].keys.dtype
         fits = shared.around is not None and shared.around.fits(dtype, length)
-        first = self._first(cache, mask, positions) if fits else None
+        first = None
+        if fits:
+            first = first_seen(cache, mask, positions) if run is None else run.ask(cache, mask, positions)
         own = first is not None
         if not own and stored != dtype:
             return None
@@ -198,20 +237,7 @@ class Runner:
                 return shared.around.buffers(batch, length, dtype, ids.device)
             return Buffers(batch, length, ids.device, own=False)
 
-        seen = self._find(("decode", batch, length, stored, own, places), make)
-        buffers = seen.buffers
-        buffers.fill(ids, positions, mask, first)
-        options = {"logits_to_keep": keep, "position_ids": buffers.positions, self.cache_name: cache}
-        options = {name: value for name, value in options.items() if name in self.takes}
-
-        def step() -> Any:
-            out = static_step(forward, cache, buffers, shared, options)
-            # What is kept must not keep a cache alive.
-            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
-
-        out = seen.run(step, self._place())
-        out[self.cache_name] = cache
-        return out
+        return self._find(("decode", batch, length, stored, own, places), make), first
 
     def _prompt(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
         """A prompt over an empty static cache. Short ones, in which the host is what takes long, are captured
@@ -257,15 +283,6 @@ class Runner:
             out = seen.run(lambda: read(seen.buffers), self._place())
         out[self.cache_name] = cache
         return out
-
-    def _first(self, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-        """`first_seen`, which is asked once in a call of generate()."""
-        run = self.run
-        if run is None or not run.expects(mask, cache):
-            return first_seen(cache, mask, positions)
-        if not run.asked:
-            run.first, run.asked = first_seen(cache, mask, positions), True
-        return run.first
 
     def _encode(
         self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype

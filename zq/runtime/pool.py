@@ -33,6 +33,7 @@ class CachePool:
         self.config = config.get_text_config(decoder=True)
         self.held: list[tuple[Tensor, ...]] = []  # of each layer: length, keys, values, scales (flat)
         self.lent: Any = None  # a weak reference
+        self.written: Any = None  # an event behind what the last call may still be writing, or None
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +51,8 @@ class CachePool:
         dtype: of the model. kv: int8 or fp8, for codes and scales (zq/runtime/cache.py)."""
         if self.lent is not None and self.lent() is not None:
             return None
+        if self.written is not None:
+            torch.cuda.current_stream(device).wait_event(self.written)
         size = bucket(length)
         cache = StaticCache(self.config, max_cache_len=size)
         if not all(type(layer) is StaticLayer for layer in cache.layers):

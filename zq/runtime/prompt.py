@@ -36,6 +36,7 @@ class Prompt:
     """The prompt that is being read, for the blocks that know of it: what Step is to a decode step.
 
     addend: what the block before has left to be added to its output [M, K], so that the next norm does it.
+    places: int64 [B * S], where each token lies in the cache.
     """
 
     own = False
@@ -43,15 +44,31 @@ class Prompt:
     def __init__(self, cache: StaticCache, buffers: PromptBuffers) -> None:
         self.cache, self.mask = cache, buffers.mask
         self.addend: Tensor | None = None
+        batch, count = buffers.ids.shape
+        self.places = torch.arange(count, device=buffers.ids.device).repeat(batch)
         self._written: list[Tensor] = []
         self._added: Tensor | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def layer(self, layer_idx: int) -> Any:
+        """One layer of the cache, whose first places are written now."""
+        layer: Any = self.cache.layers[layer_idx]
+        self._written.append(layer.cumulative_length)
+        return layer
 
     def write(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
         """k, v [B, H, S, D] into the first places of one layer."""
-        layer: Any = self.cache.layers[layer_idx]
+        layer = self.layer(layer_idx)
         layer.keys[:, :, : k.shape[2]].copy_(k)
         layer.values[:, :, : v.shape[2]].copy_(v)
-        self._written.append(layer.cumulative_length)
+
+    def angles(self, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [B * S, R] of tables [B or 1, S, R], which all layers have in common."""
+        if self._angles is None:
+            batch = len(self.places) // tables[0].shape[1]
+            cos, sin = (x.expand(batch, -1, -1).flatten(0, 1).contiguous() for x in tables)
+            self._angles = cos, sin
+        return self._angles
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the scores [B, 1, S, S]; None: the causal mask and no other, as attention

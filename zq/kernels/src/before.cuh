@@ -42,8 +42,8 @@ template <int V> struct Vector {
 
 // The next kernel may begin, which waits for this one where it has to; what earlier ones wrote is there.
 __device__ __forceinline__ void meet_neighbours() {
-  pdl_wait();
   pdl_launch();
+  pdl_wait();
 }
 
 struct Plain {

@@ -17,6 +17,8 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return {to_bf16(x)}; }
 template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return {to_half(x)}; }
 
+template <class T> __device__ __forceinline__ float rounded(float x) { return to_float(from_float<T>(x)); }
+
 constexpr float TINY = 1.17549435e-38f;
 constexpr float HUGE_ = 3.402823466e38f;
 

@@ -151,6 +151,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           copy_w(tile.n, segment.first + early);
         }
       }
+      pdl_launch();
       pdl_wait();
       s = 0, phase = 0;
       const u64 x_policy = keep_policy();
@@ -198,7 +199,6 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
       }
     }
 #endif
-    pdl_launch();
     if (split) cluster_sync();
   } else {
     if constexpr (S::TURNS == 1 && S::BLOCKS == 1) take_registers<232>();

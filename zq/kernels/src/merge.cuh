@@ -1,4 +1,4 @@
-// Second half of attention.cu, which includes it after `Sums`: what warps and blocks have summed becomes one result.
+// Second half of attend.cuh, which includes it after `Sums`: what warps and blocks have summed becomes one result.
 #pragma once
 
 // The sums of the four warps of a block.

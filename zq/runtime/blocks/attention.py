@@ -52,7 +52,8 @@ class Shared:
 
 
 class Attention(nn.Module):
-    """qkv [M, (queries + 2 keys) * width] -> [M, queries * width].
+    """qkv [M, (queries + 2 keys) * width] -> rows [M, queries * width], which a step on zq's own attention
+    quantizes as the next product `takes` them.
 
     module: transformers' attention, without its linears: attention functions read its attributes.
     rope, per head norms: as in zq.models.structure.
@@ -86,10 +87,15 @@ class Attention(nn.Module):
         wide = self.width % MULTIPLE == 0 and self.width <= CHANNELS and self.queries % self.keys == 0
         return norm and wide and dtype in HALVES and (self.window is None or self.window >= length)
 
-    def forward(self, qkv: Tensor, call: Call) -> Tensor:
+    def forward(self, qkv: Tensor, call: Call, takes: torch.dtype | None = None) -> Rows:
         step = self.shared.step
         if isinstance(step, Step) and step.own:
-            return self._own(qkv, call, step)
+            return self._own(qkv, call, step, takes)
+        return Rows(self._attended(qkv, call, step))
+
+    def _attended(self, qkv: Tensor, call: Call, step: Step | Prompt | None) -> Tensor:
+        if isinstance(step, Prompt) and call.cache is step.cache and self._stores(qkv, call):
+            return self._prompt(qkv, call, step)
         heads = qkv.view(call.batch, call.length, -1, self.width)
         both, v = heads.split((self.queries + self.keys, self.keys), 2)
         if self.head_norm is not None:
@@ -107,7 +113,7 @@ class Attention(nn.Module):
             k, v = call.cache.update(k, v, self.layer_idx)
         return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
 
-    def _own(self, qkv: Tensor, call: Call, step: Step) -> Tensor:
+    def _own(self, qkv: Tensor, call: Call, step: Step, takes: torch.dtype | None) -> Rows:
         """A new token of each row through zq's operators, qkv [B, (queries + 2 keys) * width]."""
         layer, buffers = step.layer(self.layer_idx), step.buffers
         stored = (
@@ -117,15 +123,37 @@ class Attention(nn.Module):
             getattr(layer, "value_scale", None),
         )
         cos, sin = self._angles(call, step)
-        rope = ROPES[self.rope]
+        given = cos, sin, self.queries, self.keys, ROPES[self.rope], *self._norms(), self.eps
+        seen = buffers.first, buffers.last
+        if takes is not None:
+            made = torch.ops.zq.attend_token(qkv, *stored, *seen, *given, self.scaling, buffers.slopes, takes)
+            return Rows(*made)
+        q = torch.ops.zq.store_kv(qkv, *stored, buffers.last, *given)
+        y = torch.ops.zq.decode_attention(q, *stored, *seen, self.scaling, buffers.slopes)
+        return Rows(y.view(call.batch, -1))
+
+    def _stores(self, qkv: Tensor, call: Call) -> bool:
+        """Whether heads of a prompt are made by `store_kv`."""
+        turned = not self.rope or (self.rope == "halves" and call.tables is not None)
+        return turned and self.fits(qkv.dtype, call.length)
+
+    def _prompt(self, qkv: Tensor, call: Call, step: Prompt) -> Tensor:
+        """The tokens of an empty cache, qkv [B * S, (queries + 2 keys) * width]."""
+        layer = step.layer(self.layer_idx)
+        cos, sin = (None, None) if call.tables is None or not self.rope else step.angles(call.tables)
+        q = torch.ops.zq.store_kv(
+            qkv, layer.keys, layer.values, None, None, step.places, cos, sin, self.queries, self.keys,
+            ROPES[self.rope], *self._norms(), self.eps, call.length,
+        )  # fmt: skip
+        q = q.view(call.batch, call.length, self.queries, self.width).transpose(1, 2)
+        k, v = (x[:, :, : call.length] for x in (layer.keys, layer.values))
+        call = call._replace(mask=step.added(q.dtype))
+        return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
+
+    def _norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of a query head and of a key head [D]."""
         both = self.head_norm
-        norms = (None, None) if both is None else (both[0], both[self.queries])
-        heads = self.queries, self.keys
-        q = torch.ops.zq.store_kv(qkv, *stored, buffers.last, cos, sin, *heads, rope, *norms, self.eps)
-        y = torch.ops.zq.decode_attention(
-            q, *stored, buffers.first, buffers.last, self.scaling, buffers.slopes
-        )
-        return y.view(call.batch, -1)
+        return (None, None) if both is None else (both[0], both[self.queries])
 
     def _angles(self, call: Call, step: Step) -> tuple[Tensor | None, Tensor | None]:
         """Cosine and sine [B, r] of the present positions."""

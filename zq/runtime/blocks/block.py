@@ -114,7 +114,7 @@ class FusedBlock:
         return z, self.feed(rows, x.dtype)
 
     def mix(self, rows: Rows, call: Call, dtype: torch.dtype) -> Tensor:
-        return self.out(Rows(self.attend(self.qkv(rows, dtype), call)), dtype)
+        return self.out(self.attend(self.qkv(rows, dtype), call, self.out.takes), dtype)
 
     def feed(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         return self.down(self.activation(self.up(rows, dtype)), dtype)
