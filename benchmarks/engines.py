@@ -104,10 +104,9 @@ def quantized(home: Path, name: str, how: tuple[str, ...] | str) -> Path:
         recipe = home / f"{out.name}.yaml"
         recipe.write_text(how)
         how = ("--recipe", str(recipe), *(("--to", "gguf") if name.startswith("GGUF") else ()))
-    model = (
-        first_blocks(home) if name.startswith(SHORT) else widened(home) if name.startswith(WIDE) else "demo"
-    )
-    zq_(["quantize", str(model), *how, "--calib", "none", "-o", str(out)])
+    made = {SHORT: first_blocks, WIDE: widened}
+    model = next((str(make(home)) for prefix, make in made.items() if name.startswith(prefix)), "demo")
+    zq_(["quantize", model, *how, "--calib", "none", "-o", str(out)])
     return out
 
 
