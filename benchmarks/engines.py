@@ -14,8 +14,8 @@ than MARGIN nats, where that precision decides, are counted apart.
 Rounded activations make so much of a little (another order of summation in float32) that after 30 blocks the
 log-probabilities of W4A8 are as far from zq's as from those of W4A16. So whether activations are rounded at
 all is seen in a model of the first two blocks, in float32; `without` is the mean difference from zq's model
-with its activations as they are. INT8 GPTQ, which gptqmodel's kernel for a
-CPU computes at some seconds a token, is asked of these two blocks only.
+with its activations as they are. INT8 GPTQ and AWQ, which gptqmodel's kernels for a
+CPU compute at some seconds a token, are asked of these two blocks only.
 
 Tiles of 128 do not divide the demo model's 576 inputs, so they are shown on the same model made wider:
 zeros fill all sizes up to multiples of 128, and it computes what it did.
@@ -89,7 +89,8 @@ CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("GPTQ 4", ("--w4a16", "--to", "gptq"), ("gptqmodel", "vllm")),
     ("GPTQ 4 asymmetric", GPTQ_ASYM + "format: gptq\n", ("gptqmodel",)),
     (SHORT + "GPTQ 8", ("--w8a16", "--to", "gptq"), ("gptqmodel",)),
-    ("AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel", "vllm")),
+    ("AWQ", ("--w4a16", "--to", "awq"), ("vllm",)),
+    (SHORT + "AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel",)),
     ("GGUF Q4_0", ("--w4a16", "--to", "gguf"), ("llama.cpp",)),
     ("GGUF Q8_0", INT8_GROUPS + "format: zq\n", ("llama.cpp",)),
 )
