@@ -21,8 +21,8 @@ Tiles of 128 do not divide the demo model's 576 inputs, so they are shown on the
 zeros fill all sizes up to multiples of 128, and it computes what it did.
 
 `make engines` makes the environments; `--check` exits with 1 when at more than 2 % of the clear positions the
-likeliest token is another, and that is 2 % more than bfloat16 alone does to this format (or two standard errors
-of such a difference, if those are more); or when two blocks are not nearer to zq's model with rounded activations than to the one without.
+likeliest token is another, and that is 2 % (or two standard errors) more than bfloat16 alone does to this
+format; or when two blocks are not nearer to zq's model with rounded activations than to the one without.
 """
 
 from __future__ import annotations
