@@ -76,7 +76,8 @@ def parameters(command: Callable[..., Any]) -> list[Parameter]:
         info, kind = _annotation(hints[name])
         default = parameter.default
         if isinstance(info, ArgumentInfo):
-            found.append(Parameter(name.upper(), info.help or "", "", "Arguments", True, True))
+            shown = str(info.metavar or name.upper())
+            found.append(Parameter(shown, info.help or "", "", "Arguments", True, True))
         elif isinstance(info, OptionInfo):
             shown = "" if default is None or isinstance(default, bool) else str(default)
             # Inside Annotated, Typer keeps the first spelling where a default would be.

@@ -25,6 +25,7 @@ from zq.checkpoint.reader import reader, same_tensor
 from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.errors import ZqError
 from zq.export import EXPORTERS
+from zq.kernels.select import missed
 from zq.methods import resolve_all
 from zq.models.find import find_arch, load_config
 from zq.models.layout import is_transposed, linear_shape
@@ -209,6 +210,7 @@ def make_plan(folder: Path, recipe: Recipe, *, shard_bytes: int = SHARD_BYTES, d
     steps = at_work(steps, [layer.scheme for layer in layers if layer.scheme])
     notes += without_scale(skeleton, {layer.name for layer in layers if layer.scheme}, steps)
     format_name = _choose_format(recipe, layers, dtype, notes)
+    notes += missed({layer.scheme for layer in layers if layer.scheme})
     _check_dtypes(skeleton, view.index, layers)
     refuse_lost_blocks(skeleton, where)
     if skeleton.extra:

@@ -57,6 +57,18 @@ def test_the_commands(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[9:] == ["--linear-backend", "humming"]  # else vLLM would leave the activations in 16 bits
     more = shlex.split(run("serve", w4a8, "--print", "--", "--seed", "1").ok().out)
     assert more[-4:] == ["--linear-backend", "humming", "--seed", "1"]
+    for words, said in (
+        (["8000"], "'8000' is no option; give flags for the server behind --"),
+        (
+            ["--", "--tensor-parallel-size", "3"],
+            "--tensor-parallel-size behind -- is set by --tp; leave it out",
+        ),
+        (["--", "--seed", "1", "--port=9"], "--port behind -- is set by --port; leave it out"),
+        (["--", "--tensor_parallel_size=3"], "--tensor-parallel-size behind -- is set by --tp"),
+    ):
+        done = run("serve", w4a8, "--print", *words)
+        assert done.code == 2
+        assert said in done.err
     done = run("serve", w4a8, "--engine", "transformers", "--print").ok()
     assert shlex.split(done.out)[3:] == ["serve", str(w4a8), "--host", "127.0.0.1", "--port", "8000"]
 

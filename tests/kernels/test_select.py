@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zq.kernels.ops import SCHEMAS
-from zq.kernels.select import gemm_op, units_for
+from zq.kernels.select import gemm_op, missed, units_for
 from zq.kernels.table import UNITS
 from zq.recipe import load, shipped
 from zq.spec import Scheme
@@ -89,3 +89,10 @@ def test_weights_alone_need_no_quantized_activations():
     found = units_for([Scheme.parse("int4:g64")], "fp16")
     assert {unit.ops for unit in found} == {("w4a16",)}
     assert all("fp16" in unit.name and "g64" in unit.name and "asym" not in unit.name for unit in found)
+
+
+def test_two_level_scales_that_miss_their_kernel_are_named():
+    schemes = [Scheme.parse(f"int4:g{size}:two-level @ int8:token") for size in (32, 64, 128)]
+    (note,) = missed([*schemes, Scheme.parse("int4:g32:two-level"), Scheme.parse("int4:g32 @ int8:token")])
+    assert "int4:g32:two-level @ int8:token" in note
+    assert "groups of 64 or 128" in note

@@ -24,7 +24,7 @@ def members(n: int, k: int, layout: str) -> list[list[tuple[int, int] | None]]:
     if layout in ("channel", "token"):
         return [[(i, j) for j in range(k)] for i in range(n)]
     if "x" in layout:
-        tall, wide = map(int, layout.split("x"))
+        tall, wide = (min(pair) for pair in zip(map(int, layout.split("x")), (n, k), strict=True))
         corners = [(i, j) for i in range(0, n, tall) for j in range(0, k, wide)]
         inside = [[(i + a, j + b) for a in range(tall) for b in range(wide)] for i, j in corners]
         return [[at if at[0] < n and at[1] < k else None for at in places] for places in inside]
@@ -51,7 +51,7 @@ def test_groups_hold_the_values_that_the_layout_says(x: torch.Tensor, layout: st
     assert torch.equal(grouped_scale(stored, spec), scales)
 
 
-@pytest.mark.parametrize("layout", ["tensor", "channel", "g4", "b8"])
+@pytest.mark.parametrize("layout", ["tensor", "channel", "g4", "b8", "9999999x9999999"])
 def test_nothing_is_copied_where_nothing_is_padded(layout: str) -> None:
     x = torch.randn(4, 8)
     assert group(x, spec_of(layout)).data_ptr() == x.data_ptr()

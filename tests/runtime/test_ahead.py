@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessor, StaticCache, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import zq
@@ -298,6 +305,33 @@ def test_a_model_with_inputs_of_its_own_keeps_its_loop(made: Counter[str]) -> No
     assert torch.equal(*both(model))
     assert made["sample"] == 0
     assert len(prepared) == 2 * TOKENS
+
+
+def test_a_model_whose_inputs_were_replaced_keeps_its_loop(made: Counter[str]) -> None:
+    """On the model itself, as adapters do it."""
+    model = optimized("llama")
+    usual, prepared = model.prepare_inputs_for_generation, []
+
+    @wraps(usual)
+    def counted(*args: Any, **given: Any) -> Any:
+        prepared.append(1)
+        return usual(*args, **given)
+
+    model.prepare_inputs_for_generation = counted
+    assert torch.equal(*both(model))
+    assert made["sample"] == 0
+    assert len(prepared) == 2 * TOKENS
+
+
+def test_a_limit_of_another_class_is_asked(made: Counter[str]) -> None:
+    class Never(MaxLengthCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model = optimized("llama")
+    found = both(model, stopping_criteria=StoppingCriteriaList([Never(12)]))
+    assert torch.equal(*found)
+    assert found[0].shape[1] > 12
 
 
 def test_the_host_asks_when_the_next_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,8 @@ def test_a_cache_of_the_users_own(steps: list[int]) -> None:
 def test_token_by_token_through_the_operators(
     name: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits of every step, bf16, against the model over a dynamic cache."""
+    """Logits of every step, bf16, against the model over a dynamic cache, whose rotations are rounded once
+    less."""
     force_kernels(monkeypatch)
     model = zq.optimize(quantized(name, W4A8))
     given, found = padded(), []
@@ -117,8 +118,8 @@ def test_token_by_token_through_the_operators(
     assert len(steps) == 5
     same = found[0][0].eq(found[1][0]).all()
     first = found[1][1] - found[0][1]
-    assert float(first[:2].norm() / found[0][1][:2].norm()) < 2e-2, "before tokens can differ"
-    assert not same or float(first.norm() / found[0][1].norm()) < 2e-2
+    assert float(first[:2].norm() / found[0][1][:2].norm()) < 3e-2, "before tokens can differ"
+    assert not same or float(first.norm() / found[0][1].norm()) < 3e-2
 
 
 def test_blocks_that_are_not_fused_count_their_own_tokens(steps: list[int]) -> None:

@@ -18,6 +18,13 @@ VLLM = ("-m", "vllm.entrypoints.openai.api_server")
 # `import zq` first: transformers then knows zq's own format.
 TRANSFORMERS = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
 ENGINES = ("auto", "vllm", "transformers")
+OWN = {  # flags of the servers that zq sets, and what sets them
+    "--model": "CHECKPOINT",
+    "--host": "--host",
+    "--port": "--port",
+    "--tensor-parallel-size": "--tp",
+    "-tp": "--tp",
+}
 # What transformers needs beside itself for a format.
 PACKAGES = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
 
@@ -53,6 +60,7 @@ def serve(
             raise ZqError(f"--engine {engine} is unknown; allowed: {', '.join(ENGINES)}")
         check_number("--port", port, 1, 65535)
         check_number("--tp", tp, 1, 1024)
+        check_flags(more or [])
         chosen = installed(engine)
         if chosen != "vllm" and tp > 1:
             raise ZqError(f"--tp {tp}: the server of transformers does not split a model; leave it out")
@@ -77,6 +85,16 @@ def serve(
         out.print(shlex.join(words), soft_wrap=True)
         if not only_print:
             os.execv(words[0], words)
+
+
+def check_flags(words: list[str]) -> None:
+    """Words for the server itself. Raises ZqError for those that zq sets, since it has checked them."""
+    if words and not words[0].startswith("-"):
+        raise ZqError(f"'{words[0]}' is no option; give flags for the server behind --, such as -- --seed 1")
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in OWN:
+            raise ZqError(f"{name} behind -- is set by {OWN[name]}; leave it out")
 
 
 def installed(engine: str) -> str:

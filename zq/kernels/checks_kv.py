@@ -1,4 +1,4 @@
-"""What decode_attention and store_kv take and give; see zq.kernels.checks. Raises ZqError."""
+"""What decode_attention, store_kv and attend_token take and give; see zq.kernels.checks. Raises ZqError."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ def attend_token(  # noqa: PLR0913
     dtype: torch.dtype,
 ) -> Outputs:
     op = "attend_token"
+    for name, places in (("first", first), ("last", last)):
+        tensor(op, name, places, (I32,), (qkv.shape[0],), qkv)
     given = (k, v, k_scale, v_scale, last, cos, sin, heads, kv_heads, rope, q_norm, k_norm, eps)
     (((rows, _, channels), _),) = store_kv(qkv, *given, op=op)
-    tensor(op, "first", first, (I32,), (rows,), qkv)
-    tensor(op, "last", last, (I32,), (rows,), qkv)
     if slopes is not None:
         tensor(op, "slopes", slopes, (F32,), (heads,), qkv)
     choice(op, "dtype", dtype, (INT8, FP8))

@@ -53,7 +53,7 @@ TokenArguments = _structure(
 def _cache(
     arguments: Any, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> str | None:
-    """Fill in what both kernels want to know of the cache; returns its kind."""
+    """Fill in what all kernels want to know of the cache; returns its kind."""
     for name, stride in zip(STRIDES, (*k.stride()[:3], *v.stride()[:3]), strict=True):
         setattr(arguments, name, stride * k.element_size())
     if k_scale is not None and v_scale is not None:
@@ -64,7 +64,7 @@ def _cache(
 
 
 def most_chunks(length: int, pieces: int) -> int:
-    """Chunks that a row of up to `length` positions can have: attention.cu makes them of 128 positions at
+    """Chunks that a row of up to `length` positions can have: attend.cuh makes them of 128 positions at
     least, of 256 from 1024 positions on, and so long that there are not more than `pieces`."""
     short = min(-(-min(length, 1023) // 128), pieces)
     return max(short, min(-(-length // 256), pieces) if length >= 1024 else 1)

@@ -1,4 +1,4 @@
-"""What decode_attention and store_kv compute, in plain torch; see zq.kernels.reference.
+"""What decode_attention, store_kv and attend_token compute, in plain torch; see zq.kernels.reference.
 
 Attention: scores and probabilities in float64, one rounding at the end. The bias of ALiBi is rounded to the
 dtype of q, as transformers' BLOOM does, and counts positions from `first`, as its mask does.

@@ -45,6 +45,15 @@ def gemm_op(scheme: Scheme) -> str | None:
     return by_formats.get((weights.format, inputs))
 
 
+def missed(schemes: Iterable[Scheme]) -> list[str]:
+    """A note on each scheme that asks for the grid of a kernel, which does not take it."""
+    return [
+        f"no kernel takes {scheme}: on a GPU zq dequantizes it; two-level scales want groups of 64 or 128"
+        for scheme in sorted(schemes, key=str)
+        if scheme.weights.two_level and scheme.activations and gemm_op(scheme) is None
+    ]
+
+
 def kernel_op(scheme: Scheme, k: int, dtype: str, sm: int) -> str | None:
     """The operator that computes a layer of `k` inputs in `dtype` (bf16, fp16, fp32) on a CUDA device of
     compute capability sm / 10, or None."""

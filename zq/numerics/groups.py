@@ -31,7 +31,7 @@ def group(x: Tensor, spec: TensorSpec) -> Tensor:
     if kind == "rank1":
         return x.reshape(n, k, 1)
     if kind == "tile":
-        tall = spec.layout.rows
+        tall, size = min(spec.layout.rows, n), min(size, k)
         full = _padded(_padded(x, size, spec).T, tall, spec).T
         tiles = full.reshape(full.shape[0] // tall, tall, full.shape[1] // size, size)
         return tiles.transpose(1, 2).flatten(2)
@@ -72,7 +72,7 @@ def ungroup(x: Tensor, shape: tuple[int, int], spec: TensorSpec) -> Tensor:
     if spec.layout.kind in ("tensor", "block"):
         return x.reshape(-1)[: n * k].reshape(n, k)
     if spec.layout.kind == "tile":
-        tiles = x.unflatten(2, (spec.layout.rows, -1)).transpose(1, 2)
+        tiles = x.unflatten(2, (min(spec.layout.rows, n), -1)).transpose(1, 2)
         return tiles.flatten(2).flatten(0, 1)[:n, :k]
     return x.reshape(n, -1)[:, :k]
 

@@ -122,7 +122,7 @@ def quantize_weight(
     weights = None
     each = factor.diagonal.float() ** importance
     if spec.layout.kind in ("group", "channel", "token", "tile"):
-        weights = group(each.expand(spec.layout.rows, -1), spec)
+        weights = group(each.expand(min(spec.layout.rows, shape[0]), -1), spec)
     elif spec.layout.kind == "rank1":
         weights = each.reshape(1, -1, 1)
     coded = work.float() if places is None else without(work.float(), places)

@@ -45,7 +45,7 @@ class Mail:
 def fits(model: Any, ids: Tensor, criteria: Any, config: Any, given: dict[str, Any]) -> bool:
     """Whether a call is one that `sample` can make: on an empty cache of the runner's own that nobody gets to
     see, with steps of which nothing but tokens is asked. given: what else `_sample` of transformers got."""
-    runner, kind = model.zq_runner, type(model)
+    runner = model.zq_runner
     names = {name for name, value in given.items() if value is not None} - UNUSED
     cache, positions = given.get(runner.cache_name), given.get("position_ids")
     pads = any(hasattr(each, "eos_token_id") for each in criteria)
@@ -62,7 +62,8 @@ def fits(model: Any, ids: Tensor, criteria: Any, config: Any, given: dict[str, A
         and getattr(config, "prefill_chunk_size", None) is None
         and getattr(config, "compile_config", None) is None
         and (not pads or getattr(config, "_pad_token_tensor", None) is not None)
-        and all(getattr(kind, x, None) is getattr(GenerationMixin, x, None) for x in OVERRIDDEN)
+        and any(type(each) is MaxLengthCriteria for each in criteria)
+        and all(_inherited(model, x) for x in OVERRIDDEN)
     )
 
 
@@ -80,34 +81,36 @@ def sample(
     following = Following(model, given)
     pad = next((config._pad_token_tensor for each in criteria if hasattr(each, "eos_token_id")), None)
     asked: list[Any] = [each for each in criteria if type(each) is not MaxLengthCriteria or _reminds(each)]
-    limit = min(each.max_length for each in criteria if isinstance(each, MaxLengthCriteria))
+    limit = min(each.max_length for each in criteria if type(each) is MaxLengthCriteria)
     stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mail = Mail(stopped) if streamer is None else Mail(stopped, ids[:, 0])
-    while True:
-        scores = processors(ids, logits[:, -1].to(torch.float32, copy=True))
-        if config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
-        if pad is not None:
-            tokens = torch.where(stopped, pad, tokens)
-        ids = torch.cat((ids, tokens[:, None]), 1)
-        for each in asked:
-            stopped = (stopped | each(ids, None)).bool()
-        mail.send(*(stopped, tokens)[: len(mail.boxes)])
-        full = ids.shape[1] >= limit
-        if not full:
-            logits = following(tokens[:, None])
-        flags, *texts = mail.read()
-        if streamer is not None:
-            streamer.put(texts[0].clone())
-        if full or bool(flags.all()):
-            break
+    try:
+        while True:
+            scores = processors(ids, logits[:, -1].to(torch.float32, copy=True))
+            if config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+            else:
+                tokens = scores.argmax(-1)
+            if pad is not None:
+                tokens = torch.where(stopped, pad, tokens)
+            ids = torch.cat((ids, tokens[:, None]), 1)
+            for each in asked:
+                stopped = (stopped | each(ids, None)).bool()
+            mail.send(*(stopped, tokens)[: len(mail.boxes)])
+            full = ids.shape[1] >= limit
+            if not full:
+                logits = following(tokens[:, None])
+            flags, *texts = mail.read()
+            if streamer is not None:
+                streamer.put(texts[0].clone())
+            if full or bool(flags.all()):
+                break
+    finally:
+        if mail.event is not None:  # a step may still run
+            mail.event.record(mail.stream)
+            model.zq_runner.caches.written = mail.event
     if streamer is not None:
         streamer.end()
-    if mail.event is not None:
-        mail.event.record(mail.stream)
-        model.zq_runner.caches.written = mail.event
     return ids
 
 
@@ -125,6 +128,7 @@ class Following:
     def __call__(self, tokens: Tensor) -> Tensor:
         if self.positions is not None:
             self.positions = self.given["position_ids"] = self.positions + 1
+        self.model.zq_runner.run = self.run  # another call may have been made in between
         self.run.announced = True
         return self.model(input_ids=tokens, **self.given).logits
 
@@ -133,3 +137,8 @@ def _reminds(criterion: Any) -> bool:
     """Whether a MaxLengthCriteria has something to say on the way: that a model has not so many positions."""
     places = getattr(criterion, "max_position_embeddings", None)
     return places is not None and criterion.max_length > places
+
+
+def _inherited(model: Any, name: str) -> bool:
+    """Whether a method of a model is GenerationMixin's, on its class and on itself."""
+    return getattr(getattr(model, name, None), "__func__", None) is getattr(GenerationMixin, name, None)

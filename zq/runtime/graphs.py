@@ -177,6 +177,7 @@ class Runner:
         ids = rest.pop("input_ids", None)
         if args or not torch.is_tensor(ids) or ids.dim() != 2 or _capturing(ids):
             return forward(*args, **given)
+        self.caches.settle(ids.device)
         if self.encoder:
             made = self._encode(forward, ids, rest, model.dtype)
         else:

@@ -40,6 +40,12 @@ class CachePool:
         """Memory of keys, values and scales, in bytes."""
         return sum(x.nbytes for _, *stored in self.held for x in stored)
 
+    def settle(self, device: torch.device) -> None:
+        """What follows on the current stream of a device comes behind what the last call has left."""
+        if self.written is not None:
+            torch.cuda.current_stream(device).wait_event(self.written)
+            self.written = None
+
     @torch.inference_mode(False)  # else tensors could not be written outside of it
     @torch.no_grad()
     def lease(
@@ -51,8 +57,7 @@ class CachePool:
         dtype: of the model. kv: int8 or fp8, for codes and scales (zq/runtime/cache.py)."""
         if self.lent is not None and self.lent() is not None:
             return None
-        if self.written is not None:
-            torch.cuda.current_stream(device).wait_event(self.written)
+        self.settle(device)
         size = bucket(length)
         cache = StaticCache(self.config, max_cache_len=size)
         if not all(type(layer) is StaticLayer for layer in cache.layers):

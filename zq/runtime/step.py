@@ -18,7 +18,7 @@ class Buffers:
     """What a step reads.
 
     ids, positions  int64 [B, 1]
-    own             whether attention is `zq::decode_attention`; else it is torch's
+    own             whether attention is zq's own; else it is torch's
     mask            int64 [B, L] for torch's: 1 where a position of the cache may be seen, if it lies before
                     the present; own: 4-d and empty, which transformers passes on as it is
     first, last     int32 [B], own: the first position that a row sees; the present one, written by the step

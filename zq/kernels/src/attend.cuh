@@ -16,9 +16,8 @@
 // other rows: a block takes every n-th chunk; its four warps take tiles of it in turn. Blocks that have none come last.
 // Sums of a chunk go to a workspace, and the block of a row and head that ends last adds them in order. That is
 // one launch, and there is no kernel between this one and the next product.
-
 //
-// Args is defined before, with the fields that attention.cu lists.
+// Args is defined before; attention.cu and token.cu say what its fields are.
 #pragma once
 #include "mma16.cuh"
 #include "round8.cuh"

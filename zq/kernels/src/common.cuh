@@ -132,8 +132,9 @@ __device__ __forceinline__ void copy4(u32 to, const void* from, int bytes) {
 }
 __device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Programmatic dependent launch. Before `pdl_wait` a kernel may touch only what no earlier kernel writes.
-// A kernel that calls `pdl_launch` lets the next one begin; that one still waits for all of this one's writes.
+// Programmatic dependent launch. A kernel that calls `pdl_launch` lets the next one begin, and that the one behind it,
+// and so on; each still waits for all writes of those before it. Before `pdl_wait` a kernel may touch only what no
+// kernel writes that can still run: weights and vectors of norms, made long before.
 __device__ __forceinline__ void pdl_wait() {
 #if ZQ_ARCH >= 90
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -204,7 +204,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     if constexpr (S::TURNS == 1 && S::BLOCKS == 1) take_registers<232>();
     if constexpr (S::BLOCKS == 2) take_registers<104>();
     if constexpr (S::TURNS == 2) take_registers<112>();
-    const int group = (warpgroup - 1) % WARPGROUPS, turn = (warpgroup - 1) / WARPGROUPS;
+    const int turn = S::TURNS == 2 ? (warpgroup - 1) / WARPGROUPS : 0, group = warpgroup - 1 - turn * WARPGROUPS;
     u8* const area = extra + group * S::AREA;
     auto& terms = reinterpret_cast<Terms<BT, ROWS>*>(extra + WARPGROUPS * S::AREA)[group];
     Sum sum[ROWS][BT / 2];
