@@ -45,9 +45,11 @@ $(ENGINES)/vllm/ready:
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# Not for this very processor: on one with AMX its kernels end in an illegal instruction (tilezero; a Xeon in a virtual machine).
+# No cache: pip would take a wheel that was built with other flags.
 $(ENGINES)/llama/ready:
 	$(PYTHON) -m venv $(@D)
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python $(PIP) llama-cpp-python==0.3.36
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python $(PIP) --no-cache-dir llama-cpp-python==0.3.36
 	touch $@
 
 # gptqmodel asks for a newer torch than it needs on a CPU.

@@ -107,6 +107,7 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:cpu", CT, "int4:g64 @ int8:token", "16-bit activations"),
         ("vllm:cpu", "awq", "int4:g64:asym", "on a CPU with AMX vLLM rounds activations to INT8"),
         ("vllm:sm80", CT, "e4m3fn:channel @ e4m3fn:token", "before sm89"),
+        ("vllm:cpu", CT, "e4m3fn:channel @ e4m3fn:token", "minutes for a token"),
         ("vllm:sm90", CT, TILES, "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them"),
         ("vllm:sm89", CT, TILES, "16-bit activations; `--linear-backend triton` rounds them"),
         ("vllm:sm80", CT, TILES, "no FP8 arithmetic"),

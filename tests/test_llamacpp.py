@@ -79,6 +79,25 @@ def test_export_of_a_checkpoint(tmp_path: Path) -> None:
         assert words in failed.err
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_what_is_not_quantized_stays_in_its_dtype(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    source, file = tmp_path / "model", tmp_path / "x.gguf"
+    save_tiny("llama", source, dtype)
+    save_bpe(source)
+    done = run("export", source, "--to", "gguf", "-o", file, "--json").ok().json
+    assert done["types"] == {kind: 2 * 7 + 1}
+    reader = gguf.GGUFReader(file)
+    assert {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1} == {kind}
+    assert reader.fields["general.file_type"].contents() == {"F16": 1, "BF16": 32}[kind]
+    config = AutoConfig.from_pretrained(source)
+    options = {"gguf_file": file.name, "config": config, "dtype": torch.float32}
+    ours = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    with torch.no_grad():
+        a, b = (m(token_ids()).logits for m in (ours, theirs))
+    assert torch.allclose(a, b, atol=1e-5), float((a - b).abs().max())
+
+
 def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
     source = model(tmp_path / "model", "llama")
     failed = run("quantize", source, "--w4a8", "--calib", "none", "--to", "gguf", "-o", tmp_path / "out")

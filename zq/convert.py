@@ -68,19 +68,20 @@ class Conversion:
         return [name for name in self.index.tensors if name not in theirs]
 
 
-def plan_conversion(folder: Path, to: str) -> Conversion:
-    """Raises ZqError when the checkpoint is not quantized, or the format cannot hold one of its layers."""
+def plan_conversion(folder: Path, to: str, *, plain: bool = False) -> Conversion:
+    """plain: a checkpoint that is not quantized will do, without layers to convert. Raises ZqError when it is
+    not quantized, or the format cannot hold one of its layers."""
     if to not in EXPORTERS:
         raise ZqError(f"format '{to}' is unknown; allowed: {', '.join(EXPORTERS)}")
     stored = quantization_config(folder)
-    if stored is None:
+    if stored is None and not plain:
         raise ZqError(f"{folder} is not quantized; use zq quantize with --to {to}")
     target = EXPORTERS[to]
     config, index = load_config(folder), read_index(folder)
     pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
     model = shapes_only(config, str(folder), pooler=pooler)
     shapes = linear_shapes(model)
-    source, before = schemes_of(stored, shapes, str(folder))
+    source, before = schemes_of(stored, shapes, str(folder)) if stored else (target, {})
     float_slots = {s.name: s for n, x in before.items() for s in source.slots(n, x, shapes[n], torch.float32)}
     dtype = main_dtype(index, float_slots)
     after: dict[str, Scheme] = {}

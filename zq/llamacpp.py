@@ -1,4 +1,4 @@
-"""One GGUF file for llama.cpp from a quantized checkpoint, with the same values.
+"""One GGUF file for llama.cpp from a checkpoint, quantized or not, with the same values.
 
 Quantized layers become the blocks that hold them exactly (zq/export/ggml.py), matrices that are not quantized
 stay in their dtype, norms and biases are float32, as llama.cpp wants them. llama.cpp rotates neighbouring
@@ -37,7 +37,9 @@ from zq.spec import Scheme
 
 FILE = "model.gguf"  # in a folder
 ARCHS = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q6_K": 18}  # llama.cpp's enum llama_ftype
+# llama.cpp's enum llama_ftype
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q6_K": 18, "BF16": 32}
+FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -77,7 +79,7 @@ def write(
 
     `progress` gets (tensors written, tensors). Raises ZqError. Half a file is never left behind.
     """
-    plan = plan_conversion(folder, "zq")
+    plan = plan_conversion(folder, "zq", plain=True)
     refuse(plan.before, plan.shapes, folder)
     temporary = file.with_name(f".{file.name}.part")
     try:
@@ -116,6 +118,9 @@ def _write(plan: Conversion, file: Path, progress: Callable[[int, int], None]) -
         tensors.remove(head)
     items = {name: _item(plan, name, config) for name in tensors}
     types = Counter(items[f"{layer}.weight"].kind for layer in plan.before)
+    types = types or Counter(
+        items[f"{layer}.weight"].kind for layer in plan.shapes if f"{layer}.weight" in items
+    )
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[kind])
     _metadata(writer, config, plan.folder, types.most_common(1)[0][0])
     _tokenizer(writer, config, plan.folder)
@@ -149,8 +154,7 @@ def _item(plan: Conversion, name: str, config: Any) -> Item:
         values = values if rows is None else values[rows]
         return values.contiguous().view(torch.uint8)
 
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    return Item(kind, (*info.shape[:-1], info.shape[-1] * dtype.itemsize), make)
+    return Item(FLOATS[dtype], (*info.shape[:-1], info.shape[-1] * dtype.itemsize), make)
 
 
 def _blocks(plan: Conversion, layer: str, rows: Tensor | None) -> tuple[str, Tensor]:

@@ -64,6 +64,8 @@ def test_what_fails_the_check() -> None:
         {"scheme": "b", "method": "vllm", "clear": 0.935},
     ]
     assert too_different(rows) == []
+    few = [{**rows[2], "positions": 635}, {**rows[3], "clear": 0.926}]
+    assert too_different(few) == []  # two standard errors are 2.4 %
     bad = [
         *rows,
         {"scheme": "a", "method": "x", "clear": 0.97},

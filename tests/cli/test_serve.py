@@ -24,13 +24,12 @@ from transformers import LlamaConfig
 
 import zq
 from tests.command import run
+from tests.engines import engine_python
 from tests.letters import CHARACTERS, SPECIAL, save_tokenizer
 from tests.tiny import random_model, save_tiny
 from zq.cli import serve
 from zq.errors import ZqError
 from zq.models.find import load_tokenizer
-
-ENGINES = Path(os.environ.get("ENGINES") or Path.home() / ".cache" / "zq" / "engines")
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +165,9 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def python_of(engine: str) -> str:
     """A Python with this server, or a skip that says what is missing."""
-    there = ENGINES / "vllm" / "bin" / "python"
     if engine == "transformers" and find_spec("fastapi") and find_spec("uvicorn"):
         return sys.executable
-    if not there.is_file():
-        pytest.skip(f"{engine} serves from {there}, which is not there: make engines")
-    return str(there)
+    return engine_python("vllm")  # where both are
 
 
 @contextmanager

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import zq
+from tests.engines import engine_python
 from tests.simulate import recipe
 from tests.tiny import token_ids
 from zq.errors import ZqError
@@ -97,6 +100,32 @@ def test_golden_words() -> None:
     tensors = awq.pack("n", q, scheme)
     assert tensors["n.qweight"][0].tolist() == [0x75316420] * 4
     assert [word & 0xFFFFFFFF for word in tensors["n.qzeros"][0].tolist()] == [0x88888888] * 4
+
+
+def test_words_are_those_of_gptqmodel(tmp_path: Path) -> None:
+    """Every width, group and version, packed by the library's own layers in an environment of its own."""
+    python = engine_python("gptq")
+    cases, inputs, wanted = [], {}, {}
+    for i, (module, text) in enumerate(CASES):
+        scheme, q = quantized(text)
+        name, bits = f"x{i}", q.spec.bits
+        zeros = torch.zeros(q.scale.shape) if q.zero is None else q.zero.float()
+        inputs |= {f"{name}.weight": q.dequantize(), f"{name}.scales": q.scale.float()}
+        inputs |= {f"{name}.zeros": (zeros + 2 ** (bits - 1)).contiguous()}
+        version = "" if module is awq else module.config({"n": scheme}, [])["checkpoint_format"]
+        case = {"name": name, "awq": module is awq, "bits": bits, "version": version}
+        cases.append(case | {"group": q.spec.layout.size or -1})
+        packed = module.pack(name, q, scheme)
+        wanted |= {key: tensor for key, tensor in packed.items() if not key.endswith("g_idx")}
+    files = [tmp_path / file for file in ("cases.json", "in.safetensors", "out.safetensors")]
+    files[0].write_text(json.dumps(cases))
+    save_file(inputs, files[1])
+    script = Path(__file__).with_name("gptqmodel_packs.py")
+    subprocess.run([python, "-I", str(script), *map(str, files)], check=True, capture_output=True)
+    theirs = load_file(files[2])
+    assert set(theirs) == set(wanted)
+    for key, tensor in wanted.items():
+        assert torch.equal(theirs[key], tensor), (key, cases[int(key[1:].split(".")[0])])
 
 
 @pytest.mark.parametrize(

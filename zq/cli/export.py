@@ -16,7 +16,9 @@ from zq.errors import ZqError
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A quantized checkpoint: a folder or a hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A quantized checkpoint, for gguf any: a folder or a hub id.")
+    ],
     to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq, zq or gguf.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to create; for gguf the file, NAME.gguf.")

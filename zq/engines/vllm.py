@@ -136,7 +136,8 @@ def _vllm_fp8(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
             return "", "vLLM has no kernel for FP8 weights with 16-bit activations on a CPU", None
         return MARLIN_FP8, None, None
     if not sm:
-        return "FP8 (torch._scaled_mm, slow)", None, None
+        slow = "on a CPU without FP8 products vLLM can take minutes for a token of it; use --w8a8"
+        return "FP8 (torch._scaled_mm, slow)", None, slow
     if sm < 89:
         return MARLIN_FP8, None, f"before sm89 there is no FP8 arithmetic, so vLLM {IGNORED}"
     return "FP8 (CUTLASS)", None, None
