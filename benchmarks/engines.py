@@ -74,12 +74,20 @@ OWN = (
     "calibration: {source: none}\nformat: zq\n"
 )
 GPTQ_ASYM = "rules: [{match: '*', weights: 'int4:g64:asym'}]\ncalibration: {source: none}\n"
+
+
 # name, options of zq quantize or a recipe, engines
+def as_gguf(weights: str) -> str:
+    """A recipe, of which zq export makes a GGUF."""
+    return f"rules: [{{match: '*', weights: '{weights}'}}]\ncalibration: {{source: none}}\nformat: zq\n"
+
+
 CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("W4A16", ("--w4a16",), ("transformers", "vllm")),
     ("W8A16", ("--w8a16",), ("transformers",)),
     ("W8A8", ("--w8a8",), ("transformers", "vllm")),
     ("W4A8", ("--w4a8",), ("transformers", PLUGIN)),
+    ("W4A8-FP8", ("--w4afp8",), ("transformers",)),
     ("FP8", ("--fp8",), ("transformers", "vllm")),
     (WIDE + "FP8 in tiles", ("--fp8-block",), ("transformers", "vllm")),
     ("W4/8A8", ("--w4w8a8",), ("transformers", "vllm", PLUGIN)),
@@ -92,7 +100,10 @@ CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("AWQ", ("--w4a16", "--to", "awq"), ("vllm",)),
     (SHORT + "AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel",)),
     ("GGUF Q4_0", ("--w4a16", "--to", "gguf"), ("llama.cpp",)),
-    ("GGUF Q8_0", INT8_GROUPS + "format: zq\n", ("llama.cpp",)),
+    ("GGUF Q8_0", as_gguf("int8:g64"), ("llama.cpp",)),
+    ("GGUF Q4_1", as_gguf("int4:g32:asym"), ("llama.cpp",)),
+    (WIDE + "GGUF Q4_K", as_gguf("int4:g32:two-level"), ("llama.cpp",)),
+    (WIDE + "GGUF Q6_K", as_gguf("int6:channel"), ("llama.cpp",)),
 )
 
 
@@ -104,7 +115,7 @@ def quantized(home: Path, name: str, how: tuple[str, ...] | str) -> Path:
     if isinstance(how, str):
         recipe = home / f"{out.name}.yaml"
         recipe.write_text(how)
-        how = ("--recipe", str(recipe), *(("--to", "gguf") if name.startswith("GGUF") else ()))
+        how = ("--recipe", str(recipe), *(("--to", "gguf") if "GGUF" in name else ()))
     made = {SHORT: first_blocks, WIDE: widened}
     model = next((str(make(home)) for prefix, make in made.items() if name.startswith(prefix)), "demo")
     zq_(["quantize", model, *how, "--calib", "none", "-o", str(out)])

@@ -19,7 +19,7 @@ from zq.models.capture import positions
 from zq.models.find import load_tokenizer
 from zq.models.sampling import pieces, write_windows
 from zq.models.skeleton import Skeleton
-from zq.quantizers.method import Method, portions
+from zq.quantizers.method import TOKENS, Method, portions
 from zq.recipe import Recipe
 
 KEPT = "generated"
@@ -46,8 +46,8 @@ def planned_windows(
     if wanted.source == "none" and recipe.bits:
         raise ZqError(f"{recipe.bits.where}: bits are chosen by calibration tokens; drop --calib none")
     if wanted.source == "none" and not wanted.generated:
-        if any(method.needs(options) for method, options in steps):
-            raise ZqError(f"{recipe.where} has steps that need calibration tokens; drop --calib none")
+        if hungry := [method.name for method, options in steps if method.needs(options) & TOKENS]:
+            raise ZqError(f"step '{hungry[0]}' of {recipe.where} needs calibration tokens; drop --calib none")
         return None
     refuse_few(recipe, wanted.generated + (0 if wanted.source == "none" else wanted.samples))
     length = min(wanted.length, positions(skeleton) or wanted.length)

@@ -211,3 +211,9 @@ def test_the_rounding_of_gradients_follows_the_seed(tmp_path, monkeypatch) -> No
     first = written("a", seed=0, global_seed=0)
     assert first == written("b", seed=0, global_seed=1)
     assert first != written("c", seed=1, global_seed=0)
+
+
+def test_no_rows() -> None:
+    layer = IntegerLinear(6, 4)
+    assert layer(torch.zeros(0, 6)).shape == (0, 4)
+    assert layer(torch.zeros(2, 0, 6)).shape == (2, 0, 4)

@@ -132,5 +132,5 @@ def test_windows_shorter_than_their_beginnings_are_refused(tmp_path: Path) -> No
 def test_an_encoder_writes_nothing(tmp_path: Path) -> None:
     save_tiny("bert", tmp_path)
     assert _plan(tmp_path, "random").tokens == 6 * 16
-    with pytest.raises(ZqError, match="steps that need calibration tokens; drop --calib none"):
+    with pytest.raises(ZqError, match="needs calibration tokens; drop --calib none"):
         _plan(tmp_path, "none")

@@ -149,6 +149,17 @@ def test_refusals(text: str, words: str, tmp_path: Path) -> None:
     assert words in str(caught.value)
 
 
+def test_it_needs_no_data(tmp_path: Path) -> None:
+    """Which columns stay is seen in the weights."""
+    save_tiny("llama", tmp_path / "model")
+    text = "rules: [{match: '*', weights: 'int4:g32'}]\nsteps: [proxy: {share: 0.1}, rtn]\n"
+    recipe = Recipe.parse(text + "calibration: {source: none}\n")
+    plan = make_plan(tmp_path / "model", recipe)
+    assert plan.windows is None
+    quantize(plan, tmp_path / "out")
+    assert all(layer.scheme.weights.kept for layer in plan.layers if layer.scheme)
+
+
 def test_a_rule_cannot_ask_for_columns() -> None:
     with pytest.raises(ZqError, match=r"a rule keeps no columns; drop 'keep=4' and add the step"):
         Recipe.parse("rules: [{match: '*', weights: 'int4:g32:keep=4'}]")

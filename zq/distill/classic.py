@@ -41,10 +41,12 @@ class Options:
 
     def __post_init__(self) -> None:
         given = self.optimizer
-        if not isinstance(given, Mapping) or set(given) - {"bits", "states"}:
+        if not isinstance(given, Mapping):
             raise ZqError(
                 f"'optimizer' must be a mapping with bits or states, such as {{bits: 8}}, not {given!r}"
             )
+        if unknown := sorted(map(str, set(given) - {"bits", "states"})):
+            raise ZqError(f"'{unknown[0]}' of 'optimizer' is unknown; allowed: bits, states")
         states(given.get("bits", 32), given.get("states"), AdamW.names)
 
 

@@ -140,6 +140,8 @@ def linear(
 ) -> Tensor:
     """x [..., K], weight [N, K] -> [..., N]. Both gradients are integer products of `precision`; the
     forward product too when `whole`."""
+    if not x.numel():
+        return nn.functional.linear(x, weight, bias)
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, precision, whole)
     return y.view(*x.shape[:-1], len(weight))
 

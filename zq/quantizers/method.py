@@ -40,6 +40,9 @@ class Needs(enum.Flag):
     ROUNDED = enum.auto()  # with LINKS: only of those links all of whose consumers quantize activations
 
 
+TOKENS = Needs.INPUTS | Needs.FLOAT_INPUTS | Needs.TEACHER  # what calibration tokens are for
+
+
 @dataclass
 class Layer:
     """One linear layer that the recipe quantizes.
