@@ -34,9 +34,8 @@ def test_compiles(name, arch, compiled):
 
 @pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair[0] in QUANTS])
 def test_a_row_stays_in_registers(name, arch, compiled):
-    usual = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256}[
-        UNITS[name].source
-    ]  # with a neighbour
+    threads_of = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256, "token.cu": 256}
+    usual = threads_of[UNITS[name].source]  # with a neighbour
     for entry, (registers, spills) in resources(compiled[name, arch].log).items():
         threads = {"quantize_4": 896}.get(entry, usual)
         assert registers <= min(65536 // threads, 255)
@@ -81,13 +80,14 @@ def test_the_key_has_all_that_a_cubin_depends_on(monkeypatch):
     keys.add(nvrtc.key(replace(UNIT, options=("--use_fast_math",)), "sm_90a", "13.0"))
     texts = nvrtc.texts(UNIT.source)
     assert set(texts) == {
-        f"{name}.cuh" for name in ("before", "row", "quotient", "round8", "floats", "common")
+        f"{name}.cuh"
+        for name in ("before", "row", "piece", "codes8", "quotient", "round8", "floats", "common")
     } | {"quant.cu"}
     for name in texts:
         changed = texts | {name: texts[name] + "\n"}
         monkeypatch.setattr(nvrtc, "texts", lambda source, changed=changed: changed)
         keys.add(nvrtc.key(UNIT, "sm_90a", "13.0"))
-    assert len(keys) == 12
+    assert len(keys) == 14
     monkeypatch.undo()
     assert nvrtc.key(replace(UNIT, name="other", ops=()), "sm_90a", "13.0") in keys
 
