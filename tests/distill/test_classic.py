@@ -160,7 +160,7 @@ def test_quantized_optimizer_states_learn_as_well(tmp_path: Path) -> None:
     ("optimizer", "words"),
     [
         ("8", "must be a mapping with bits or states"),
-        ("{bit: 8}", "must be a mapping with bits or states"),
+        ("{bit: 8}", "'bit' of 'optimizer' is unknown; allowed: bits, states"),
         ("{bits: 16}", "bits=16 is not allowed; allowed: 32, 8, 4"),
         ("{bits: 8, states: {exp_avg: magic:b64}}", "format 'magic' is unknown"),
     ],

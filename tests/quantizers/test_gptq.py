@@ -226,7 +226,7 @@ def test_layers_outside_the_blocks_are_rounded_to_nearest(tmp_path: Path) -> Non
 def test_it_needs_tokens(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     text = RECIPE.replace("STEP", "{gptq: {}}").replace("source: random", "source: none")
-    with pytest.raises(ZqError, match="need calibration tokens"):
+    with pytest.raises(ZqError, match="needs calibration tokens"):
         make_plan(tmp_path / "model", Recipe.parse(text))
 
 
