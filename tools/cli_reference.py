@@ -79,7 +79,8 @@ def parameters(command: Callable[..., Any]) -> list[Parameter]:
             shown = str(info.metavar or name.upper())
             found.append(Parameter(shown, info.help or "", "", "Arguments", True, True))
         elif isinstance(info, OptionInfo):
-            shown = "" if default is None or isinstance(default, bool) else str(default)
+            absent = default in (None, inspect.Parameter.empty) or isinstance(default, bool)
+            shown = "" if absent else str(default)
             # Inside Annotated, Typer keeps the first spelling where a default would be.
             first = [info.default] if isinstance(info.default, str) else []
             decls = [*first, *(info.param_decls or ())] or [f"--{name.replace('_', '-')}"]

@@ -64,6 +64,7 @@ def test_the_commands(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--tensor-parallel-size behind -- is set by --tp; leave it out",
         ),
         (["--", "--seed", "1", "--port=9"], "--port behind -- is set by --port; leave it out"),
+        (["--", "--tensor-parallel", "2"], "--tensor-parallel behind -- is set by --tp"),
         (["--", "--tensor_parallel_size=3"], "--tensor-parallel-size behind -- is set by --tp"),
     ):
         done = run("serve", w4a8, "--print", *words)

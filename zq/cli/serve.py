@@ -93,8 +93,10 @@ def check_flags(words: list[str]) -> None:
         raise ZqError(f"'{words[0]}' is no option; give flags for the server behind --, such as -- --seed 1")
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
-        if name in OWN:
-            raise ZqError(f"{name} behind -- is set by {OWN[name]}; leave it out")
+        # argparse takes the beginning of a name for the whole
+        known = next((own for own in OWN if name == own or (len(name) > 2 and own.startswith(name))), None)
+        if known:
+            raise ZqError(f"{name} behind -- is set by {OWN[known]}; leave it out")
 
 
 def installed(engine: str) -> str:
