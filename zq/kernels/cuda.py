@@ -247,6 +247,10 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(address)
 
 
+def no_fp8(device: Device) -> ZqError:
+    return ZqError(f"{device.arch} has no FP8; use INT8 activations")
+
+
 def unaligned() -> ZqError:
     return ZqError(
         f"a tensor does not begin at a multiple of {ALIGNED} bytes, as kernels need; "

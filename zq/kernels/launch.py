@@ -107,7 +107,7 @@ def quantize(op: str, outputs: list[Tensor], x: Tensor, k: int, eps: float = 0.0
     blocks = "_block128" if scale.dim() == 2 else ""
     device = cuda.describe(x.device.index)
     if short == "fp8" and device.number < 89:
-        raise ZqError(f"{device.arch} has no FP8; use INT8 activations")
+        raise cuda.no_fp8(device)
     shape = row_shape(k * x.element_size() // PIECE, rows, device, op == "plain")
     if shape.shared > device.shared - RESERVED:
         raise ZqError(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zq.errors import ZqError
 from zq.kernels import cuda
 from zq.kernels.call import Launch, Scratch
 from zq.kernels.table_kv import HEADS, kv_units
@@ -187,10 +186,10 @@ def attend_token(  # noqa: PLR0913
     rows = qkv.shape[0]
     if rows == 0:
         return None
-    device = cuda.describe(qkv.device.index)
-    if dtype == torch.float8_e4m3fn and device.number < 89:
-        raise ZqError(f"{device.arch} has no FP8; use INT8 activations")
-    arguments = TokenArguments(heads=heads, fp8=dtype == torch.float8_e4m3fn, scale=scale, eps=eps)
+    device, fp8 = cuda.describe(qkv.device.index), dtype == torch.float8_e4m3fn
+    if fp8 and device.number < 89:
+        raise cuda.no_fp8(device)
+    arguments = TokenArguments(heads=heads, fp8=fp8, scale=scale, eps=eps)
     unit = kv_units(KINDS[qkv.dtype], _cache(arguments, k, v, k_scale, v_scale))[2]
     _turns(arguments, cos, rope)
     return _attention(
