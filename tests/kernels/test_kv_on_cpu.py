@@ -26,7 +26,8 @@ extern "C" void run(const Args *a, int entry, int x, int y, int z, int backwards
 """
 STORE = """
 extern "C" void run(const Args *a, int entry, int x, int y, int z, int backwards) {
-  run_grid({x, y, z}, 128, [=] { store_kv(*a); }, backwards);
+  run_grid({x, y, z}, 128, [=] { entry == 64 ? store_kv_64(*a) : entry == 128 ? store_kv_128(*a) :
+  store_kv_256(*a); }, backwards);
 }
 """
 TOKEN = ATTEND.replace("attention_", "token_")
@@ -63,10 +64,9 @@ def device(sources, monkeypatch):
             it.scratch.append((made, call.scratch.zeroed))
             call.lend(made)
         name = call.entry.rpartition("_")[2]
-        run = {"attention": ATTEND, "token": TOKEN}.get(call.entry.partition("_")[0], STORE)
+        run = {"attention": ATTEND, "token": TOKEN, "store": STORE}[call.entry.partition("_")[0]]
         library = sources.compile(UNITS[call.unit], run, {}, it.arch, "-O1")
-        size = int(name) if name.isdigit() else 0
-        library.run(ctypes.byref(call.arguments), size, *call.grid, it.backwards)
+        library.run(ctypes.byref(call.arguments), int(name), *call.grid, it.backwards)
 
     monkeypatch.setattr(launch_kv.cuda, "describe", describe)
     monkeypatch.setattr(launch_kv.Launch, "__call__", launch)

@@ -61,6 +61,7 @@ STRUCTURES = {
     "before.cuh": launch.QuantArguments,
     "attention.cu": launch_kv.AttentionArguments,
     "store_kv.cu": launch_kv.StoreArguments,
+    "token.cu": launch_kv.TokenArguments,
 }
 TYPES = {"u64": ctypes.c_uint64, "int": ctypes.c_int, "float": ctypes.c_float}
 
@@ -69,9 +70,15 @@ TYPES = {"u64": ctypes.c_uint64, "int": ctypes.c_int, "float": ctypes.c_float}
 def test_the_arguments_are_those_of_the_kernel(source):
     """Names in the same order, of the same types, and so, with natural alignment, at the same offsets."""
     structure = STRUCTURES[source]
-    body = re.search(r"struct Args \{(.*?)\n\};", "\n".join(nvrtc.texts(source).values()), re.DOTALL)
-    assert body
-    declared = re.findall(r"^\s*([\w ]+?)\s*(\*?)(\w+);", body[1], re.MULTILINE)
+    text = "\n".join(nvrtc.texts(source).values())
+
+    def fields(name):
+        body = re.search(rf"struct {name} (?:: (\w+) )?\{{(.*?)\n\}};", text, re.DOTALL)
+        assert body
+        own = re.findall(r"^\s*([\w ]+?)\s*(\*?)(\w+);", body[2], re.MULTILINE)
+        return [*(fields(body[1]) if body[1] else ()), *own]
+
+    declared = fields("Args")
     assert [name for _, _, name in declared] == [name for name, *_ in structure._fields_]
     for (kind, star, name), (_, type_) in zip(declared, structure._fields_, strict=True):
         assert type_ is (ctypes.c_void_p if star else TYPES[kind]), name

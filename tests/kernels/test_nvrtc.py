@@ -37,7 +37,7 @@ def test_a_row_stays_in_registers(name, arch, compiled):
     threads_of = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256, "token.cu": 256}
     usual = threads_of[UNITS[name].source]  # with a neighbour
     for entry, (registers, spills) in resources(compiled[name, arch].log).items():
-        threads = {"quantize_4": 896}.get(entry, usual)
+        threads = {"quantize_4": 896, "store_kv_256": 640}.get(entry, usual)
         assert registers <= min(65536 // threads, 255)
         assert spills == 0
 

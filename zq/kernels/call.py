@@ -35,7 +35,7 @@ class Mapped:
 class Launch:
     """A kernel, its grid and its arguments without addresses, to be launched again and again.
 
-    arguments: a structure that begins with pointers; each of its fields is a parameter of the kernel when
+    arguments: a structure whose size is a multiple of 8; each of its fields is a parameter of the kernel when
     `spread`, else the whole is one. Between setting addresses and launching, a thread must not meet another
     one's, so each thread makes its own.
     """
@@ -62,11 +62,11 @@ class Launch:
         kind = type(arguments)
         names = [name for name, *_ in kind._fields_]  # type: ignore[misc]
         self.places = {
-            name: i
-            for i, (name, what, *_) in enumerate(kind._fields_)
-            if what is ctypes.c_void_p  # type: ignore[misc]
+            name: getattr(kind, name).offset // 8
+            for name, what, *_ in kind._fields_  # type: ignore[misc]
+            if what is ctypes.c_void_p
         }
-        self.slots = (ctypes.c_uint64 * len(self.places)).from_buffer(arguments)
+        self.slots = (ctypes.c_uint64 * (ctypes.sizeof(kind) // 8)).from_buffer(arguments)
         begin = ctypes.addressof(arguments)
         params = [begin + getattr(kind, name).offset for name in names] if spread else [begin]
         self.params = (ctypes.c_void_p * (len(params) + (mapped is not None)))(

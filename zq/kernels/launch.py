@@ -38,7 +38,7 @@ OUTPUTS = {  # fields of arguments that outputs fill; the other tensors have the
 }
 RENAMED = {"gate_up": "x"}
 ANYWHERE = frozenset(  # of the cache's kernels, which read one value of these at a time
-    ("k_scale", "v_scale", "first", "last", "slopes", "qkv", "position", "cos", "sin", "q_norm", "k_norm")
+    ("k_scale", "v_scale", "first", "last", "slopes", "position")
 )
 
 

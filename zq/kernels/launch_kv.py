@@ -11,41 +11,44 @@ from torch import Tensor
 
 from zq.kernels import cuda
 from zq.kernels.call import Launch, Scratch
-from zq.kernels.table_kv import HEADS, kv_units
+from zq.kernels.table_kv import HEADS, STORES, kv_units
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 THREADS, WARPS, QUERIES = 128, 4, 8
 RESIDENT = 2  # blocks of attention.cu that a multiprocessor holds
+FILL = (
+    16  # blocks of store_kv.cu for each multiprocessor: where rows alone are as many, a block makes all heads
+)
 ROUNDS = 4  # of resident blocks, at most; where there are more chunks, a block takes several of them
 STRIDES = ("k_batch", "k_head", "k_position", "v_batch", "v_head", "v_position")
 SCALE_STRIDES = ("ks_batch", "ks_head", "vs_batch", "vs_head")
 
 
-def _structure(pointers: str, integers: str, floats: str) -> Any:
-    fields = [(name, ctypes.c_void_p) for name in pointers.split()]
-    fields += [(name, ctypes.c_uint64) for name in (*STRIDES, *SCALE_STRIDES)]
-    fields += [(name, ctypes.c_int) for name in integers.split()]
-    fields += [(name, ctypes.c_float) for name in floats.split()]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+def _fields(pointers: str, integers: str, floats: str = "") -> list[tuple[str, Any]]:
+    parts = ((pointers, ctypes.c_void_p), (integers, ctypes.c_int), (floats, ctypes.c_float))
+    return [(name, kind) for names, kind in parts for name in names.split()]
 
 
-# `Args` of attention.cu, of store_kv.cu and of token.cu
+def _structure(*parts: list[tuple[str, Any]]) -> Any:
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [field for part in parts for field in part]})
+
+
+# `Cache` of cache.cuh, `Fused` of head.cuh, which begins with it, and `Args` of attention.cu, store_kv.cu
+# and token.cu
+_CACHE = _fields("k v k_scale v_scale", "")
+_CACHE += [(name, ctypes.c_uint64) for name in (*STRIDES, *SCALE_STRIDES)]
+_CACHE += _fields("", "heads kv_heads length d")
+_FUSED = [*_CACHE, *_fields("qkv cos sin q_norm k_norm", "rotary interleaved tokens", "eps")]
 AttentionArguments = _structure(
-    "q k v k_scale v_scale first last slopes out counters partial sums",
-    "heads kv_heads length d most pieces",
-    "scale",
+    _CACHE, _fields("q first last slopes out counters partial sums", "most pieces", "scale")
 )
-StoreArguments = _structure(
-    "qkv k v k_scale v_scale position cos sin q_norm k_norm q",
-    "heads kv_heads length d rotary interleaved wide tokens",
-    "eps",
-)
+StoreArguments = _structure(_FUSED, _fields("position q", "wide"))
 TokenArguments = _structure(
-    "qkv k v k_scale v_scale first last slopes cos sin q_norm k_norm out codes steps rowsum counters ended "
-    "partial sums",
-    "heads kv_heads length d most pieces rotary interleaved fp8",
-    "scale eps",
+    _FUSED,
+    _fields(
+        "first last slopes out codes steps rowsum counters ended partial sums", "most pieces fp8", "scale"
+    ),
 )
 
 
@@ -150,10 +153,11 @@ def store_kv(  # noqa: PLR0913
     kind = _cache(arguments, k, v, k_scale, v_scale)
     _turns(arguments, cos, rope)
     arguments.wide = position.dtype == torch.int64
-    grid = (rows, -(-(heads + 2 * kv_heads) // WARPS), 1)
     unit = kv_units(KINDS[qkv.dtype], kind)[1]
     device = cuda.describe(qkv.device.index)
-    return Launch(device, unit, "store_kv", grid, THREADS, arguments, pdl=True)
+    shares = min(-(-(heads + 2 * kv_heads) // WARPS), max(1, FILL * device.sms // rows))
+    entry = f"store_kv_{min(size for size in STORES if size >= arguments.d)}"
+    return Launch(device, unit, entry, (rows, shares, 1), THREADS, arguments, pdl=True)
 
 
 def _turns(arguments: Any, cos: Tensor | None, rope: str) -> None:
@@ -189,7 +193,7 @@ def attend_token(  # noqa: PLR0913
     device, fp8 = cuda.describe(qkv.device.index), dtype == torch.float8_e4m3fn
     if fp8 and device.number < 89:
         raise cuda.no_fp8(device)
-    arguments = TokenArguments(heads=heads, fp8=fp8, scale=scale, eps=eps)
+    arguments = TokenArguments(heads=heads, fp8=fp8, scale=scale, eps=eps, tokens=1)
     unit = kv_units(KINDS[qkv.dtype], _cache(arguments, k, v, k_scale, v_scale))[2]
     _turns(arguments, cos, rope)
     return _attention(

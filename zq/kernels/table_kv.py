@@ -7,6 +7,7 @@ from zq.kernels.unit import Unit
 KINDS = ("bf16", "fp16")
 CACHES = {None: ("Same", None), "int8": ("Int8Codes", "Int8"), "fp8": ("Fp8Codes", "E4m3")}
 HEADS = (64, 96, 128, 256)  # channels of a head are padded to one of these
+STORES = (64, 128, 256)  # the same of store_kv
 
 
 def kv_units(kind: str, kv: str | None) -> tuple[str, str, str]:
@@ -31,7 +32,7 @@ def _units(kind: str, kv: str | None) -> tuple[Unit, ...]:
         Unit(
             name=store,
             source="store_kv.cu",
-            entries=("store_kv",),
+            entries=tuple(f"store_kv_{d}" for d in STORES),
             ops=("store_kv",),
             defines=(("IN", kind), *written),
         ),

@@ -20,6 +20,7 @@
 // Args is defined before; attention.cu and token.cu say what its fields are.
 #pragma once
 #include "mma16.cuh"
+#include "piece.cuh"
 #include "round8.cuh"
 
 constexpr int WARPS = 4, QUERIES = 8;
@@ -77,15 +78,6 @@ template <int D> struct Shape {
   static constexpr int rows = v_pieces * v_values / 2;  // products of 16 channels
 };
 
-template <int WORDS> __device__ __forceinline__ void load(u32 (&to)[WORDS], const u8 *from, bool inside) {
-  if constexpr (WORDS == 4) {
-    const uint4 x = inside ? *reinterpret_cast<const uint4 *>(from) : uint4{0, 0, 0, 0};
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-  } else {
-    const uint2 x = inside ? *reinterpret_cast<const uint2 *>(from) : uint2{0, 0};
-    to[0] = x.x, to[1] = x.y;
-  }
-}
 __device__ __forceinline__ float largest_of(float x) {  // over the eight rows of a product
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));

@@ -1,13 +1,9 @@
 // Attention of one new token per row over a static cache (attend.cuh), of queries that are there.
-#include "common.cuh"
+#include "cache.cuh"
 #include "floats.cuh"
 
-struct Args {
+struct Args : Cache {
   const void *q;         // [batch, heads, d]
-  const void *k;         // [batch, kv_heads, length, d], strides below
-  const void *v;
-  const float *k_scale;  // [batch, kv_heads, length], Int8 and Fp8 only
-  const float *v_scale;
   const int *first;      // [batch]
   const int *last;       // [batch], included
   const float *slopes;   // [heads], ALiBi; or null
@@ -15,20 +11,6 @@ struct Args {
   int *counters;         // [batch, kv_heads * tiles of queries], zero before and after
   float *partial;        // [batch, heads, most, d], not normalised
   float2 *sums;          // [batch, heads, most], the largest score (base 2) and the sum of a chunk
-  u64 k_batch;           // strides in bytes
-  u64 k_head;
-  u64 k_position;
-  u64 v_batch;
-  u64 v_head;
-  u64 v_position;
-  u64 ks_batch;          // strides of the scales in elements
-  u64 ks_head;
-  u64 vs_batch;
-  u64 vs_head;
-  int heads;
-  int kv_heads;
-  int length;
-  int d;
   int most;              // chunks that a row can have
   int pieces;            // chunks that fill the device: longer rows have longer chunks, not more
   float scale;

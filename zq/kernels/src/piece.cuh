@@ -12,6 +12,24 @@ template <class T> __device__ __forceinline__ u32 pack2(float low, float high) {
 template <class T> __device__ __forceinline__ u32 add2(u32 a, u32 b) { return IS_HALF<T> ? add_half2(a, b) : add_bf16x2(a, b); }
 template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) { return IS_HALF<T> ? mul_half2(a, b) : mul_bf16x2(a, b); }
 
+// ---- one, two or four words ----
+template <int WORDS> __device__ __forceinline__ void load(u32 (&to)[WORDS], const void *from, bool inside) {
+  if constexpr (WORDS == 4) {
+    const uint4 x = inside ? *reinterpret_cast<const uint4 *>(from) : uint4{0, 0, 0, 0};
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else if constexpr (WORDS == 2) {
+    const uint2 x = inside ? *reinterpret_cast<const uint2 *>(from) : uint2{0, 0};
+    to[0] = x.x, to[1] = x.y;
+  } else {
+    to[0] = inside ? *reinterpret_cast<const u32 *>(from) : 0;
+  }
+}
+template <int WORDS> __device__ __forceinline__ void store(void *to, const u32 (&word)[WORDS]) {
+  if constexpr (WORDS == 4) *reinterpret_cast<uint4 *>(to) = uint4{word[0], word[1], word[2], word[3]};
+  else if constexpr (WORDS == 2) *reinterpret_cast<uint2 *>(to) = uint2{word[0], word[1]};
+  else *reinterpret_cast<u32 *>(to) = word[0];
+}
+
 // ---- a piece: 16 bytes of a row ----
 struct Piece {
   u32 word[4];

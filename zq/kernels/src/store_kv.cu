@@ -2,61 +2,43 @@
 // the norm of their head and their rotary embedding, and k and v are written into the cache, as they are or as 8-bit
 // codes with a scale for each head. Rounded to IN wherever the unfused model rounds (transformers' RMSNorm and
 // apply_rotary_pos_emb), so that codes are those of the unfused ones. OUT is Int8 or E4m3 where the cache
-// holds codes. A warp takes a head.
+// holds codes. A warp takes a head of a token, then others of it, and reads the next while it makes one.
 #include "head.cuh"
 
-struct Args {
-  const void *qkv;       // [batch, tokens, (heads + 2 kv_heads) d]
-  void *k;               // [batch, kv_heads, length, d], strides below
-  void *v;
-  float *k_scale;        // [batch, kv_heads, length]; or null: k and v are of type IN
-  float *v_scale;
+struct Args : Fused {
   const void *position;  // [batch, tokens], int or long long: where k and v go
-  const void *cos;       // [batch, tokens, rotary]; or null
-  const void *sin;
-  const void *q_norm;    // [d]; or null
-  const void *k_norm;
   void *q;               // [batch, tokens, heads, d]
-  u64 k_batch;           // strides in bytes
-  u64 k_head;
-  u64 k_position;
-  u64 v_batch;
-  u64 v_head;
-  u64 v_position;
-  u64 ks_batch;          // strides of the scales in elements
-  u64 ks_head;
-  u64 vs_batch;
-  u64 vs_head;
-  int heads;
-  int kv_heads;
-  int length;
-  int d;
-  int rotary;            // the first channels of a head; 0: none
-  int interleaved;       // pairs are neighbours (GPT-J), not halves
   int wide;              // position is long long
-  int tokens;            // of a row of the cache
-  float eps;
 };
 
-constexpr int WARPS = 4, EACH = 8;
+constexpr int WARPS = 4;
 
-extern "C" __global__ void __launch_bounds__(128) store_kv(const __grid_constant__ Args a) {
-  __shared__ float rows[WARPS][32 * EACH];
+template <int EACH> __device__ __forceinline__ void store_heads(const Args &a) {
+  __shared__ float rows[WARPS][Head<EACH>::ROW];
   pdl_launch();
   pdl_wait();
-  const int token = blockIdx.x, warp = threadIdx.x / 32, which = blockIdx.y * WARPS + warp;
-  if (which >= a.heads + 2 * a.kv_heads) return;
-  const bool is_q = which < a.heads, is_k = !is_q && which < a.heads + a.kv_heads;
-  Head<EACH> head;
-  head.read(a.qkv, ((u64)token * (a.heads + 2 * a.kv_heads) + which) * a.d, a.d);
-  const void *weight = is_q ? a.q_norm : is_k ? a.k_norm : nullptr;
-  if (weight) head.norm(weight, a.d, a.eps);
-  if ((is_q || is_k) && a.rotary) head.rotate(a, rows[warp], token);
-  if (is_q) {
-    head.copy(reinterpret_cast<IN *>(a.q) + ((u64)token * a.heads + which) * a.d, a.d);
-    return;
-  }
+  const int token = blockIdx.x, warp = threadIdx.x / 32, all = a.heads + 2 * a.kv_heads;
+  const u64 base = (u64)token * all;
+  int which = blockIdx.y * WARPS + warp;
+  if (which >= all) return;
+  Head<EACH> next;
+  next.take(a, base + which);
+  const Turn<EACH> turn(a, token);
   const long long position = a.wide ? reinterpret_cast<const long long *>(a.position)[token]
                                     : reinterpret_cast<const int *>(a.position)[token];
-  head.keep(a, is_k, token / a.tokens, (which - a.heads) % a.kv_heads, position);
+  for (; which < all; which += gridDim.y * WARPS) {
+    Head<EACH> head = next;
+    const int then = which + gridDim.y * WARPS;
+    if (then < all) next.take(a, base + then);
+    const bool is_q = which < a.heads, is_k = !is_q && which < a.heads + a.kv_heads;
+    const void *weight = is_q ? a.q_norm : is_k ? a.k_norm : nullptr;
+    if (weight) head.norm(weight, a.d, a.eps);
+    if ((is_q || is_k) && a.rotary) head.rotate(a, turn, rows[warp]);
+    if (is_q) head.copy(reinterpret_cast<IN *>(a.q) + ((u64)token * a.heads + which) * a.d, a.d);
+    else head.keep(a, is_k, token / a.tokens, (which - a.heads) % a.kv_heads, position);
+  }
 }
+
+extern "C" __global__ void __launch_bounds__(128) store_kv_64(const __grid_constant__ Args a) { store_heads<2>(a); }
+extern "C" __global__ void __launch_bounds__(128) store_kv_128(const __grid_constant__ Args a) { store_heads<4>(a); }
+extern "C" __global__ void __launch_bounds__(128) store_kv_256(const __grid_constant__ Args a) { store_heads<8>(a); }

@@ -8,19 +8,10 @@
 #include "codes8.cuh"
 #include "head.cuh"
 
-struct Args {
-  const void *qkv;       // [batch, (heads + 2 kv_heads) d]
-  void *k;               // [batch, kv_heads, length, d], strides below
-  void *v;
-  float *k_scale;        // [batch, kv_heads, length]; or null: k and v are of type IN
-  float *v_scale;
+struct Args : Fused {
   const int *first;      // [batch]
   const int *last;       // [batch], included: where k and v go
   const float *slopes;   // [heads], ALiBi; or null
-  const void *cos;       // [batch, rotary]; or null
-  const void *sin;
-  const void *q_norm;    // [d]; or null
-  const void *k_norm;
   void *out;             // [batch, heads, d], before it is quantized
   u8 *codes;             // [batch, heads d]
   float *steps;          // [batch], their scales
@@ -29,34 +20,17 @@ struct Args {
   int *ended;            // [batch], zero before and after: tiles of a row that are done
   float *partial;        // [batch, heads, most, d], not normalised
   float2 *sums;          // [batch, heads, most], the largest score (base 2) and the sum of a chunk
-  u64 k_batch;           // strides in bytes
-  u64 k_head;
-  u64 k_position;
-  u64 v_batch;
-  u64 v_head;
-  u64 v_position;
-  u64 ks_batch;          // strides of the scales in elements
-  u64 ks_head;
-  u64 vs_batch;
-  u64 vs_head;
-  int heads;
-  int kv_heads;
-  int length;
-  int d;
   int most;              // chunks that a row can have
   int pieces;            // chunks that fill the device
-  int rotary;            // the first channels of a head; 0: none
-  int interleaved;       // pairs are neighbours (GPT-J), not halves
   int fp8;               // codes are e4m3, else INT8
   float scale;
-  float eps;
 };
 
 #include "attend.cuh"
 
 template <int D> struct Token {
   static constexpr bool MAKES = true;
-  static constexpr int EACH = D / 32, HEADS = (QUERIES + 2 + WARPS - 1) / WARPS;
+  static constexpr int EACH = D <= 64 ? 2 : D <= 128 ? 4 : 8, HEADS = (QUERIES + 2 + WARPS - 1) / WARPS;
   static constexpr int KEPT = 8;  // pieces of a row that a thread keeps
   const Args &a;
   const int row, kv, queries;
@@ -70,15 +44,16 @@ template <int D> struct Token {
     for (int n = 0; n < HEADS; ++n) {
       const int which = threadIdx.x / 32 + WARPS * n;
       const int place = which < queries ? head + which : a.heads + kv + (which > queries ? a.kv_heads : 0);
-      if (which < queries + 2) mine[n].read(a.qkv, (base + place) * a.d, a.d);
+      if (which < queries + 2) mine[n].take(a, base + place);
     }
   }
   __device__ __forceinline__ const IN *q() const { return made; }
 
   __device__ __forceinline__ void begin(bool newest, int position) {
-    __shared__ float rows[WARPS][D];
+    __shared__ float rows[WARPS][Head<EACH>::ROW];
     alignas(16) __shared__ IN heads[QUERIES * D];
     const int warp = threadIdx.x / 32;
+    const Turn<EACH> turn(a, row);
 #pragma unroll
     for (int n = 0; n < HEADS; ++n) {
       const int which = warp + WARPS * n;
@@ -86,10 +61,7 @@ template <int D> struct Token {
       if (which >= queries + (newest ? 2 : 0)) break;
       const void *weight = is_q ? a.q_norm : is_k ? a.k_norm : nullptr;
       if (weight) mine[n].norm(weight, a.d, a.eps);
-      if ((is_q || is_k) && a.rotary) {
-        __syncwarp();
-        mine[n].rotate(a, rows[warp], row);
-      }
+      if ((is_q || is_k) && a.rotary) mine[n].rotate(a, turn, rows[warp]);
       if (is_q) mine[n].copy(heads + which * a.d, a.d);
       else mine[n].keep(a, is_k, row, kv, position);
     }
