@@ -24,8 +24,10 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Mapped:
-    """The matrix x as a kernel's first parameter, a tensor map; see `cuda.tensor_map`."""
+    """A matrix as a parameter of a kernel in front of all others, a tensor map; see `cuda.tensor_map`. field:
+    its pointer among the arguments."""
 
+    field: str
     rows: int
     k: int
     width: int
@@ -54,7 +56,7 @@ class Launch:
         cluster: int = 1,
         pdl: bool = False,
         scratch: Scratch | None = None,
-        mapped: Mapped | None = None,
+        mapped: tuple[Mapped, ...] = (),
     ) -> None:
         self.device, self.unit, self.entry, self.grid, self.block = device, unit, entry, grid, block
         self.arguments, self.scratch, self.mapped = arguments, scratch, mapped
@@ -69,9 +71,7 @@ class Launch:
         self.slots = (ctypes.c_uint64 * (ctypes.sizeof(kind) // 8)).from_buffer(arguments)
         begin = ctypes.addressof(arguments)
         params = [begin + getattr(kind, name).offset for name in names] if spread else [begin]
-        self.params = (ctypes.c_void_p * (len(params) + (mapped is not None)))(
-            *[0] * (mapped is not None), *params
-        )
+        self.params = (ctypes.c_void_p * (len(mapped) + len(params)))(*[0] * len(mapped), *params)
         self.address = ctypes.addressof(self.params)
         self.configs: dict[int, tuple[Any, int]] = {}  # by stream
         self.function = 0
@@ -91,10 +91,12 @@ class Launch:
         if self.scratch is not None:
             kept = cuda.workspace(device, self.scratch.size, self.scratch.zeroed)
             self.lend(kept)
-        if self.mapped is not None:
-            m, x = self.mapped, self.slots[self.places["x"]]
-            described = cuda.tensor_map(x, m.rows, m.k, m.k, m.width, m.box_rows)
-            self.params[0] = described.getPtr()
+        maps = [
+            cuda.tensor_map(self.slots[self.places[m.field]], m.rows, m.k, m.k, m.width, m.box_rows)
+            for m in self.mapped
+        ]
+        for i, described in enumerate(maps):
+            self.params[i] = described.getPtr()
         status = cuda.library().cuLaunchKernelEx(found[1], self.function, self.address, None)
         if status:
             cuda.failed(status, f"launch {self.unit}")
