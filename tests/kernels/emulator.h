@@ -52,7 +52,6 @@ struct Fiber {
   Block* block;
   Dim index;
   std::vector<std::function<void()>> asked;
-  std::vector<std::shared_ptr<bool>> stores;
   bool done = false;
 };
 static Fiber* current;
@@ -207,28 +206,6 @@ static void tensor_copy(u32 dst, const Map* map, int x, int y, u32 bar, u64, u16
       landed(b, bar, m.box * 128);
     });
   }
-}
-static void tensor_store(const Map* map, int x, int y, u32 from) {
-  const Map m = *map;
-  Block* b = current->block;
-  auto read = std::make_shared<bool>(false);
-  current->stores.push_back(read);
-  if (from % 1024) fprintf(stderr, "the swizzle does not begin at %u\n", from), abort();
-  flying.push_back([=] {
-    for (long i = 0; i < m.box; ++i)
-      for (long byte = 0; byte < 128; ++byte) {
-        const long row = y + i, to = (long)x * 2 + byte;
-        u32 address = from + i * 128 + byte;
-        address ^= (address >> 7 & 7) << 4;
-        if (row < m.rows && to < m.row_bytes) ((u8*)m.base)[row * m.pitch + to] = *at(b, address, 1);
-      }
-    *read = true, ++progress;
-  });
-}
-template <int N> void stores_read() {
-  auto& stores = current->stores;
-  for (size_t i = 0; i + N < stores.size(); ++i)
-    while (!*stores[i]) pause_fiber();
 }
 static uint4 load_from(u32 address, u32 rank) {
   uint4 v;

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zq.kernels.tiles import COPIED, Config
+from zq.kernels.tiles import Config
 from zq.kernels.unit import Unit, arch_number
 
 SOURCES = Path(__file__).resolve().parents[2] / "zq" / "kernels" / "src"
@@ -129,7 +129,7 @@ class Driver:
         )
 
     def tensor_map(self, x: Tensor, rows: int) -> object:
-        """A map of x [M, K] (8 or 16 bits a value) in boxes of rows x 128 bytes."""
+        """A map of x [M, K] (8- or 16-bit) in boxes of rows x 128 bytes."""
         memory = (ctypes.c_char * 192)()
         start = -ctypes.addressof(memory) % 64
         made = (ctypes.c_char * 128).from_buffer(memory, start)
@@ -165,6 +165,5 @@ def gemm(driver: Driver, folder: Path, c: Config, arch: str, case: dict, more: S
     args += [case.get("workspace"), x.shape[0], y.shape[1], x.shape[1], x.stride(0), c.split]
     args += [int(y.dtype == torch.float16)]
     if c.map_rows:
-        maps = driver.tensor_map(x, c.map_rows), driver.tensor_map(y, COPIED) if c.copied else None
-        args = [maps[0], maps[1] or maps[0], *args]
+        args.insert(0, driver.tensor_map(x, c.map_rows))
     driver.launch(cubin_file(folder, c.unit, arch, more), c, args)

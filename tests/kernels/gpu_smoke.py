@@ -42,7 +42,6 @@ TIMED = [(28672, 8192), (6144, 4096)]
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 TIMED_UNITS = (
     "w4a8_int8_g128",
-    "w4a8_int8_group_g128",
     "w4a8_fp8_g128",
     "w4a16_g128",
     "w8a8_int8",
@@ -72,11 +71,7 @@ def forced(op: str, p: layout.Packing, m: int, n: int, k: int, sms: int, family:
         ((1, 0), (1, 1), (2, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 8)),
     ):
         sharing = cluster // max(split, 1)
-        if (
-            not tiles.writes(tile, n)
-            or (sharing > 1 and tile.tokens < 16)
-            or (split > 1 and (tile.tokens > 64 or steps < split))
-        ):
+        if (sharing > 1 and tile.tokens < 16) or (split > 1 and (tile.tokens > 64 or steps < split)):
             continue
         if m > 16 * tile.tokens:
             continue

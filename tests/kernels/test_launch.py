@@ -175,11 +175,10 @@ def test_products_lead_to_units(arch, number, dtype, monkeypatch):
         seen.add(unit.ops[0])
         numbers = [getattr(it.arguments, field) for field in ("m", "n", "k", "ldx", "half")]
         assert numbers == [3, 40, 160, 160, int(kept.outputs[0][1] == torch.float16)]
-        assert len(it.params) == 14 + len(it.mapped)
-        assert len(it.mapped) == 2 * (number == 90)
-        for mapped in it.mapped:  # of a small tile
-            assert (mapped.field, mapped.rows, mapped.k) == ("x", 3, 160)
-            assert mapped.width == args[0].element_size()
+        assert len(it.params) == 14 + (it.mapped is not None)
+        if it.mapped is not None:
+            assert it.mapped.rows == 3
+            assert (it.mapped.k, it.mapped.width) == (160, args[0].element_size())
         # Each tensor is where its name is.
         ((shape, out),) = kept.outputs
         tensors = (*args, args[0].new_empty(shape, dtype=out))

@@ -24,10 +24,8 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Mapped:
-    """A matrix as a parameter of a kernel in front of all others, a tensor map; see `cuda.tensor_map`. field:
-    its pointer among the arguments."""
+    """The matrix x as a kernel's first parameter, a tensor map; see `cuda.tensor_map`."""
 
-    field: str
     rows: int
     k: int
     width: int
@@ -56,7 +54,7 @@ class Launch:
         cluster: int = 1,
         pdl: bool = False,
         scratch: Scratch | None = None,
-        mapped: tuple[Mapped, ...] = (),
+        mapped: Mapped | None = None,
     ) -> None:
         self.device, self.unit, self.entry, self.grid, self.block = device, unit, entry, grid, block
         self.arguments, self.scratch, self.mapped = arguments, scratch, mapped
@@ -71,7 +69,9 @@ class Launch:
         self.slots = (ctypes.c_uint64 * (ctypes.sizeof(kind) // 8)).from_buffer(arguments)
         begin = ctypes.addressof(arguments)
         params = [begin + getattr(kind, name).offset for name in names] if spread else [begin]
-        self.params = (ctypes.c_void_p * (len(mapped) + len(params)))(*[0] * len(mapped), *params)
+        self.params = (ctypes.c_void_p * (len(params) + (mapped is not None)))(
+            *[0] * (mapped is not None), *params
+        )
         self.address = ctypes.addressof(self.params)
         self.configs: dict[int, tuple[Any, int]] = {}  # by stream
         self.function = 0
@@ -91,12 +91,10 @@ class Launch:
         if self.scratch is not None:
             kept = cuda.workspace(device, self.scratch.size, self.scratch.zeroed)
             self.lend(kept)
-        maps = [
-            cuda.tensor_map(self.slots[self.places[m.field]], m.rows, m.k, m.k, m.width, m.box_rows)
-            for m in self.mapped
-        ]
-        for i, described in enumerate(maps):
-            self.params[i] = described.getPtr()
+        if self.mapped is not None:
+            m, x = self.mapped, self.slots[self.places["x"]]
+            described = cuda.tensor_map(x, m.rows, m.k, m.k, m.width, m.box_rows)
+            self.params[0] = described.getPtr()
         status = cuda.library().cuLaunchKernelEx(found[1], self.function, self.address, None)
         if status:
             cuda.failed(status, f"launch {self.unit}")

@@ -168,16 +168,8 @@ def gemm(op: str, outputs: list[Tensor], x: Tensor, group: int = 0, asym: bool =
         cluster=config.cluster,
         pdl=config.pdl,
         scratch=Scratch(config.workspace, config.zeroed, {"scratch": 0}) if config.workspace else None,
-        mapped=_mapped(config, m, n, k, x.element_size()),
+        mapped=Mapped(m, k, x.element_size(), config.map_rows) if config.map_rows else None,
     )
-
-
-def _mapped(config: tiles.Config, m: int, n: int, k: int, width: int) -> tuple[Mapped, ...]:
-    """x, and y where the copy engine writes it; else x once more, since the kernel has that parameter."""
-    if not config.map_rows:
-        return ()
-    x = Mapped("x", m, k, width, config.map_rows)
-    return x, Mapped("y", m, n, 2, tiles.COPIED) if config.copied else x
 
 
 def _product(op: str, outputs: list[Tensor], x: Tensor, *args: Any) -> Launch | None:

@@ -26,10 +26,6 @@ KINDS = {  # operator -> kind of packing
 SHARED = 227 * 1024  # bytes of shared memory of a block on sm_90; a multiprocessor has 1 KB more for each
 STAGES = 16  # of a ring, at most: 150 KB in flight are several times what hides the latency of memory
 PITCH = 144  # of gemm_sm90.cu
-COPIED, BUFFERS = (
-    32,
-    3,
-)  # tokens that the copy engine writes at once, and of how many such pieces there is room
 SPLITS = (1, 2, 4, 8)  # of gemm_mma.cu
 CLUSTERS = range(1, 9)  # blocks that share K in gemm_sm90.cu
 FEWEST = 16  # tokens, up to which two blocks share a multiprocessor
@@ -61,8 +57,7 @@ class Config:
     """A launch: `unit` and `entry` name the kernel, `shared` is in bytes, `cluster` and `split` count blocks.
     split: blocks that share K of each tile; 0: all blocks share all tiles evenly (share90.cuh).
     workspace: bytes, of which the first `zeroed` are zero before and after. pdl: may begin before the kernel
-    in front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none.
-    copied: y leaves by the copy engine, in boxes of COPIED rows."""
+    in front of it has ended. map_rows: rows in a box of the tensor map of x, 0 when the kernel takes none."""
 
     unit: str
     entry: str
@@ -75,7 +70,6 @@ class Config:
     zeroed: int = 0
     pdl: bool = False
     map_rows: int = 0
-    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,16 +146,10 @@ def resident(tile: Tile) -> int:
     return 2 if tile.tokens <= FEWEST else 1
 
 
-def writes(tile: Tile, n: int) -> bool:
-    """Whether gemm_sm90.cu can write rows of n outputs in such tiles: the copy engine, by which large ones
-    leave, wants rows of a multiple of 16 bytes."""
-    return tile.tokens <= 64 or n % 8 == 0
-
-
 def stages_and_shared(op: str, p: Packing, tile: Tile) -> tuple[int, int]:
     """(stages of the ring, bytes of shared memory) of gemm_sm90.cu; it finds the first from the second."""
     tokens = tile.tokens
-    turn = 2 * (tokens * PITCH if tokens <= 64 else BUFFERS * COPIED * 128)
+    turn = 2 * min(tokens, 64) * PITCH
     extra = max(turn, tile.rows * tokens * 4) if tokens <= 64 else turn
     extra += 16 * tokens + 6 * tile.rows  # terms: two of each token, for both warpgroups; scale and bias
     stage = tokens * 128 * p.act_bytes + tile.rows // 64 * p.tile_bytes + 16  # two barriers
@@ -177,7 +165,7 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
     options = []
     for tile in tiles(op, p, 90):
         works, places = _works(tile, 1, m, n), sms * resident(tile)
-        if tile.tokens < min(m, 32) or (tile.tokens >= 2 * m and tile.tokens > 8) or not writes(tile, n):
+        if tile.tokens < min(m, 32) or (tile.tokens >= 2 * m and tile.tokens > 8):
             continue  # others read all weights once, or half of it does
         least = LEAST_STEPS if tile.tokens <= FEWEST else LEAST_STEPS + 2
         options += [
@@ -222,7 +210,6 @@ def persistent(
         zeroed=zeroed,
         pdl=True,
         map_rows=tile.tokens * max(split, 1) // cluster,
-        copied=tile.tokens > 64,
     )
 
 

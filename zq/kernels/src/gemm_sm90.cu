@@ -22,10 +22,6 @@
 #define ZQ_PLAIN 0
 #endif
 
-#ifndef ZQ_LAG
-#define ZQ_LAG 2
-#endif
-
 constexpr int WARPGROUPS = 2;  // that consume a stage
 constexpr int FEW = PART_STEPS ? 32 : 64;  // tokens, up to which two pairs of them take turns
 constexpr int FEWEST = 16;  // tokens, up to which two blocks share a multiprocessor instead
@@ -41,21 +37,20 @@ template <int BT, int ROWS> struct Shape {
   static constexpr u32 W = TILES * TILE_BYTES;
   static constexpr u32 SA = SCALED_STEPS ? BT * 4 : 0;
   // Of each warpgroup: what its epilogue needs. In the first, sums are transposed, and exchanged in a split.
-  static constexpr u32 TURN = BT > 64 ? BUFFERS * BUFFER : BT * PITCH;
+  static constexpr u32 TURN = (BT < 64 ? BT : 64) * PITCH;
   static constexpr u32 EXCHANGE = BT <= 64 ? 64 * ROWS * BT * 4 : 0;
   static constexpr u32 AREA = TURN > EXCHANGE ? TURN : EXCHANGE;
   static constexpr u32 EXTRA = WARPGROUPS * (AREA + sizeof(Terms<BT, ROWS>));
 };
 
-template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Map* map_y, const Args a) {
+template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map, const Args a) {
   using S = Shape<BT, ROWS>;
   extern __shared__ __align__(1024) u8 memory[];
   // Each pair always takes the same stages: a barrier cannot tell a phase from the last but one.
   const int stages = (dynamic_shared_bytes() - S::EXTRA) / (S::X + S::W + S::SA + 16) / S::TURNS * S::TURNS;
-  u8* const areas = memory + stages * S::X;
-  u8* const w_ring = areas + WARPGROUPS * S::AREA;
-  auto* const all_terms = reinterpret_cast<Terms<BT, ROWS>*>(w_ring + stages * S::W);
-  float* const sa_ring = reinterpret_cast<float*>(all_terms + WARPGROUPS);
+  u8* const w_ring = memory + stages * S::X;
+  u8* const extra = w_ring + stages * S::W;
+  float* const sa_ring = reinterpret_cast<float*>(extra + S::EXTRA);
   const u32 x_ring = shared_address(memory);
   const u32 full = shared_address(sa_ring) + stages * S::SA, empty = full + 8 * stages;
 
@@ -210,9 +205,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     if constexpr (S::BLOCKS == 2) take_registers<104>();
     if constexpr (S::TURNS == 2) take_registers<112>();
     const int turn = S::TURNS == 2 ? (warpgroup - 1) / WARPGROUPS : 0, group = warpgroup - 1 - turn * WARPGROUPS;
-    u8* const area = areas + group * S::AREA;
-    auto& terms = all_terms[group];
-    int buffer = 0;
+    u8* const area = extra + group * S::AREA;
+    auto& terms = reinterpret_cast<Terms<BT, ROWS>*>(extra + WARPGROUPS * S::AREA)[group];
     Sum sum[ROWS][BT / 2];
     Fragment f[2];
     auto release = [&](int slot) {  // by a warp that has read it
@@ -246,11 +240,6 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     // would compute together and wait together.
     constexpr bool ALTERNATE = PART_STEPS == 1 && S::TURNS == 1 && S::BLOCKS == 1;
     if (ALTERNATE && group == 1) named_arrive(5, 256);
-
-    // Of a large tile the second warpgroup begins LAG steps later: while one writes, the tensor core works for the other.
-    constexpr int LAG = BT > 64 && PART_STEPS == 0 ? ZQ_LAG : 0;
-    bool awaited = LAG && group == 0 && share.count;
-    if (LAG && group == 1 && share.count) named_barrier(7, 256);
 
     pdl_wait();
     s = turn;
@@ -295,12 +284,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
           before = slot;
         };
         int i = 0;
-        for (; i + 1 < count; i += 2) {
-          step(Index<0>{}, true), step(Index<FRAGMENTS & 1>{}, i + 2 < count);
-          if (LAG && awaited && i + 2 >= LAG) named_arrive(7, 256), awaited = false;
-        }
+        for (; i + 1 < count; i += 2) step(Index<0>{}, true), step(Index<FRAGMENTS & 1>{}, i + 2 < count);
         if (i < count) step(Index<0>{}, false);
-        if (LAG && awaited) named_arrive(7, 256), awaited = false;
         wgmma_wait<0>();
         if (before >= 0) release(before);
 #pragma unroll
@@ -412,9 +397,8 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
         }
         if (segment.first > 0) workspace.take(sum, share.beginner(segment.work), share.place, 1 + group);
       }
-      write_tile(a, map_y, sum, terms, area, buffer, m0, n0, t, 1 + group);
+      write_tile(a, sum, terms, area, m0, n0, t, 1 + group);
     }
-    if (BT > 64 && t == 0) stores_read<0>();
     if (ALTERNATE && group == 0) named_barrier(5, 256);  // the last turn that was given
   }
   if (blocks > 1) cluster_sync();  // no block may leave while another reads or writes its shared memory
@@ -422,10 +406,10 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
 
 #define ENTRY(NAME, BT, ROWS)                                                                                   \
   extern "C" __global__ void __launch_bounds__(Shape<BT, ROWS>::THREADS, Shape<BT, ROWS>::BLOCKS)                                                \
-      NAME(const __grid_constant__ Map map, const __grid_constant__ Map map_y, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
+      NAME(const __grid_constant__ Map map, const u8* x, const float* sx, const int* rowsum, const u8* w,       \
            const float* scale, const void* bias, u16* y, u8* workspace, int M, int N, int K, int ldx, int split, \
            int out) {                                                                                           \
-    gemm<BT, ROWS>(&map, &map_y, {x, sx, rowsum, w, scale, bias, y, workspace, M, N, K, ldx, split, out});              \
+    gemm<BT, ROWS>(&map, {x, sx, rowsum, w, scale, bias, y, workspace, M, N, K, ldx, split, out});              \
   }
 ENTRY(t8, 8, 1)
 ENTRY(t16, 16, 1)

@@ -6,8 +6,6 @@
 constexpr bool SCALED_STEPS = ZQ_KIND == KIND_FP8_BLOCK;     // x has a scale for each token and step of 128 k,
 constexpr bool SCALED_TOKENS = ACT == 1 && !SCALED_STEPS;    // or one for each token
 constexpr int PITCH = 144;  // bytes of a token's 64 outputs while they are transposed: no bank conflicts
-// Large tiles leave by the copy engine, 32 tokens x 64 rows at a time, while the next ones are made and the next tile is begun.
-constexpr int COPIED = 32, BUFFER = COPIED * 128, BUFFERS = 3;
 
 // What turns the sums of BT tokens x ROWS times 64 rows into outputs, in shared memory.
 template <int BT, int ROWS> struct Terms {
@@ -43,28 +41,27 @@ __device__ __forceinline__ void store_row(u16* to, const u8* from, int count, bo
   for (int e = 0; e < count; ++e) to[e] = reinterpret_cast<const u16*>(from)[e];
 }
 
-// area: bytes to transpose tokens in; barrier: a named barrier of the warpgroup; buffer: the next of large tiles.
+// turn: bytes to transpose min(BT, 64) tokens in; barrier: a named barrier of the warpgroup.
 template <int BT, int ROWS>
-__device__ __forceinline__ void write_tile(const Args& a, const Map* to, const Sum (&sum)[ROWS][BT / 2],
-                                           const Terms<BT, ROWS>& terms, u8* area, int& buffer, int m0, int n0, int t,
-                                           int barrier) {
-  constexpr bool LARGE = BT > 64;
-  constexpr int PIECE = LARGE ? COPIED : BT;
+__device__ __forceinline__ void write_tile(const Args& a, const Sum (&sum)[ROWS][BT / 2], const Terms<BT, ROWS>& terms,
+                                           u8* turn, int m0, int n0, int t, int barrier) {
+  constexpr int PIECE = BT < 64 ? BT : 64;
   const int warp = t >> 5, lane = t & 31;
   copies_wait_all();
-  named_barrier(barrier, 128);  // terms are there, and the last tile has been read
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     float ws[2], bias[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = r * 64 + warp * 16 + lane / 4 + 8 * h;
-      ws[h] = a.scale ? terms.scale[row] : 1.f;
-      bias[h] = a.bias ? load16(terms.bias, row, a.out) : 0.f;
-    }
-#pragma unroll
     for (int piece = 0; piece < BT / PIECE; ++piece) {
-      const u32 place = shared_address(area) + (LARGE ? buffer * BUFFER : 0);
+      named_barrier(barrier, 128);  // terms are there, and the last piece has been read
+      if (piece == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = r * 64 + warp * 16 + lane / 4 + 8 * h;
+          ws[h] = a.scale ? terms.scale[row] : 1.f;
+          bias[h] = a.bias ? load16(terms.bias, row, a.out) : 0.f;
+        }
+      }
 #pragma unroll
       for (int j = 0; j < PIECE / 8; ++j) {
         const Sum* v = sum[r] + (piece * PIECE / 8 + j) * 4;
@@ -79,24 +76,16 @@ __device__ __forceinline__ void write_tile(const Args& a, const Map* to, const S
           value[2 * h] = finish(v[2 * h], ws[h], sx.x, rowsum.x, bias[h]);
           value[2 * h + 1] = finish(v[2 * h + 1], ws[h], sx.y, rowsum.y, bias[h]);
         }
-        const int token = j * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
-        store_transposed(place + (LARGE ? token * 128 + (chunk ^ token % 8) * 16 : token * PITCH + chunk * 16),
-                         pack2(value[0], value[1], a.out), pack2(value[2], value[3], a.out));
+        const int token = j * 8 + lane % 8, column = warp * 16 + lane / 8 % 2 * 8;
+        store_transposed(shared_address(turn) + token * PITCH + column * 2, pack2(value[0], value[1], a.out),
+                         pack2(value[2], value[3], a.out));
       }
-      if constexpr (LARGE) {
-        proxy_fence();
-        if (t == 0) stores_read<BUFFERS - 2>();
-        named_barrier(barrier, 128);  // written, and the buffer after this one has been read
-        if (t == 0) tensor_store(to, n0 + r * 64, m0 + piece * PIECE, place);
-        buffer = buffer + 1 < BUFFERS ? buffer + 1 : 0;
-      } else {
-        named_barrier(barrier, 128);
+      named_barrier(barrier, 128);
 #pragma unroll
-        for (int i = 0; i < (PIECE * 8 + 127) / 128; ++i) {
-          const int c = i * 128 + t, token = c / 8, m = m0 + token, n = n0 + c % 8 * 8;
-          if (token < PIECE && m < a.M && n < a.N)
-            store_row(a.y + (size_t)m * a.N + n, area + token * PITCH + c % 8 * 16, min(8, a.N - n), a.N % 8 == 0);
-        }
+      for (int i = 0; i < (PIECE * 8 + 127) / 128; ++i) {
+        const int c = i * 128 + t, token = c / 8, m = m0 + piece * PIECE + token, n = n0 + r * 64 + c % 8 * 8;
+        if (token < PIECE && m < a.M && n < a.N)
+          store_row(a.y + (size_t)m * a.N + n, turn + token * PITCH + c % 8 * 16, min(8, a.N - n), a.N % 8 == 0);
       }
     }
   }

@@ -85,17 +85,6 @@ __device__ __forceinline__ void tensor_copy(u32 dst, const Map* map, int x, int 
         "l"(map), "r"(x), "r"(y), "r"(bar), "h"(mask), "l"(policy)
         : "memory");
 }
-// A box of shared memory (128-byte swizzle) to (x, y) of a 2-D tensor, as far as it lies in it.
-__device__ __forceinline__ void tensor_store(const Map* map, int x, int y, u32 from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y),
-               "r"(from)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-// Until all stores of this thread but the last N have read their shared memory.
-template <int N> __device__ __forceinline__ void stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-}
 // Ordinary writes to shared memory, before the tensor cores or the copy engine read them.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
