@@ -632,7 +632,9 @@ def _quantized(*options: str) -> Callable[[Model], None]:
 
 
 situation("export-not-expressible")(_quantized("--w8a8"))
-situation("export-same-format", "gguf-name")(_quantized("--w4a16"))
+situation("export-same-format", "export-inside", "gguf-name", "serve-host", "serve-nothing")(
+    _quantized("--w4a16")
+)
 
 
 @situation("export-scales")
@@ -664,6 +666,10 @@ def _group(config: dict[str, Any]) -> dict[str, Any]:
 
 
 situation("method-no-name")(_config_changed(lambda config: config.update(quant_method=["gptq"])))
+situation("scheme-strategy")(_config_changed(lambda config: _group(config)["weights"].update(strategy="row")))
+situation("scheme-bits")(_config_changed(lambda config: _group(config)["weights"].update(num_bits="4")))
+situation("scheme-activations")(_config_changed(lambda config: _group(config).update(input_activations=[])))
+situation("two-level-of-nothing")(_config_changed(lambda config: config.update(zq={"two_level": ["nope"]})))
 situation("scheme-no-weights")(_config_changed(lambda config: _group(config).update(weights=None)))
 situation("scheme-as-bytes")(_config_changed(lambda config: _group(config).update(format="int-quantized")))
 situation("scheme-static")(

@@ -149,7 +149,7 @@ def test_the_command(made: Make, tiny: Make, tmp_path: Path) -> None:
             (source, "--to", "ggml", "-o", tmp_path / "x"),
         ),
         ("is in format gptq already", (out, "--to", "gptq", "-o", tmp_path / "x")),
-        ("is not quantized; use zq quantize", (tiny("llama"), "--to", "gptq", "-o", tmp_path / "x")),
+        ("is not quantized; give zq quantize", (tiny("llama"), "--to", "gptq", "-o", tmp_path / "x")),
         ("exists and is not empty", (source, "--to", "gptq", "-o", out)),
     ):
         failed = command("export", *args)
@@ -282,3 +282,13 @@ def test_the_licence_stays_on_the_card(made: Make, tmp_path: Path) -> None:
     convert(plan_conversion(source, "zq"), tmp_path / "out")
     card = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert (card["license"], card["base_model"]) == ("apache-2.0", "org/name")
+
+
+def test_an_output_inside_the_source(made: Make) -> None:
+    source = made("compressed-tensors", "int4:g32")
+    before = sorted(source.rglob("*"))
+    for out in (source / "new", source / ".." / source.name / "a" / "b"):
+        done = command("export", source, "--to", "gptq", "-o", out)
+        assert done.code == 2
+        assert f"lies in {source}, the checkpoint it is made from; choose another -o" in done.err
+    assert sorted(source.rglob("*")) == before

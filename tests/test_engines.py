@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,14 @@ def test_targets(text: str, target: Target, back: str) -> None:
 def test_targets_that_do_not_exist(text: str, words: str) -> None:
     with pytest.raises(ZqError, match=words):
         parse(text)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "transformers", "llama.cpp"])
+def test_the_example_is_of_the_engine_that_was_meant(engine: str) -> None:
+    with pytest.raises(ZqError) as caught:
+        parse(f"{engine}:typo")
+    assert f"for example {engine}" in str(caught.value)
+    assert "vllm" not in str(caught.value).replace(engine, "")
 
 
 CT = "compressed-tensors"
@@ -110,10 +119,16 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:cpu", CT, "e4m3fn:channel @ e4m3fn:token", "minutes for a token"),
         ("vllm:sm90", CT, TILES, "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them"),
         ("vllm:sm89", CT, TILES, "16-bit activations; `--linear-backend triton` rounds them"),
-        ("vllm:sm80", CT, TILES, "no FP8 arithmetic"),
+        ("vllm:sm80", CT, TILES, "before sm89 there is no FP8 arithmetic, so vLLM computes it with 16-bit"),
+        (
+            "vllm:sm89",
+            CT,
+            TILES,
+            "before sm90 vLLM takes Marlin for FP8 in tiles and computes it with 16-bit",
+        ),
         ("vllm:cpu", CT, TILES, "16-bit activations, and does not load it where the CPU has no AMX"),
         ("vllm:sm90", CT, "int4:g128 @ e4m3fn:token", "rounds its group scales to FP8"),
-        ("vllm:0.40", CT, "int4:g128", "what zq knows is vllm 0.33"),
+        ("vllm:0.40", CT, "int4:g128", "what zq knows of vllm 0.33, the nearest version; 0.40 may"),
         ("transformers", "zq", "int4:b64", "import zq"),
         ("transformers", CT, "int4:g64:asym", "cannot load packed zero points"),
         ("sentence-transformers", CT, "int8:channel @ int8:token", "goes around the call that unpacks"),
@@ -130,16 +145,15 @@ def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: st
 @pytest.mark.parametrize(
     ("target", "format", "scheme", "words"),
     [
-        ("vllm", "zq", "int4:b64", "alone knows nothing of zq's own format"),
-        ("vllm", "zq", "int4:b64", "install zq beside it"),
+        ("vllm", "zq", "int4:b64", "vllm reads compressed-tensors, gptq, awq, not zq's own format"),
         ("vllm:zq", "zq", "int4:b64", "layout 'b64'; quantize again in groups"),
-        ("vllm:zq", "zq", TILES, "tiles (128x128); export it to compressed-tensors"),
+        ("vllm:zq", "zq", TILES, "layout '128x128'; quantize again in groups"),
         ("vllm", CT, "e4m3fn:64x64 @ e4m3fn:g64", "of 128x128 only"),
         ("vllm:cpu", CT, "e4m3fn:128x128", "with FP8 activations"),
         ("sglang:sm80", CT, TILES, "from sm89 on"),
         ("sglang", CT, "e4m3fn:64x64 @ e4m3fn:g64", "of 128x128"),
         ("vllm:zq", "zq", "int4:g64:lorc=8", "'lorc=8'; quantize again without the step lorc"),
-        ("vllm", "gguf", "int4:g64", "no GGUF"),
+        ("vllm", "gguf", "int4:g64", "not GGUF"),
         ("vllm:sm70", CT, "int4:g64", "sm75"),
         ("vllm", "gptq", "int4:g64:asym", "symmetric bits only"),
         ("vllm", "gptq", "int3:g64", "4 or 8"),
@@ -155,10 +169,10 @@ def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: st
         ("sglang", CT, "int8:g64 @ int8:token", "zq knows no kernel"),
         ("sglang:cpu", CT, "int4:g64", "on this device"),
         ("sglang", CT, "int4:g64 @ int8:token", "no dense kernel"),
-        ("sglang", "zq", "int4:b64", "format zq"),
-        ("llama.cpp", CT, "int4:g64", "reads GGUF files"),
+        ("sglang", "zq", "int4:b64", "not zq's own format"),
+        ("llama.cpp", CT, "int4:g64", "reads GGUF, not compressed-tensors"),
         ("llama.cpp", "gguf", "int3:g64", "no int3 blocks"),
-        ("transformers", "gguf", "int4:g64", "into floats"),
+        ("transformers", "gguf", "int4:g64", "not GGUF"),
     ],
 )
 def test_what_does_not_load(target: str, format: str, scheme: str, words: str) -> None:
@@ -183,14 +197,14 @@ def test_tensor_parallelism() -> None:
         "groups of 128 cannot be split between 8 devices" in judge(parse("vllm:tp=8"), CT, [down]).problems[0]
     )
     assert judge(parse("vllm:tp=4"), CT, [down], Heads(query=9)).problems == [
-        "9 attention heads cannot be split between 4 devices; choose another tensor parallel size"
+        "9 attention heads cannot be split between 4 devices"
     ]
     up = layer("int8:channel", (577, 512), "a.0.up", "up")
     assert "577 outputs" in judge(parse("vllm:tp=2"), CT, [up]).problems[0]
     assert judge(parse("vllm"), CT, [up]).problems == []
     thin = layer("int3:channel", (512, 80), "a.0.down", "down")
     assert judge(parse("vllm:tp=2"), CT, [thin]).problems == [
-        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word; choose another tensor parallel size"
+        "'a.0.down': 40 inputs of 3 bits end inside a packed 32-bit word"
     ]
 
 
@@ -289,9 +303,7 @@ def test_heads_of_keys_and_values() -> None:
         assert [each.shape for each in held(qkv, tp, heads)] == [(rows, 4096)]
         assert judge(parse(f"vllm:tp={tp}"), CT, qkv, heads).problems == []
     found = judge(parse("vllm:tp=4"), CT, block("int4:g64", 768, 192, 192), Heads(query=12, kv=3)).problems
-    assert found == [
-        "3 heads of keys and values cannot be split between 4 devices; choose another tensor parallel size"
-    ]
+    assert found == ["3 heads of keys and values cannot be split between 4 devices"]
 
 
 def test_words_that_a_fused_layer_or_a_device_would_cut() -> None:
@@ -304,7 +316,7 @@ def test_words_that_a_fused_layer_or_a_device_would_cut() -> None:
         assert len(judge(parse("vllm"), format, block("int4:g64", 576, 196, 196)).problems) == 1
     out = layer("int8:channel", (512, 1028), "a.0.out", "out")
     assert judge(parse("vllm:tp=2"), CT, [out]).problems == [
-        "'a.0.out': 514 inputs of 8 bits end inside a packed 32-bit word; choose another tensor parallel size"
+        "'a.0.out': 514 inputs of 8 bits end inside a packed 32-bit word"
     ]
     whole = layer("int8:channel @ int8:token", (512, 1028), "a.0.out", "out")
     assert judge(parse("vllm:tp=2"), CT, [whole]).problems == []
@@ -322,14 +334,65 @@ def test_tiles_that_a_fused_layer_or_a_device_would_cut() -> None:
     split = block(TILES, 512, 256, 256, hidden=512)
     assert judge(parse("vllm:tp=2"), CT, split, Heads(query=8, kv=4)).problems == []
     assert judge(parse("vllm:tp=4"), CT, split, Heads(query=8, kv=4)).problems == [
-        "'a.0.k': the 64 outputs of a device end inside a tile of 128; choose another tensor parallel size"
+        "'a.0.k': the 64 outputs of a device end inside a tile of 128"
     ]
     down = layer(TILES, (512, 768), "a.0.down", "down")
     assert judge(parse("vllm:tp=2"), CT, [down]).problems == []
     assert judge(parse("vllm:tp=4"), CT, [down]).problems == [
-        "'a.0.down': 768 inputs in tiles of 128 cannot be split between 4 devices; choose another tensor "
-        "parallel size"
+        "'a.0.down': 768 inputs in tiles of 128 cannot be split between 4 devices"
     ]
     assert judge(parse("vllm"), CT, [layer(TILES, (500, 768), "a.0.down", "down")]).kernels == {
         TILES: "FP8 in tiles (CUTLASS)"
     }
+    ragged = judge(parse("vllm"), CT, [layer(TILES, (512, 200), "a.0.up", "up")]).problems
+    assert ragged == [
+        "'a.0.up': tiles of 128 do not divide its 200 inputs; use FP8 with a scale per channel (--fp8)"
+    ]
+    # zq's own format has a shorter last group, and its plug-in serves that where nothing is split
+    assert judge(parse("vllm:zq:cpu"), "zq", [layer("int4:g64", (512, 200))]).problems == []
+
+
+def test_heads_come_first() -> None:
+    """Before the odd sizes that splitting them would give."""
+    layers = [*block("int4:g64", 576, 192, 192), layer("int4:g64", (576, 576))]
+    found = judge(parse("vllm:cpu:tp=2"), CT, layers, Heads(query=9, kv=3))
+    assert found.problems[0] == "9 attention heads cannot be split between 2 devices"
+    assert len(found.problems) > 1
+    assert found.advice == "choose another tensor parallel size: 1 or 3"
+    more = len(found.problems) - 1
+    assert found.refusal == f"{found.problems[0]} (and {more} more); {found.advice}"
+
+
+def holding(*formats: str) -> Callable[[str], list[Layer]]:
+    """What a checkpoint of int4 weights becomes in these formats; others refuse it."""
+
+    def restate(format: str) -> list[Layer]:
+        if format not in formats:
+            raise ZqError(f"{format} holds no such thing")
+        return [layer("int4:g64:asym" if format == "awq" else "int4:g64")]
+
+    return restate
+
+
+@pytest.mark.parametrize(
+    ("target", "format", "scheme", "formats", "advice"),
+    [
+        ("llama.cpp", CT, "int4:g64", ("gguf",), "use zq export --to gguf"),
+        ("llama.cpp", CT, "int4:g64", (), "gguf holds no such thing"),
+        ("vllm", "zq", "int4:g64", (), "install zq beside it (vllm:zq)"),
+        ("vllm", "zq", "int4:b64", (), "compressed-tensors holds no such thing"),
+        ("vllm", "zq", "int4:b64", ("awq",), "use zq export --to awq"),
+        ("vllm", "zq", "int4:g64", (CT,), f"install zq beside it (vllm:zq), or use zq export --to {CT}"),
+        ("vllm:zq", "zq", "int4:b64", (CT,), f"use zq export --to {CT}"),
+        ("vllm", "gptq", "int4:g64:asym", (CT, "awq"), f"use zq export --to {CT}"),
+        ("sglang", "gptq", "int4:g64:asym", (), ""),
+        ("sglang:cpu", "zq", "int4:g64", (CT, "gptq", "awq"), ""),  # no format helps there
+        ("vllm:sm70", CT, "int4:g64", ("gptq", "awq"), ""),
+    ],
+)
+def test_what_helps_has_been_tried(
+    target: str, format: str, scheme: str, formats: tuple[str, ...], advice: str
+) -> None:
+    found = judge(parse(target), format, [layer(scheme)], restate=holding(*formats), command="zq export")
+    assert found.problems
+    assert found.advice == advice

@@ -121,7 +121,7 @@ def test_widths_that_no_block_holds_are_refused_before_they_are_measured(tmp_pat
     asked = ("--recipe", recipe, "--calib", "random", "--to", "gguf", "-o", tmp_path / "out")
     failed = run("quantize", source, *asked)
     assert failed.code == 2
-    assert "as int3:g32:s=fp16: it has no int3 blocks" in failed.err
+    assert "as int3:g32:s=fp16: llama.cpp has no int3 blocks" in failed.err
     assert "sensitivity measured" not in failed.err
 
 

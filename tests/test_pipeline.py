@@ -213,7 +213,7 @@ def test_automatic_groups_and_a_format_that_is_asked_for(tiny: Callable[..., Pat
     assert {str(s) for s in plan.assigned.values()} == {"int4:g64"}
     assert any("group size 64: 128 does not divide 64" in note for note in plan.notes)
     assert make_plan(tiny("llama"), recipe("* = int4:g32", format="zq")).format == "zq"
-    with pytest.raises(ZqError, match=r"compressed-tensors cannot hold .* no flat blocks; use format: zq"):
+    with pytest.raises(ZqError, match=r"compressed-tensors cannot hold .* no flat blocks; use --to zq"):
         make_plan(tiny("llama"), recipe("* = int4:b64", format="compressed-tensors"))
 
 

@@ -23,6 +23,7 @@ import torch
 
 from zq.checkpoint.job import Job
 from zq.errors import ZqError, enough_memory
+from zq.export import asked_as
 from zq.plan import Plan, PlannedLayer, make_plan
 from zq.recipe import Bits, Recipe, Rule
 from zq.sensitivity import SiteWidths, measure
@@ -160,7 +161,7 @@ def _refuse_mix(plan: Plan, asked: Bits, sites: list[SiteWidths]) -> None:
     if reason:
         raise ZqError(
             f"{asked.where}: {reason}, so there are no widths to choose; drop the budget of bits, or use "
-            "format: compressed-tensors or zq"
+            f"{asked_as('compressed-tensors')}"
         )
 
 

@@ -8,6 +8,7 @@ tensors, the tokenizer and the rest travel unchanged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from zq.spec import Scheme, TensorSpec
 
 STALE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of the other format
 REMEDY = "choose another format, or quantize again with a scheme that it holds"
+ONLY_OURS = "of such layers zq writes its own format only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def plan_conversion(folder: Path, to: str, *, plain: bool = False) -> Conversion
         raise ZqError(f"format '{to}' is unknown; allowed: {', '.join(EXPORTERS)}")
     stored = quantization_config(folder)
     if stored is None and not plain:
-        raise ZqError(f"{folder} is not quantized; use zq quantize with --to {to}")
+        raise ZqError(f"{folder} is not quantized; give zq quantize this model, a scheme and --to {to}")
     target = EXPORTERS[to]
     config, index = load_config(folder), read_index(folder)
     pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
@@ -89,7 +91,8 @@ def plan_conversion(folder: Path, to: str, *, plain: bool = False) -> Conversion
         flip = is_transposed(model.get_submodule(name))
         after[name], reason = _stated(scheme, target, shapes[name], flip, dtype)
         if reason:
-            raise ZqError(f"{to} cannot hold '{name}' of {folder}, {scheme}: {reason}; {REMEDY}")
+            remedy = ONLY_OURS if flip else REMEDY
+            raise ZqError(f"{to} cannot hold '{name}' of {folder}, {scheme}: {reason}; {remedy}")
     problems = tensor_problems(index, model, before, {s.name: s for s in float_slots.values()})
     if problems:
         raise ZqError(f"{folder}: {next(iter(problems.values()))}; quantize or download again")
@@ -125,6 +128,8 @@ def convert(
     `progress` gets (layers done, layers). Raises ZqError when a value has no equal in the new format, and
     OutputError (disk).
     """
+    if Path(os.path.realpath(plan.folder)) in Path(os.path.realpath(out)).parents:
+        raise ZqError(f"{out} lies in {plan.folder}, the checkpoint it is made from; choose another -o")
     job = Job.begin(out, {"model": plan.index.fingerprint(), "format": plan.to})
     try:
         slots = [slot for name in plan.before for slot in plan.new_slots(name)]
@@ -191,7 +196,7 @@ def _stated(
         why = target.refuse(stated, shape, transposed, dtype)
         if why is None:
             return stated, None
-        reason = reason or why
+        reason = why  # of the plainest way
     return scheme, reason
 
 
@@ -202,13 +207,8 @@ def _write(
     read = reader(plan.index)
     hashes: dict[str, str] = {}
     fine = 0  # layers whose fp16 scales bf16 does not hold
-    for done, (name, scheme) in enumerate(plan.before.items(), 1):
-        names = [slot.name for slot in plan.old_slots(name)]
-        q = plan.source.unpack(name, read(names).__getitem__, scheme, plan.shapes[name])
-        stated = restate(q, plan.after[name].weights, plan.dtype, name)
-        tensors = plan.target.pack(name, stated, plan.after[name])
-        _compare(plan, name, q, tensors)
-        scales = stated.scale
+    for done, name in enumerate(plan.before, 1):
+        scales, tensors = converted(plan, name)
         fine += plan.after[name].weights.scale_dtype == "half" and bool((scales.bfloat16() != scales).any())
         hashes |= writer.write(tensors)
         progress(done, len(plan.before))
@@ -223,12 +223,19 @@ def _write(
     return hashes, notes
 
 
-def _compare(plan: Conversion, name: str, q: QTensor, tensors: dict[str, Tensor]) -> None:
+def converted(plan: Conversion, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """(scales, tensors) of a quantized layer in the other format, compared. Raises ZqError when a value has
+    no equal there."""
+    read = reader(plan.index)([slot.name for slot in plan.old_slots(name)])
+    q = plan.source.unpack(name, read.__getitem__, plan.before[name], plan.shapes[name])
+    stated = restate(q, plan.after[name].weights, plan.dtype, name)
+    tensors = plan.target.pack(name, stated, plan.after[name])
     back = plan.target.unpack(name, tensors.__getitem__, plan.after[name], plan.shapes[name])
     if not torch.equal(back.dequantize(), q.dequantize()):
         raise AuditError(
             f"audit: '{name}' has other values in {plan.to}; please report this as a defect of zq"
         )
+    return stated.scale, tensors
 
 
 def _card(plan: Conversion, report: dict[str, Any]) -> str:

@@ -79,8 +79,7 @@ def write(
 
     `progress` gets (tensors written, tensors). Raises ZqError. Half a file is never left behind.
     """
-    plan = plan_conversion(folder, "zq", plain=True)
-    refuse(plan.before, plan.shapes, folder)
+    plan = plan_file(folder)
     temporary = file.with_name(f".{file.name}.part")
     try:
         types = _write(plan, temporary, progress)
@@ -95,6 +94,13 @@ def write(
         "types": dict(types),
         "notes": _notes(load_config(folder)),
     }
+
+
+def plan_file(folder: Path) -> Conversion:
+    """What `write` will write of the checkpoint in `folder`. Raises ZqError as `refuse` does."""
+    plan = plan_conversion(folder, "zq", plain=True)
+    refuse(plan.before, plan.shapes, folder)
+    return plan
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ def _item(plan: Conversion, name: str, config: Any) -> Item:
     layer = name.removesuffix(".weight")
     rows = _rows(name, config)
     if layer in plan.before:
-        kind, blocks = _blocks(plan, layer, rows)
-        return Item(kind, tuple(blocks.shape), lambda: _blocks(plan, layer, rows)[1])
+        kind, blocks = blocks_of(plan, layer, rows)
+        return Item(kind, tuple(blocks.shape), lambda: blocks_of(plan, layer, rows)[1])
     info = plan.index.tensors[name]
     dtype = torch.float32 if len(info.shape) == 1 else COMPUTE[info.dtype]
 
@@ -157,8 +163,9 @@ def _item(plan: Conversion, name: str, config: Any) -> Item:
     return Item(FLOATS[dtype], (*info.shape[:-1], info.shape[-1] * dtype.itemsize), make)
 
 
-def _blocks(plan: Conversion, layer: str, rows: Tensor | None) -> tuple[str, Tensor]:
-    """(type, blocks [N, bytes]) of a quantized layer, decoded and compared."""
+def blocks_of(plan: Conversion, layer: str, rows: Tensor | None = None) -> tuple[str, Tensor]:
+    """(type, blocks [N, bytes]) of a quantized layer, decoded and compared. `rows`: another order of its
+    outputs. Raises ZqError when a value has no equal."""
     import gguf
 
     read = reader(plan.index)([slot.name for slot in plan.old_slots(layer)])
@@ -168,7 +175,8 @@ def _blocks(plan: Conversion, layer: str, rows: Tensor | None) -> tuple[str, Ten
     try:
         kind, blocks = ggml.encode(q)
     except ZqError as error:
-        raise ZqError(f"'{layer}': {error}; quantize again with --to gguf") from None
+        plain = "" if plan.before[layer].weights.symmetric else "symmetric weights and "
+        raise ZqError(f"'{layer}': {error}; quantize again with {plain}--to gguf") from None
     back = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
     if not torch.equal(torch.from_numpy(back), q.dequantize()):
         raise AuditError(f"audit: '{layer}' has other values as {kind}; report this as a defect of zq")

@@ -24,7 +24,7 @@ from zq.checkpoint.index import CheckpointIndex, TensorInfo, main_dtype, read_in
 from zq.checkpoint.reader import reader, same_tensor
 from zq.checkpoint.writer import Shard, Slot, plan_shards
 from zq.errors import ZqError
-from zq.export import EXPORTERS
+from zq.export import EXPORTERS, asked_as
 from zq.kernels.select import missed
 from zq.methods import resolve_all
 from zq.models.find import find_arch, load_config
@@ -333,14 +333,16 @@ def _choose_format(recipe: Recipe, layers: list[PlannedLayer], dtype: torch.dtyp
     for layer in layers:
         reason = layer.scheme and exporter.refuse(layer.scheme, layer.shape, layer.transposed, dtype)
         if reason and recipe.format != "auto":
-            raise ZqError(f"{wanted} cannot hold '{layer.name}' as {layer.scheme}: {reason}; use format: zq")
+            raise ZqError(
+                f"{wanted} cannot hold '{layer.name}' as {layer.scheme}: {reason}; use {asked_as('zq')}"
+            )
         if reason:
             notes.append(f"zq's own format (loads with `import zq`): {layer.name}: {reason}")
             return "zq"
     assigned = {layer.name: layer.scheme for layer in layers if layer.scheme}
     reason = exporter.refuse_all(assigned, [layer.name for layer in layers if not layer.scheme])
     if reason:
-        raise ZqError(f"{recipe.where}: {reason}; change the rules or use format: compressed-tensors")
+        raise ZqError(f"{recipe.where}: {reason}; change the rules or use {asked_as('compressed-tensors')}")
     asymmetric = any(not scheme.weights.symmetric for scheme in assigned.values())
     if asymmetric and wanted == "compressed-tensors":
         notes.append(
@@ -359,8 +361,8 @@ def _refuse_ragged(layers: list[PlannedLayer]) -> None:
         fits = [g for g in (16, 32, 64, 96, 128, 192, 256) if all(x.shape[1] % g == 0 for x, _ in quantized)]
         raise ZqError(
             f"'{layer.name}' has {k} inputs, which groups of {layout.size} do not divide; sizes that fit "
-            f"every layer: {', '.join(map(str, fits)) or 'none of the usual ones'}; or use format: zq, whose "
-            "last group may be shorter"
+            f"every layer: {', '.join(map(str, fits)) or 'none of the usual ones'}; or use "
+            f"{asked_as('zq')}, whose last group may be shorter"
         )
 
 

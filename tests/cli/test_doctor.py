@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_tensors_that_are_not_there(w4a8: Path, tmp_path: Path) -> None:
 def test_a_float_checkpoint_is_refused(model: Path) -> None:
     done = run("doctor", model)
     assert done.code == 2
-    assert "is not quantized, so every engine runs it as it is" in done.err
+    assert "is not quantized, and zq doctor and zq serve take quantized checkpoints; make one" in done.err
 
 
 def test_a_plan_is_checked_before_any_work(model: Path, tmp_path: Path) -> None:
@@ -123,3 +125,73 @@ def test_names_that_no_disk_takes(w4a8: Path, tmp_path: Path) -> None:
     done = run("export", w4a8, "--to", "gguf", "-o", tmp_path / ("x" * 300 + ".gguf"))
     assert done.code == 2
     assert "choose another -o" in done.err
+
+
+KINDS = [
+    ("llama", "int4:g32", "auto"),
+    ("llama", "int4:g32", "zq"),
+    ("llama", "int4:g32", "gptq"),
+    ("llama", "int4:g32:asym", "gptq"),
+    ("llama", "int4:g32:asym", "zq"),
+    ("llama", "int4:g32:s=fp32", "zq"),
+    ("llama", "int4:g48", "zq"),  # which divide no K of these models
+    ("llama", "int3:g32", "gptq"),
+    ("llama", "int4:b64", "auto"),
+    ("llama", "int4:g32:two-level @ int8:token", "auto"),
+    ("llama", "e4m3fn:128x128 @ e4m3fn:g128", "auto"),  # nor do these tiles
+    ("llama", "e4m3fn:32x32 @ e4m3fn:g32", "zq"),
+    ("llama", "int8:32x32", "auto"),
+    ("gpt2", "int4:g32 @ int8:token", "auto"),
+    ("bert-model", "int4:g32", "zq"),
+]
+TARGETS = ("vllm", "vllm:cpu", "vllm:zq", "vllm:tp=2", "sglang", "llama.cpp")
+
+
+@pytest.mark.parametrize(("family", "rule", "format"), KINDS)
+def test_what_is_advised_is_not_refused(family: str, rule: str, format: str, tmp_path: Path) -> None:
+    """`zq export --to FORMAT` of the doctor converts this checkpoint into one that the engine loads; every
+    other `--to FORMAT` that it or --for names is a plan that the engine loads."""
+    model, out, recipe = tmp_path / "model", tmp_path / "out", tmp_path / "r.yaml"
+    save_tiny(family, model, torch.bfloat16)
+    (save_bpe if family == "llama" else save_tokenizer)(model)
+    weights, _, activations = rule.partition(" @ ")
+    more = f", activations: '{activations}'" * bool(activations)
+    recipe.write_text(
+        f"rules: [{{match: '*', weights: '{weights}'{more}}}]\nsteps: [rtn: {{}}]\n"
+        f"calibration: {{source: none}}\nformat: {format}\n"
+    )
+    run("quantize", model, "--recipe", recipe, "-o", out).ok()
+    options = [word for target in TARGETS for word in ("--for", target)]
+    for number, (target, found) in enumerate(zip(TARGETS, asked(out, *options), strict=True)):
+        assert found["loads"] or found["problems"]
+        for to in re.findall(r"zq export --to ([a-z-]+)", found["advice"]):
+            name = tmp_path / f"new{number}{'.gguf' if to == 'gguf' else ''}"
+            run("export", out, "--to", to, "-o", name).ok()
+            assert to == "gguf" or asked(name, "--for", target)[0]["loads"]
+        if found["problems"]:
+            dry = ("quantize", model, "--recipe", recipe, "--dry-run", "--for", target)
+            said = run(*dry).err + found["advice"].replace("zq export --to", "").partition("symmetric")[0]
+            for to in re.findall(r"--to ([a-z-]+)", said):
+                run(*dry, "--to", to).ok()
+
+
+def asked(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """The doctor's answers, in order."""
+    return list(run("doctor", folder, *options, "--json").json.values())
+
+
+def test_what_helps_is_said(w4a8: Path, tmp_path: Path) -> None:
+    said = run("doctor", w4a8, "--for", "llama.cpp").out
+    assert "does not load: llama.cpp reads GGUF, not compressed-tensors" in said
+    assert "as int4:g64 @ int8:token: GGUF files say nothing of activations" in said
+    assert "--to" not in said
+    native = tmp_path / "native"
+    run("export", w4a8, "--to", "zq", "-o", native).ok()
+    assert "use zq export --to compressed-tensors" in run("doctor", native, "--for", "vllm").out
+    model = tmp_path / "model"
+    save_tiny("llama", model, torch.bfloat16)
+    save_bpe(model)
+    done = run("quantize", model, "--w4a16", "--calib", "none", "--for", "llama.cpp", "--dry-run")
+    assert done.err.strip() == (
+        "error: --for llama.cpp: llama.cpp reads GGUF, not compressed-tensors; use --to gguf"
+    )

@@ -28,7 +28,6 @@ from tests.engines import engine_python
 from tests.letters import CHARACTERS, SPECIAL, save_tokenizer
 from tests.tiny import random_model, save_tiny
 from zq.cli import serve
-from zq.errors import ZqError
 from zq.models.find import load_tokenizer
 
 
@@ -71,7 +70,9 @@ def test_the_commands(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.code == 2
         assert said in done.err
     done = run("serve", w4a8, "--engine", "transformers", "--print").ok()
-    assert shlex.split(done.out)[3:] == ["serve", str(w4a8), "--host", "127.0.0.1", "--port", "8000"]
+    plain = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(w4a8)]
+    assert shlex.split(done.out) == [*plain, "--host", "127.0.0.1", "--port", "8000"]
+    assert "zq" not in done.out.replace(str(w4a8), "").replace(sys.executable, "")
 
 
 @pytest.mark.usefixtures("everything")
@@ -91,7 +92,7 @@ def test_with_the_plugin_nothing_is_ignored(
 
 
 def test_what_needs_humming_gets_it() -> None:
-    words = serve.server_command("vllm", Path("x"), "h", 1, 4, humming=True)
+    words = serve.server_command("vllm", Path("x"), "h", 1, 4, humming=True, with_zq=False)
     assert words[-4:] == ["--tensor-parallel-size", "4", "--linear-backend", "humming"]
 
 
@@ -104,12 +105,41 @@ def test_it_becomes_the_server(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert started[0][0] == sys.executable
 
 
-def test_nothing_is_installed(monkeypatch: pytest.MonkeyPatch, w4a8: Path) -> None:
+def test_nothing_is_installed(monkeypatch: pytest.MonkeyPatch, w4a8: Path, tmp_path: Path) -> None:
+    """The checkpoint is looked at first; the command of a server that was named can be seen all the same."""
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ZqError, match="no server is installed; pip install vllm"):
-        serve.installed("auto")
-    with pytest.raises(ZqError, match="vllm is not installed"):
-        serve.installed("vllm")
+    for words in ((), ("--print",)):
+        done = run("serve", w4a8, *words)
+        assert done.code == 2
+        assert "no server is installed; pip install vllm or pip install 'transformers[serving]'" in done.err
+        assert "there is no folder" in run("serve", tmp_path / "nowhere", *words).err
+    assert "error: the server of vllm is not installed here; pip install vllm" in (
+        run("serve", w4a8, "--engine", "vllm").err
+    )
+    for engine in ("vllm", "transformers"):
+        done = run("serve", w4a8, "--engine", engine, "--print").ok()
+        assert str(w4a8) in done.out
+        assert f"the server of {engine} is not installed here" in done.err
+    assert "checked for vllm:0.33:sm90" in run("serve", w4a8, "--engine", "vllm", "--print").err
+    refused = run("serve", w4a8, "--engine", "vllm", "--print", "--tp", "3")
+    assert "4 attention heads cannot be split between 3 devices" in refused.err
+
+
+@pytest.mark.usefixtures("everything")
+def test_the_version_is_the_installed_one(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_capability", lambda: 90)
+    monkeypatch.setattr("zq.plugins.vllm.vllm_version", lambda: "0.32.0+cpu")
+    done = run("serve", w4a8, "--print").ok()
+    assert "vllm:0.32.0:sm90: judged by what zq knows of vllm 0.33, the nearest version" in done.err
+    monkeypatch.setattr("zq.plugins.vllm.vllm_version", lambda: "0.33.1")
+    assert "nearest version" not in run("serve", w4a8, "--print").ok().err
+
+
+@pytest.mark.parametrize("host", ["", " ", "-x", "a b"])
+def test_addresses_that_are_none(host: str, w4a8: Path) -> None:
+    done = run("serve", w4a8, "--print", f"--host={host}")
+    assert done.code == 2
+    assert f"--host '{host}' is no address" in done.err
 
 
 @pytest.mark.usefixtures("everything")
@@ -119,8 +149,9 @@ def test_what_cannot_be_served(w4a8: Path, tmp_path: Path) -> None:
     done = run("serve", native, "--print")
     assert done.code == 2
     assert "cannot serve" in done.err
-    assert "zq's own format" in done.err
-    assert run("serve", native, "--print", "--engine", "transformers").code == 0
+    assert "zq's own format; install zq beside it (vllm:zq), or use zq export --to compressed-" in done.err
+    done = run("serve", native, "--print", "--engine", "transformers").ok()
+    assert "import zq" in done.out
     assert "--engine tgi is unknown" in run("serve", w4a8, "--engine", "tgi").err
     done = run("serve", w4a8, "--print", "--engine", "transformers", "--tp", "2")
     assert done.code == 2
@@ -130,11 +161,14 @@ def test_what_cannot_be_served(w4a8: Path, tmp_path: Path) -> None:
 def test_what_transformers_needs_for_a_format(w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "compressed_tensors"
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == missing else object())
-    done = run("serve", w4a8, "--print", "--engine", "transformers")
+    done = run("serve", w4a8, "--engine", "transformers")
     assert done.code == 2
     assert "pip install compressed-tensors" in done.err
+    assert (
+        "pip install compressed-tensors" in run("serve", w4a8, "--print", "--engine", "transformers").ok().err
+    )
     missing = "gptqmodel"
-    assert run("serve", w4a8, "--print", "--engine", "transformers").code == 0
+    assert "pip install" not in run("serve", w4a8, "--print", "--engine", "transformers").ok().err
 
 
 PROMPT, TOKENS = "What is the capital of France?", 6

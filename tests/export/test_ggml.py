@@ -90,7 +90,7 @@ def test_scales_that_fp16_does_not_hold_are_refused() -> None:
         ("int8:g32:asym", 64, "symmetric"),
         ("int4:b64", 64, "along the inputs"),
         ("int4:32x64", 64, "along the inputs"),
-        ("int4:g16", 64, "no multiple of its 32"),
+        ("int4:g16", 64, "no multiple of the 32"),
         ("int8:g32:two-level", 64, "no two-level int8"),
         ("int4:channel", 48, "K=48 is no multiple of 32"),
         ("int6:channel", 64, "K=64 is no multiple of 256"),

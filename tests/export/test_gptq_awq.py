@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -134,9 +135,9 @@ def test_words_are_those_of_gptqmodel(tmp_path: Path) -> None:
         (gptq, "int4:g32:s=half", (32, 64), True, "Conv1D"),
         (gptq, "int4:g32:s=half @ int8:token", (32, 64), False, "no quantized activations"),
         (gptq, "int5:g32:s=half", (32, 64), False, "no int5 weights"),
-        (gptq, "int4:b32:s=half", (32, 64), False, "per group or per channel"),
+        (gptq, "int4:b32:s=half", (32, 64), False, "per group and per channel"),
         (gptq, "int4:g32:two-level:s=half", (32, 64), False, "one level"),
-        (gptq, "int4:g32", (32, 64), False, "scales are fp16"),
+        (gptq, "int4:g32", (32, 64), False, "scales of the format are fp16"),
         (gptq, "int4:g64:s=half", (32, 96), False, "do not divide K=96"),
         (gptq, "int4:g32:s=half", (24, 64), False, "multiples of 32"),
         (awq, "int4:g32:s=half", (32, 64), False, "add 'asym'"),
@@ -163,19 +164,25 @@ def test_layers_that_do_not_go_together() -> None:
 @pytest.mark.parametrize(
     ("module", "change", "words"),
     [
-        (gptq, {"bits": 5}, "allowed: 2, 3, 4, 8 bits"),
-        (gptq, {"group_size": 0}, "group_size 0"),
-        (gptq, {"group_size": "64"}, "group_size '64'"),
-        (gptq, {"sym": False}, "checkpoint_format 'gptq' with sym False"),
-        (gptq, {"dynamic": {"-:x": {}}}, "one scheme for all layers"),
-        (awq, {"version": "gemv"}, "version gemm"),
-        (awq, {"bits": 8}, "allowed: 4 bits"),
+        (gptq, {"bits": 5}, "bits is 5; zq reads 2, 3, 4, 8 there"),
+        (gptq, {"bits": "4"}, 'bits is "4"; zq reads 2, 3, 4, 8 there'),
+        (gptq, {"group_size": 0}, "group_size is 0; zq reads -1 and whole numbers from 2 on"),
+        (gptq, {"group_size": "64"}, 'group_size is "64"'),
+        (gptq, {"sym": "false"}, 'sym is "false"; zq reads true or false'),
+        (gptq, {"sym": False}, 'checkpoint_format is "gptq"; zq reads "gptq_v2" (sym is false)'),
+        (gptq, {"lm_head": True}, "lm_head is true; zq reads false"),
+        (gptq, {"desc_act": True}, "desc_act is true; zq reads false (static groups)"),
+        (gptq, {"dynamic": {"-:x": {}}}, 'dynamic is {"-:x": {}}; zq reads null (one scheme for all layers'),
+        (awq, {"version": "gemv"}, 'version is "gemv"; zq reads "gemm"'),
+        (awq, {"zero_point": False}, "zero_point is false; zq reads true"),
+        (awq, {"bits": 8}, "bits is 8; zq reads 4 there"),
+        (awq, {"modules_to_not_convert": "x"}, 'modules_to_not_convert is "x"; zq reads a list of names'),
     ],
 )
 def test_configs_that_cannot_be_read(module, change: dict, words: str) -> None:
     text = "int4:g32:s=half" if module is gptq else "int4:g32:asym:s=half"
     config = module.config({"a.0.x": Scheme.parse(text)}, []) | change
-    with pytest.raises(ZqError, match=words):
+    with pytest.raises(ZqError, match=re.escape(f"quantization_config.{words}")):
         module.schemes(config, ["a.0.x"])
 
 

@@ -49,6 +49,15 @@ def test_config_round_trip_and_refusals() -> None:
         native.schemes(config, ["a.0.q", "a.0.k"])
     with pytest.raises(ZqError, match=r"zq format version 2 is unknown .* upgrade zq"):
         native.schemes(config | {"format_version": 2}, assigned)
+    for listed, words in (
+        (["a.0.q"], r"schemes is \[\"a\.0\.q\"\]; zq reads a mapping"),
+        ({"int4:g32": [["a.0.q"]]}, r"schemes\.int4:g32 is \[\[\"a\.0\.q\"\]\]; zq reads a list of names"),
+        ({"int4:g32": ["a.0.q"], "int8:g32": ["a.0.q"]}, "schemes lists 'a.0.q' twice"),
+        ({"int9:g32": ["a.0.q"]}, "schemes: format 'int9' is unknown"),
+        ({"int4:gauto": ["a.0.q"]}, "schemes has 'int4:gauto', whose group size was never chosen"),
+    ):
+        with pytest.raises(ZqError, match=f"quantization_config.{words}"):
+            native.schemes(config | {"schemes": listed}, assigned)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused_before_any_work(steps: str, message: str, tmp
 def test_formats_and_rules_that_cannot_have_it(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     recipe = Recipe.parse(str(_recipe("{rtn: {}}, {lorc: {}}")).replace("auto", "compressed-tensors"))
-    with pytest.raises(ZqError, match="has no low-rank corrections; use format: zq"):
+    with pytest.raises(ZqError, match="has no low-rank corrections; use --to zq"):
         make_plan(tmp_path, recipe)
     with pytest.raises(ZqError, match="a rule gives no rank; drop 'lorc=8' and add the step"):
         _recipe("{rtn: {}}", "int4:g32:lorc=8")

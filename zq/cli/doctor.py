@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,9 @@ from zq.cli.console import command, note, out, print_json
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
-    from zq.engines import Heads, Layer, Target, Verdict
+    from collections.abc import Callable
+
+    from zq.engines import Heads, Layer, Restate, Target, Verdict
     from zq.models.arch import Arch
     from zq.plan import Plan
 
@@ -32,7 +36,8 @@ def doctor(
 ) -> None:
     """Say which kernel will run, what an engine would ignore, and why it would not load.
 
-    Reads config.json and headers only. Exit code 2 when an engine that was asked for cannot load it.
+    Reads config.json and headers, and one layer where another format may help. Exit code 2 when an engine
+    that was asked for cannot load it.
     """
     with command(json):
         from zq.engines import judge, parse
@@ -43,8 +48,11 @@ def doctor(
         folder = resolve(checkpoint, note)
         targets = asked or [parse(text) for text in _engines(folder)]
         format, layers, wrong = read_layers(folder)
-        heads = head_counts(load_config(folder))
-        verdicts = [judge(target, _for(target, format, folder), layers, heads) for target in targets]
+        heads, restate = head_counts(load_config(folder)), None if wrong else restated(folder, layers)
+        verdicts = [
+            judge(target, _for(target, format, folder), layers, heads, restate, "zq export")
+            for target in targets
+        ]
         if json:
             print_json({str(v.target): _as_json(v, wrong) for v in verdicts})
         else:
@@ -70,7 +78,10 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
 
     stored = quantization_config(folder)
     if stored is None:
-        raise ZqError(f"{folder} is not quantized, so every engine runs it as it is; give a quantized one")
+        raise ZqError(
+            f"{folder} is not quantized, and zq doctor and zq serve take quantized checkpoints; make one "
+            "with zq quantize (its --for judges it before any work)"
+        )
     arch, index = find_family(folder), read_index(folder)
     model = shapes_only(load_config(folder), str(folder), pooler=stores_pooler(arch, index.tensors))
     shapes = linear_shapes(model)
@@ -90,6 +101,21 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
     ]
     said = f"config.json and the tensors do not agree: {'; '.join(wrong)}; quantize or download again"
     return stored["quant_method"], layers, said if wrong else ""
+
+
+def restated(folder: Path, layers: list[Layer]) -> Restate:
+    """How the checkpoint would be in another format: planned and, for its first layer, done."""
+
+    @cache
+    def restate(to: str) -> list[Layer]:
+        from zq.convert import converted, plan_conversion
+        from zq.llamacpp import blocks_of, plan_file
+
+        plan = plan_file(folder) if to == "gguf" else plan_conversion(folder, to)
+        (blocks_of if to == "gguf" else converted)(plan, next(iter(plan.before)))
+        return [replace(layer, scheme=plan.after.get(layer.name)) for layer in layers]
+
+    return restate
 
 
 def head_counts(config: Any) -> Heads:
@@ -125,14 +151,21 @@ def of_plan(plan: Plan) -> list[Layer]:
     return found
 
 
-def check(plan: Plan, text: str, format: str) -> list[str]:
-    """What to tell about a plan for this engine. Raises ZqError when the engine could not load the result."""
+def check(plan: Plan, text: str, format: str, again: Callable[[str], Plan] | None) -> list[str]:
+    """What to tell about a plan for this engine; `again` makes the plan of another format. Raises ZqError
+    when the engine could not load the result."""
     from zq.engines import judge, parse
 
-    verdict = judge(parse(text), format, of_plan(plan), head_counts(plan.skeleton.config))
+    def restate(to: str) -> list[Layer]:
+        assert again is not None
+        try:
+            return of_plan(again(to))
+        except ZqError as error:  # without what to do instead: here that is another engine's answer
+            raise ZqError(str(error).rpartition("; ")[0] or str(error)) from None
+
+    verdict = judge(parse(text), format, of_plan(plan), head_counts(plan.skeleton.config), again and restate)
     if verdict.problems:
-        more = f" (and {len(verdict.problems) - 1} more)" if len(verdict.problems) > 1 else ""
-        raise ZqError(f"--for {text}: {verdict.problems[0]}{more}")
+        raise ZqError(f"--for {text}: {verdict.refusal}")
     lines = [f"{verdict.target} runs {scheme} as {kernel}" for scheme, kernel in verdict.kernels.items()]
     return lines + [f"{verdict.target}: {line}" for line in verdict.warnings]
 
@@ -145,6 +178,8 @@ def show(verdict: Verdict) -> None:
         out.print(f"  warning: {line}", soft_wrap=True, style="yellow")
     for line in verdict.problems:
         out.print(f"  does not load: {line}", soft_wrap=True, style="red")
+    if verdict.advice:
+        out.print(f"  {verdict.advice}", soft_wrap=True)
 
 
 def _as_json(verdict: Verdict, wrong: str) -> dict[str, object]:
@@ -154,6 +189,7 @@ def _as_json(verdict: Verdict, wrong: str) -> dict[str, object]:
         "kernels": verdict.kernels,
         "warnings": verdict.warnings,
         "problems": problems,
+        "advice": verdict.advice,
     }
 
 

@@ -161,8 +161,8 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
     with command(json):
         started = time.monotonic()
         wanted = {"source": calib, "samples": samples, "length": length, "generated": generated}
-        chosen = _with_bits(_recipe(flags, recipe, preset, group_size, wanted, seed), bits)
-        chosen = _with_format(chosen, to)
+        asked = _with_bits(_recipe(flags, recipe, preset, group_size, wanted, seed), bits)
+        _with_format(asked, to)  # an unknown one is refused before any work
         if output is None and not dry_run:
             raise ZqError("no output folder; give one with -o, or use --dry-run")
         check_number("--shard-size", shard_size, MIN_SHARD, 1_000_000)
@@ -175,24 +175,13 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         for text in engine or ():
             parse(text)
         folder = resolve_model(model, note)
-        if to == "gguf":
-            from zq import llamacpp
-
-            llamacpp.refuse({}, {}, folder)
-        place = torch_device(device)
-        from zq.plan import make_plan
-
-        plan = make_plan(folder, chosen, shard_bytes=int(shard_size * 1e9), device=place)
-        if plan.recipe.bits:
-            plan = _settled(plan, to, output if resume and not dry_run else None, quiet=json)
-        if to == "gguf":
-            from zq import llamacpp
-
-            llamacpp.refuse(
-                plan.assigned, {layer.name: layer.shape for layer in plan.layers}, folder, fresh=True
-            )
+        options = {"shard_bytes": int(shard_size * 1e9), "device": torch_device(device)}
+        resumed = output if resume and not dry_run else None
+        plan = _planned(folder, asked, to, options, resumed, quiet=json)
+        # Another format's plan costs little, unless its bits have to be measured again.
+        again = None if asked.bits else lambda other: _planned(folder, asked, other, options)
         for text in engine or ():
-            plan.notes.extend(check(plan, text, "gguf" if to == "gguf" else plan.format))
+            plan.notes.extend(check(plan, text, "gguf" if to == "gguf" else plan.format, again))
         if dry_run:
             return show_plan(plan, as_json=json)
         assert output is not None
@@ -201,6 +190,8 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         with resumable(output, f"{command_line()} --resume", as_json=json):
             report = carry_out(plan, output, resume, quiet=json)
         if to == "gguf":
+            from zq import llamacpp
+
             report["gguf"] = llamacpp.write(output, output / llamacpp.FILE)
             report["notes"] += report["gguf"]["notes"]
         report |= {"output": str(output), "peak_memory": peak_memory()}
@@ -210,7 +201,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         if json:
             print_json({k: v for k, v in report.items() if k not in ("layers", "tensors")})
         else:
-            summary(plan, report)
+            summary(plan, report, model)
 
 
 def _recipe(
@@ -272,6 +263,29 @@ def _with_format(recipe: Recipe, to: str | None) -> Recipe:
         rules = tuple(replace(r, scheme=r.scheme and adapt(r.scheme)) for r in recipe.rules)
         return replace(recipe, rules=rules, format="zq")
     return replace(recipe, format=to) if to else recipe
+
+
+def _planned(
+    folder: Path,
+    recipe: Recipe,
+    to: str | None,
+    options: dict[str, Any],
+    resume: Path | None = None,
+    *,
+    quiet: bool = True,
+) -> Plan:
+    """The plan, its bits chosen. Raises ZqError for what the format cannot hold."""
+    from zq.plan import make_plan
+
+    plan = make_plan(folder, _with_format(recipe, to), **options)
+    if plan.recipe.bits:
+        plan = _settled(plan, to, resume, quiet)
+    if to == "gguf":
+        from zq import llamacpp
+
+        shapes = {layer.name: layer.shape for layer in plan.layers}
+        llamacpp.refuse(plan.assigned, shapes, folder, fresh=True)
+    return plan
 
 
 def _settled(plan: Plan, to: str | None, resume: Path | None, quiet: bool) -> Plan:

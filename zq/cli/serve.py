@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zq.cli.console import check_number, command, note, out
 from zq.errors import ZqError
 
+if TYPE_CHECKING:
+    from zq.engines import Target
+
 VLLM = ("-m", "vllm.entrypoints.openai.api_server")
-# `import zq` first: transformers then knows zq's own format.
-TRANSFORMERS = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
+TRANSFORMERS = ("-m", "transformers.cli.transformers", "serve")
+# transformers knows zq's own format after `import zq`; no other needs it.
+WITH_ZQ = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
 ENGINES = ("auto", "vllm", "transformers")
+SERVERS = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn")}  # modules that they are made of
+INSTALL = {"vllm": "pip install vllm", "transformers": "pip install 'transformers[serving]'"}
 OWN = {  # flags of the servers that zq sets, and what sets them
     "--model": "CHECKPOINT",
     "--host": "--host",
@@ -50,37 +59,38 @@ def serve(
     printed, then run.
     """
     with command():
-        from zq.cli.doctor import head_counts, read_layers
-        from zq.engines import Target, judge, parse
+        from zq.cli.doctor import head_counts, read_layers, restated
+        from zq.engines import judge
         from zq.models.find import load_config
-        from zq.plugins.vllm import is_active
         from zq.source import resolve
 
         if engine not in ENGINES:
             raise ZqError(f"--engine {engine} is unknown; allowed: {', '.join(ENGINES)}")
+        if not re.fullmatch(r"[\w:][\w.:%-]*", host):
+            raise ZqError(f"--host '{host}' is no address; give an IP address or the name of a host")
         check_number("--port", port, 1, 65535)
         check_number("--tp", tp, 1, 1024)
         check_flags(more or [])
-        chosen = installed(engine)
-        if chosen != "vllm" and tp > 1:
-            raise ZqError(f"--tp {tp}: the server of transformers does not split a model; leave it out")
         folder = resolve(checkpoint, note)
         format, layers, wrong = read_layers(folder)
         if wrong:
             raise ZqError(f"{folder} cannot be served: {wrong}")
-        package = PACKAGES.get(format) if chosen == "transformers" else None
-        if package and importlib.util.find_spec(package) is None:
-            package = package.replace("_", "-")
-            raise ZqError(f"transformers needs {package} for format {format}; pip install {package}")
-        known = parse(chosen)
-        plugin = chosen == "vllm" and is_active()
-        target = Target(engine=chosen, version=known.version, sm=_capability(), tp=tp, plugin=plugin)
-        verdict = judge(target, format, layers, head_counts(load_config(folder)))
+        chosen, missing = chosen_server(engine, format)
+        if missing and not only_print:
+            raise ZqError(missing)
+        if chosen != "vllm" and tp > 1:
+            raise ZqError(f"--tp {tp}: the server of transformers does not split a model; leave it out")
+        target = _target(chosen, tp, there=not missing)
+        if missing:
+            note(f"{missing}; checked for {target}")
+        heads = head_counts(load_config(folder))
+        verdict = judge(target, format, layers, heads, restated(folder, layers), "zq export")
         if verdict.problems:
-            raise ZqError(f"{target} cannot serve {folder}: {verdict.problems[0]}")
+            raise ZqError(f"{target} cannot serve {folder}: {verdict.refusal}")
         for line in verdict.warnings:
             note(f"{target}: {line}")
-        words = server_command(chosen, folder, host, port, tp, any("humming" in w for w in verdict.warnings))
+        humming = any("humming" in line for line in verdict.warnings)
+        words = server_command(chosen, folder, host, port, tp, humming, with_zq=format == "zq")
         words += more or []
         out.print(shlex.join(words), soft_wrap=True)
         if not only_print:
@@ -99,31 +109,51 @@ def check_flags(words: list[str]) -> None:
             raise ZqError(f"{name} behind -- is set by {OWN[known]}; leave it out")
 
 
-def installed(engine: str) -> str:
-    """The engine to use. Raises ZqError when it, or with auto every one, is missing."""
-    have = {
-        "vllm": importlib.util.find_spec("vllm") is not None,
-        "transformers": all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")),
-    }
+def chosen_server(engine: str, format: str) -> tuple[str, str]:
+    """(the server to use, what it lacks here or ""). Raises ZqError when with auto every one is missing."""
     if engine == "auto":
-        found = next((name for name, there in have.items() if there), None)
-        if found is None:
-            raise ZqError("no server is installed; pip install vllm, or pip install 'transformers[serving]'")
-        return found
-    if not have[engine]:
-        package = "vllm" if engine == "vllm" else "'transformers[serving]'"
-        raise ZqError(f"the server of {engine} is not installed; pip install {package}")
-    return engine
+        engine = next((name for name, modules in SERVERS.items() if _are_there(*modules)), "")
+    if not engine:
+        raise ZqError(
+            f"no server is installed; {' or '.join(INSTALL.values())}, or see its command (--engine vllm "
+            "--print)"
+        )
+    if not _are_there(*SERVERS[engine]):
+        return engine, f"the server of {engine} is not installed here; {INSTALL[engine]}"
+    package = PACKAGES.get(format) if engine == "transformers" else None
+    if package and not _are_there(package):
+        package = package.replace("_", "-")
+        return engine, f"transformers needs {package} for format {format}; pip install {package}"
+    return engine, ""
 
 
-def server_command(engine: str, folder: Path, host: str, port: int, tp: int, humming: bool) -> list[str]:
+def _are_there(*modules: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in modules)
+
+
+def server_command(
+    engine: str, folder: Path, host: str, port: int, tp: int, humming: bool, with_zq: bool
+) -> list[str]:
     """The words of a command that needs no zq to run, except for zq's own format (and real W4A8 in vLLM)."""
     address = ["--host", host, "--port", str(port)]
     if engine == "transformers":
-        return [sys.executable, *TRANSFORMERS, str(folder), *address]
+        return [sys.executable, *(WITH_ZQ if with_zq else TRANSFORMERS), str(folder), *address]
     words = [sys.executable, *VLLM, "--model", str(folder), *address]
     words += ["--tensor-parallel-size", str(tp)] * (tp > 1)
     return words + ["--linear-backend", "humming"] * humming
+
+
+def _target(engine: str, tp: int, there: bool) -> Target:
+    """This very machine; without the server what `--for` takes by default, since it will run elsewhere."""
+    from zq.engines import parse
+    from zq.plugins.vllm import is_active, vllm_version
+
+    known = replace(parse(engine), tp=tp, plugin=engine == "vllm" and is_active())
+    if not there:
+        return known
+    found = vllm_version() if engine == "vllm" else version("transformers")
+    said = known.version if found == "unknown" else found.partition("+")[0]
+    return replace(known, version=said, sm=_capability())
 
 
 def _capability() -> int:

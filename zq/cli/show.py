@@ -140,7 +140,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     )
 
 
-def summary(plan: Plan, report: dict[str, Any]) -> None:
+def summary(plan: Plan, report: dict[str, Any], model: str) -> None:
+    """`model`: the source, as the user calls it."""
     table = facts()
     table.add_row("output", report["output"])
     table.add_row("format", report["format"])
@@ -168,7 +169,7 @@ def summary(plan: Plan, report: dict[str, Any]) -> None:
     table.add_row("peak memory", size(report["peak_memory"]))
     out.print(table)
     out.print(
-        "next: " + shlex.join(["zq", "eval", report["output"], "--against", str(plan.folder)]),
+        "next: " + shlex.join(["zq", "eval", report["output"], "--against", model]),
         style="dim",
         soft_wrap=True,
     )

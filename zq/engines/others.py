@@ -10,12 +10,10 @@ from zq.spec import Scheme
 
 def sglang(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
     w, a = scheme.weights, scheme.activations
-    if format in ("zq", "gguf"):
-        return "", f"zq does not know SGLang to read format {format}; use --to compressed-tensors", None
-    if a is not None and w.info.is_int and w.bits != 8:
+    if a is not None and w.info.is_int and w.bits != 8 and target.sm:
         return "", "SGLang has no dense kernel for narrow weights with 8-bit activations; use --w4a16", None
     if format == "gptq" and not w.symmetric:
-        return "", "zq knows SGLang to read symmetric GPTQ only; use --to compressed-tensors", None
+        return "", "zq knows SGLang to read symmetric GPTQ only", None
     if w.layout.kind == "tile":
         if w.format == "e4m3fn" and (w.layout.rows, w.layout.size) == (128, 128) and a and target.sm >= 89:
             return "FP8 in tiles", None, None
@@ -30,8 +28,6 @@ def sglang(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) 
 
 
 def transformers(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
-    if format == "gguf":
-        return "", "transformers turns GGUF into floats when it loads it; use --to compressed-tensors", None
     if format in ("gptq", "awq"):
         return "gptqmodel's, which must be installed", None, None
     if format == "zq":
@@ -55,7 +51,5 @@ def transformers(target: Target, format: str, scheme: Scheme, shape: tuple[int, 
 
 
 def llama_cpp(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
-    if format != "gguf":
-        return "", f"llama.cpp reads GGUF files, not {format}; use --to gguf", None
     reason = ggml.refuse(scheme, shape)
     return f"INT{scheme.weights.bits} blocks, activations rounded to INT8", reason, None

@@ -15,6 +15,7 @@ from zq.spec import Scheme
 
 SPLIT_INPUTS = ("out", "down")  # sites whose inputs are split; of the others the outputs
 PACKED_ALONG_OUTPUTS = ("gptq", "awq")
+AGAIN = {"tiles": "use FP8 with a scale per channel (--fp8)", "groups": "quantize again in groups that do"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def refuse_fused(layers: Sequence[Layer]) -> list[str]:
 
 def refuse_split(layers: Sequence[Layer], tp: int, heads: Heads, format: str) -> list[str]:
     """What cannot be split between devices, and packed words or tiles that a device or a fused layer would
-    cut: the first of each kind."""
+    cut: the first of each kind, heads before all."""
     found: dict[str, str] = {}
     if heads.query % tp:
         found["heads"] = f"{heads.query} attention heads cannot be split between {tp} devices"
@@ -98,11 +99,7 @@ def refuse_split(layers: Sequence[Layer], tp: int, heads: Heads, format: str) ->
                     for key, line in _cuts(layer, members, tp, heads, format).items()
                     if key not in found
                 }
-    remedies = {"tiles": "use FP8 with a scale per channel (--fp8)"}
-    remedy = "use --to compressed-tensors with symmetric weights"
-    if tp > 1:
-        remedies, remedy = {}, "choose another tensor parallel size"
-    return [f"{line}; {remedies.get(key, remedy)}" for key, line in found.items()]
+    return list(found.values())
 
 
 def _cuts(layer: Layer, members: Sequence[Layer], tp: int, heads: Heads, format: str) -> dict[str, str]:
@@ -111,25 +108,29 @@ def _cuts(layer: Layer, members: Sequence[Layer], tp: int, heads: Heads, format:
     (n, k), w = layer.shape, layer.scheme.weights
     rows, inputs = part(layer, members, tp, heads)
     size = w.layout.size or 1 if w.layout.kind in ("group", "tile") else 1
+    what = "tiles" if w.layout.kind == "tile" else "groups"
     inside = f"of {w.bits} bits end inside a packed 32-bit word"
     cannot = f"cannot be split between {tp} devices"
-    if layer.site[1] in SPLIT_INPUTS:
+    if k % size and not (format == "zq" and what == "groups"):  # whose last group may be shorter
+        return {"ragged": f"'{layer.name}': {what} of {size} do not divide its {k} inputs; {AGAIN[what]}"}
+    if layer.site[1] in SPLIT_INPUTS and tp > 1:
         if k % tp or inputs % size:
-            what = "tiles" if w.layout.kind == "tile" else "groups"
             groups = f"{k} inputs in {what} of {size}" if size > 1 else f"{k} inputs"
             return {"inputs": f"'{layer.name}': {groups} {cannot}"}
-        if tp > 1 and _is_packed(layer.scheme, format) and inputs * w.bits % 32:
+        if _is_packed(layer.scheme, format) and inputs * w.bits % 32:
             return {"words": f"'{layer.name}': {inputs} inputs {inside}"}
         return {}
     if n % tp and not _is_kv(layer, members, heads):
         return {"outputs": f"'{layer.name}': {n} outputs {cannot}"}
+    again = "" if tp > 1 else "; " + AGAIN[what]
     if rows % w.layout.rows and (tp > 1 or layer is not members[-1]):
         held = f"the {rows} outputs of a device" if tp > 1 else f"{rows} outputs, fused with others,"
-        return {"tiles": f"'{layer.name}': {held} end inside a tile of {w.layout.rows}"}
+        return {"tiles": f"'{layer.name}': {held} end inside a tile of {w.layout.rows}{again}"}
     zeros = format == "compressed-tensors" and w.info.is_int and not w.symmetric
     alone = tp == 1 and len(members) == 1
     if not alone and (zeros or format in PACKED_ALONG_OUTPUTS) and rows * w.bits % 32:
-        return {"zeros": f"'{layer.name}': the zero points of {rows} outputs {inside}"}
+        again = "" if tp > 1 else "; use symmetric weights in compressed-tensors (--w4a16)"
+        return {"zeros": f"'{layer.name}': the zero points of {rows} outputs {inside}{again}"}
     return {}
 
 

@@ -20,7 +20,22 @@ VERSIONS = {
     "sentence-transformers": "6",
     "llama.cpp": "",
 }
+HUB = ("compressed-tensors", "gptq", "awq")
+READS = {  # formats, the first to be advised before the others; zq's in vLLM with the plug-in only
+    "vllm": HUB,
+    "sglang": HUB,
+    "transformers": (*HUB, "zq"),
+    "sentence-transformers": (*HUB, "zq"),
+    "llama.cpp": ("gguf",),
+}
 NAMES = {"version": "version", "sm": "device", "tp": "number of devices", "plugin": "plug-in"}
+EXAMPLES = {
+    "vllm": "vllm:0.33:sm90:tp=2, or vllm:zq with zq beside vLLM",
+    "sglang": "sglang:0.5:sm90:tp=2",
+    "transformers": "transformers:5.24",
+    "sentence-transformers": "sentence-transformers:6.2",
+    "llama.cpp": "llama.cpp, which has no versions that zq tells apart",
+}
 SERVERS = ("vllm", "sglang")  # they fuse layers, and split them between devices
 
 
@@ -33,6 +48,11 @@ class Target:
     sm: int = 90
     tp: int = 1
     plugin: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Formats of checkpoints."""
+        return (*READS[self.engine], *["zq"] * self.plugin)
 
     def __str__(self) -> str:
         device = f"sm{self.sm}" if self.sm else "cpu"
@@ -52,8 +72,7 @@ def parse(text: str) -> Target:
         found = _part(part, engine)
         if found is None:
             form = "ENGINE[:VERSION][:smNN or cpu][:tp=N]" if engine in SERVERS else f"{engine}[:VERSION]"
-            example = "for example vllm:0.33:sm90:tp=2, or vllm:zq with zq beside vLLM"
-            raise ZqError(f"'{part}' in '{text}' is unknown; write {form}, {example}")
+            raise ZqError(f"'{part}' in '{text}' is unknown; write {form}, for example {EXAMPLES[engine]}")
         if found[0] in said:
             raise ZqError(f"'{part}' in '{text}' says the {NAMES[found[0]]} a second time; leave one out")
         said[found[0]] = found[1]

@@ -12,6 +12,7 @@ from zq.spec import Scheme, TensorSpec
 
 AMX = "on a CPU with AMX vLLM rounds activations to INT8 in bf16; VLLM_CPU_INT4_W4A8=0 stops it"
 IGNORED = "computes it with 16-bit activations"
+NO_FP8 = f"before sm89 there is no FP8 arithmetic, so vLLM {IGNORED}"
 MARLIN_FP8 = "FP8 weights (Marlin)"
 Found = tuple[str, str | None, str | None]  # kernel, problem, warning
 
@@ -21,16 +22,10 @@ def vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) ->
     if target.plugin and (format == "zq" or (_narrow_int8(scheme, format) and plugin_takes(scheme, sm))):
         return _plugin(scheme, shape, sm)
     problems = [
-        (
-            format == "zq",
-            "vLLM alone knows nothing of zq's own format; install zq beside it (vllm:zq), or use --to "
-            "compressed-tensors",
-        ),
-        (format == "gguf", "vLLM reads no GGUF without a plug-in; use --to compressed-tensors"),
         (0 < sm < 75, f"vLLM's quantized kernels need sm75 or newer, not sm{sm}"),
         (
             format == "gptq" and not (w.symmetric and w.bits in (4, 8)),
-            "vLLM reads GPTQ of 4 or 8 symmetric bits only; use --to compressed-tensors",
+            "vLLM reads GPTQ of 4 or 8 symmetric bits only",
         ),
     ]
     problem = next((reason for hit, reason in problems if hit), None)
@@ -96,11 +91,6 @@ def plugin_refuses(spec: TensorSpec) -> str | None:
         (bool(spec.inner), f"'pow2={spec.inner}'", f"{again} without pow2"),
         (spec.info.is_estimated, f"estimated values ({spec.format})", f"{again} to a fixed format"),
         (
-            spec.layout.kind == "tile",
-            f"tiles ({spec.layout})",
-            "export it to compressed-tensors, which vLLM reads itself (zq export --to compressed-tensors)",
-        ),
-        (
             spec.layout.kind not in ("channel", "group", "tensor"),
             f"the layout '{spec.layout}'",
             f"{again} in groups (g64) or per channel",
@@ -139,7 +129,7 @@ def _vllm_fp8(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
         slow = "on a CPU without FP8 products vLLM can take minutes for a token of it; use --w8a8"
         return "FP8 (torch._scaled_mm, slow)", None, slow
     if sm < 89:
-        return MARLIN_FP8, None, f"before sm89 there is no FP8 arithmetic, so vLLM {IGNORED}"
+        return MARLIN_FP8, None, NO_FP8
     return "FP8 (CUTLASS)", None, None
 
 
@@ -159,9 +149,14 @@ def _vllm_tiles(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
     if a is None:
         return MARLIN_FP8, None, None
     if sm < 90:
-        why = "there is no FP8 arithmetic" if sm < 89 else "vLLM takes Marlin for FP8 in tiles"
-        remedy = "; `--linear-backend triton` rounds them" if sm == 89 else ""
-        return MARLIN_FP8, None, f"before sm90 {why}, and {IGNORED}{remedy}"
+        if sm < 89:
+            return MARLIN_FP8, None, NO_FP8
+        return (
+            MARLIN_FP8,
+            None,
+            f"before sm90 vLLM takes Marlin for FP8 in tiles and {IGNORED}; `--linear-backend triton` rounds "
+            "them",
+        )
     if n % 64 == 0 and k % 128 == 0:
         return (
             "FP8 in tiles (DeepGEMM)",

@@ -28,6 +28,11 @@ EXPORTERS: dict[str, ModuleType] = {
 }
 
 
+def asked_as(format: str) -> str:
+    """How a user asks for a format."""
+    return f"--to {format} (in a recipe, format: {format})"
+
+
 def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:
     """The exporter whose checkpoint this `quantization_config` describes. Raises ZqError."""
     if config is not None and not isinstance(config, dict):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from zq.checkpoint.writer import Slot
-from zq.errors import ZqError
 from zq.export import uniform
+from zq.export.fields import ROOT, strings, wrong
 from zq.export.native import from_unsigned, to_unsigned
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import unpack as unpack_bits
@@ -45,9 +45,8 @@ def adapt(scheme: Scheme) -> Scheme:
 
 def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torch.dtype) -> str | None:
     """Why AWQ cannot hold this layer, or None."""
-    if scheme.weights.symmetric and scheme.weights.format in FORMATS:
-        return "its weights have zero points; add 'asym'"
-    return uniform.unfit(scheme, shape, transposed, FORMATS)
+    no_zeros = "AWQ's weights have zero points; add 'asym'" if scheme.weights.symmetric else None
+    return uniform.unfit(scheme, shape, transposed, FORMATS) or no_zeros
 
 
 def refuse_all(assigned: dict[str, Scheme], skipped: list[str]) -> str | None:
@@ -99,13 +98,12 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
 
 def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Every linear layer inside the blocks but `modules_to_not_convert`, parts of names. Raises ZqError."""
-    version = str(config.get("version", "gemm")).lower()
-    if version != "gemm" or not config.get("zero_point", True):
-        raise ZqError(
-            f"zq reads AWQ checkpoints of version gemm with zero points, not {version}; quantize again"
-        )
+    if str(config.get("version", "gemm")).lower() != "gemm":
+        raise wrong(ROOT, config, "version", '"gemm"')
+    if config.get("zero_point", True) is not True:
+        raise wrong(ROOT, config, "zero_point", "true")
     spec = uniform.spec(config, FORMATS, symmetric=False)
-    left = uniform.strings(config, "modules_to_not_convert")
+    left = strings(ROOT, config, "modules_to_not_convert")
     taken = [name for name in uniform.in_blocks(names) if not any(part in name for part in left)]
     return dict.fromkeys(taken, Scheme(spec))
 

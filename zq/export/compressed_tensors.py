@@ -30,17 +30,17 @@ from torch import Tensor
 
 from zq.checkpoint.writer import CODES, Slot
 from zq.errors import ZqError
+from zq.export.config_groups import MIXED, format_of, group, scheme_of
+from zq.export.fields import ROOT, strings, wrong
 from zq.export.native import from_unsigned, to_unsigned
-from zq.export.uniform import strings
 from zq.numerics.levels import levels
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import packed_words
 from zq.numerics.packing import unpack as unpack_bits
 from zq.numerics.qtensor import QTensor
-from zq.spec import Layout, Scheme, TensorSpec, scale_shape
+from zq.spec import Scheme, scale_shape
 
 CONFIG_VERSION = "0.17.0"
-MIXED, NAIVE = "mixed-precision", "naive-quantized"  # each group has its own; of others, as their plain ones
 Read = Callable[[str], Tensor]
 
 
@@ -53,13 +53,13 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
     """Why compressed-tensors cannot hold this layer, or None."""
     w, a = scheme.weights, scheme.activations
     problems = [
-        (transposed, "its layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
+        (transposed, "the layer is transformers' Conv1D, and compressed-tensors knows only nn.Linear"),
         (w.layout.kind == "block", "compressed-tensors has no flat blocks"),
         (w.layout.kind == "rank1", "compressed-tensors has no rank-1 scales"),
         (w.layout.kind == "tile" and w.format != "e4m3fn", "zq writes tiles there for FP8 weights only"),
         (
             w.layout.kind == "tile" and a is not None and a.layout.kind != "group",
-            f"its FP8 weights in tiles need activations in groups, e4m3fn:g{w.layout.size}, or none",
+            f"FP8 weights in tiles need activations in groups, e4m3fn:g{w.layout.size}, or none",
         ),
         (w.rank > 0, "compressed-tensors has no low-rank corrections"),
         (w.kept > 0, "compressed-tensors has no columns that stay in 16 bits"),
@@ -67,14 +67,20 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (w.inner > 0, "compressed-tensors has no power-of-two groups inside groups"),
         (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
         (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),
-        (a is not None and a.format not in ("int8", "e4m3fn"), f"it has no {a and a.format} activations"),
-        (a is not None and a.narrow, "it has no narrow activations"),
+        (
+            a is not None and a.format not in ("int8", "e4m3fn"),
+            f"compressed-tensors has no {a and a.format} activations",
+        ),
+        (a is not None and a.narrow, "compressed-tensors has no narrow activations"),
         (
             w.format == "e4m3fn" and (w.layout.kind == "group" or (a and a.format == "int8")),
-            "its FP8 weights need a scale per channel, tensor or tile and no INT8 activations",
+            "FP8 weights need a scale per channel, tensor or tile and no INT8 activations",
         ),
-        (w.format == "int8" and a is not None and a.format != "int8", "it has no INT8 x FP8 scheme"),
-        (w.layout.kind == "tensor" and w.bits != 8, "its packed weights need channel or group scales"),
+        (
+            w.format == "int8" and a is not None and a.format != "int8",
+            "compressed-tensors has no INT8 x FP8 scheme",
+        ),
+        (w.layout.kind == "tensor" and w.bits != 8, "packed weights need channel or group scales"),
         (
             w.format == "int8" and w.layout.kind == "tensor" and a is None,
             "packed weights need channel scales",
@@ -90,13 +96,6 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         ),
     ]
     return next((reason for hit, reason in problems if hit), None)
-
-
-def format_of(scheme: Scheme) -> str:
-    """pack-quantized, int-quantized or float-quantized."""
-    if not scheme.weights.info.is_int:
-        return "float-quantized"
-    return "int-quantized" if scheme.weights.bits == 8 and scheme.activations else "pack-quantized"
 
 
 def refuse_all(assigned: dict[str, Scheme], skipped: list[str]) -> str | None:
@@ -176,16 +175,10 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
         by_scheme[scheme].append(name)
     single = len(by_scheme) == 1
     groups = {
-        f"group_{i}": {
-            "targets": ["Linear"] if single else _targets(names, assigned, scheme),
-            "weights": _weight_args(scheme.weights),
-            "input_activations": _activation_args(scheme.activations),
-            "output_activations": None,
-            "format": format_of(scheme),
-        }
+        f"group_{i}": group(scheme, ["Linear"] if single else _targets(names, assigned, scheme))
         for i, (scheme, names) in enumerate(by_scheme.items())
     }
-    formats = {group["format"] for group in groups.values()}
+    formats = {each["format"] for each in groups.values()}
     two_level = [name for name, scheme in zip(groups, by_scheme, strict=True) if scheme.weights.two_level]
     return {
         "quant_method": "compressed-tensors",
@@ -206,45 +199,56 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if config.get(key):
             raise ZqError(f"quantization_config has a '{key}', which zq does not read; quantize again")
-    groups = config.get("config_groups") or {}
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise ZqError("quantization_config has no mapping 'config_groups'; download config.json again")
-    two_level = _two_level(config)
-    kept = config.get("format")
-    parsed = [
-        (patterns(g, "targets"), _scheme(name, g, kept, name in two_level)) for name, g in groups.items()
-    ]
-    ignore = patterns(config, "ignore")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(each, dict) for each in groups.values()):
+        raise wrong(ROOT, config, "config_groups", "a mapping of mappings")
+    paths = {name: f"{ROOT}.config_groups.{name}" for name in groups}
+    parsed = {name: scheme_of(paths[name], each, config.get("format")) for name, each in groups.items()}
+    for name in _two_level(config, groups):
+        parsed[name] = _with_levels(name, parsed[name])
+    claims = [(patterns(paths[name], each, "targets"), parsed[name]) for name, each in groups.items()]
+    ignore = patterns(ROOT, config, "ignore")
     result: dict[str, Scheme] = {}
     for name in names:
         if any(_hits(target, name) for target in ignore):
             continue
-        named = [s for targets, s in parsed if any(_hits(t, name) for t in targets)]
-        generic = [s for targets, s in parsed if "Linear" in targets]
+        named = [s for targets, s in claims if any(_hits(t, name) for t in targets)]
+        generic = [s for targets, s in claims if "Linear" in targets]
         found = named or generic
         if found:
             result[name] = found[0]
     return result
 
 
-def _two_level(config: dict[str, Any]) -> list[str]:
+def _two_level(config: dict[str, Any], groups: dict[str, Any]) -> list[str]:
     """Names of the config groups whose scales are two-level."""
     own = config.get("zq")
-    listed = own.get("two_level") if isinstance(own, dict) else None
-    return listed if isinstance(listed, list) else []
+    if own is None:
+        return []
+    if not isinstance(own, dict):
+        raise wrong(ROOT, config, "zq", "a mapping")
+    listed = own.get("two_level")
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name in groups for name in listed):
+        raise wrong(f"{ROOT}.zq", own, "two_level", "a list of names of config_groups")
+    return listed
 
 
-def patterns(config: dict[str, Any], key: str) -> list[str]:
+def _with_levels(name: str, scheme: Scheme) -> Scheme:
+    try:
+        return replace(scheme, weights=replace(scheme.weights, two_level=True))
+    except ZqError as error:
+        raise ZqError(f"{ROOT}.zq.two_level names '{name}': {error}; quantize again") from None
+
+
+def patterns(path: str, config: dict[str, Any], key: str) -> list[str]:
     """A list of names and "re:" patterns. Raises ZqError for anything else."""
-    listed = strings(config, key)
+    listed = strings(path, config, key)
     for entry in listed:
         try:
             re.compile(entry.removeprefix("re:"))
         except re.error as error:
             if entry.startswith("re:"):
-                raise ZqError(
-                    f"'{entry}' in quantization_config is no regex ({error}); download it again"
-                ) from None
+                raise ZqError(f"{path}.{key} has '{entry}', no regex ({error}); download it again") from None
     return listed
 
 
@@ -267,76 +271,3 @@ def _position(name: str) -> str:
     """The same layer in every block, as a regex; engines differ in what stands before the block list."""
     found = re.match(r"(?:.*?\.)?([^.]+)\.\d+\.(.+)", name)
     return f"re:.*{re.escape(found[1])}\\.\\d+\\.{re.escape(found[2])}$" if found else name
-
-
-def _weight_args(spec: TensorSpec) -> dict[str, Any]:
-    layout = spec.layout
-    return {
-        "num_bits": spec.bits,
-        "type": "int" if spec.info.is_int else "float",
-        "symmetric": spec.symmetric,
-        "strategy": "block" if layout.kind == "tile" else layout.kind,
-        "group_size": layout.size if layout.kind == "group" else None,
-        **({"block_structure": [layout.rows, layout.size]} if layout.kind == "tile" else {}),
-        "dynamic": False,
-    }
-
-
-def _activation_args(spec: TensorSpec | None) -> dict[str, Any] | None:
-    return spec and {
-        "num_bits": 8,
-        "type": "int" if spec.info.is_int else "float",
-        "symmetric": True,
-        "strategy": spec.layout.kind,
-        "group_size": spec.layout.size,
-        "dynamic": True,
-    }
-
-
-def _scheme(name: str, group: dict[str, Any], kept: Any, two_level: bool) -> Scheme:
-    """The scheme of the config group `name`; `kept` is the format of groups that have none of their own."""
-    weights, acts = group.get("weights"), group.get("input_activations")
-    kept = group.get("format") or kept
-    try:
-        if group.get("output_activations"):
-            raise ZqError("it quantizes outputs")
-        spec = replace(_spec(weights, dynamic=False), two_level=two_level)
-        scheme = Scheme(spec, _spec(acts, dynamic=True) if acts else None)
-        if kept not in (None, MIXED, format_of(scheme)) and (kept != NAIVE or not _is_plain(scheme)):
-            raise ZqError(f"it is stored as {kept!r}, and zq reads {scheme} as {format_of(scheme)}")
-        return scheme
-    except (KeyError, TypeError, ZqError) as error:
-        said = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ZqError(
-            f"zq cannot read the compressed-tensors scheme of '{name}': {said}; quantize again"
-        ) from None
-
-
-def _is_plain(scheme: Scheme) -> bool:
-    return format_of(scheme) != "pack-quantized"
-
-
-def _spec(args: Any, *, dynamic: bool) -> TensorSpec:
-    """Of weights, whose scales are stored, or of activations, whose scales are made for each token."""
-    if not isinstance(args, dict):
-        raise ZqError(f"{args!r} says nothing of {'activations' if dynamic else 'weights'}")
-    if args.get("actorder") in ("group", "dynamic"):
-        raise ZqError("its inputs are in another order (actorder)")
-    if bool(args.get("dynamic")) != dynamic or args.get("dynamic") == "local":
-        what = "scales of activations are stored" if dynamic else "scales of weights are not stored"
-        raise ZqError(f"its {what} (dynamic: {args.get('dynamic')})")
-    bits, is_int, layout = args["num_bits"], args["type"] == "int", _layout(args)
-    name = f"int{bits}" if is_int else {8: "e4m3fn", 4: "e2m1fn"}.get(bits, f"float{bits}")
-    return TensorSpec(format=name, layout=layout, symmetric=bool(args.get("symmetric", True)))
-
-
-def _layout(args: dict[str, Any]) -> Layout:
-    strategy = args["strategy"]
-    if strategy == "group":
-        return Layout.parse(f"g{args['group_size']}")
-    if strategy != "block":
-        return Layout.parse(strategy)
-    tile = args["block_structure"]
-    if not isinstance(tile, list) or len(tile) != 2:
-        raise ZqError(f"its block_structure is {tile!r}, not a list of two sizes")
-    return Layout.parse(f"{tile[0]}x{tile[1]}")

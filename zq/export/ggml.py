@@ -37,20 +37,26 @@ def refuse(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     w, k = scheme.weights, shape[1]
     unit = 16 if w.bits == 6 else 32
     problems = [
-        (scheme.activations is not None, "its files say nothing of activations"),
-        (w.format not in ("int4", "int6", "int8"), f"it has no {w.format} blocks, only int4, int6 and int8"),
-        (w.extras, "it has codes and scales only"),
-        (not w.symmetric and w.bits != 4, f"its blocks of {w.format} are symmetric"),
-        (w.layout.kind in ("block", "rank1", "tile"), "its scales run along the inputs of a row"),
+        (scheme.activations is not None, "GGUF files say nothing of activations"),
+        (
+            w.format not in ("int4", "int6", "int8"),
+            f"llama.cpp has no {w.format} blocks, only int4, int6 and int8",
+        ),
+        (w.extras, "llama.cpp's blocks have codes and scales only"),
+        (not w.symmetric and w.bits != 4, f"llama.cpp's blocks of {w.format} are symmetric"),
+        (
+            w.layout.kind in ("block", "rank1", "tile"),
+            "scales of llama.cpp's blocks run along the inputs of a row",
+        ),
         (
             w.layout.kind == "group" and bool((w.layout.size or 0) % unit),
-            f"groups of {w.layout.size} are no multiple of its {unit}",
+            f"groups of {w.layout.size} are no multiple of the {unit} values of a block",
         ),
         (
             w.layout.kind == "group" and bool(k % (w.layout.size or 1)),
             f"groups of {w.layout.size} do not divide K={k}",
         ),
-        (w.two_level and w.bits == 8, "it has no two-level int8"),
+        (w.two_level and w.bits == 8, "llama.cpp has no two-level int8"),
         (bool(k % 32), f"K={k} is no multiple of 32"),
         (w.bits == 6 and bool(k % SUPER), f"K={k} is no multiple of {SUPER}, as Q6_K needs"),
         (

@@ -24,6 +24,7 @@ from torch import Tensor
 from zq.checkpoint.writer import Slot
 from zq.errors import ZqError
 from zq.export import uniform
+from zq.export.fields import ROOT, shown, wrong
 from zq.export.native import from_unsigned, to_unsigned
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import unpack as unpack_bits
@@ -112,19 +113,20 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
 
 def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """GPTQ quantizes every linear layer inside the blocks. Raises ZqError for what zq cannot read."""
-    symmetric, kept = config.get("sym", True), config.get("checkpoint_format", "gptq")
-    spec = uniform.spec(config, FORMATS, bool(symmetric))
-    if kept != ("gptq" if symmetric else "gptq_v2"):
-        raise ZqError(
-            f"checkpoint_format '{kept}' with sym {symmetric} is not supported; zq reads symmetric 'gptq' "
-            "and asymmetric 'gptq_v2', quantize again"
-        )
+    symmetric = config.get("sym", True)
+    if not isinstance(symmetric, bool):
+        raise wrong(ROOT, config, "sym", "true or false")
+    spec = uniform.spec(config, FORMATS, symmetric)
+    stored = "gptq" if symmetric else "gptq_v2"
+    if config.get("checkpoint_format", "gptq") != stored:
+        raise wrong(ROOT, config, "checkpoint_format", f'"{stored}" (sym is {shown(symmetric)})')
     if config.get("lm_head"):
-        raise ZqError("zq reads GPTQ checkpoints whose lm_head is not quantized; quantize again")
-    if config.get("desc_act") and config.get("group_size") != -1:
-        raise ZqError("desc_act puts inputs into another order; zq reads static groups only, quantize again")
-    if config.get("dynamic") or config.get("modules_in_block_to_quantize"):
-        raise ZqError("zq reads GPTQ checkpoints with one scheme for all layers of a block; quantize again")
+        raise wrong(ROOT, config, "lm_head", "false")
+    if config.get("desc_act") and config.get("group_size") != -1:  # another order of inputs
+        raise wrong(ROOT, config, "desc_act", "false (static groups)")
+    for key in ("dynamic", "modules_in_block_to_quantize"):
+        if config.get(key):
+            raise wrong(ROOT, config, key, "null (one scheme for all layers of a block)")
     return dict.fromkeys(uniform.in_blocks(names), Scheme(spec))
 
 

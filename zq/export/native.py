@@ -30,6 +30,7 @@ from torch import Tensor
 
 from zq.checkpoint.writer import CODES, Slot
 from zq.errors import ZqError
+from zq.export.fields import ROOT, strings, wrong
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import packed_words
 from zq.numerics.packing import unpack as unpack_bits
@@ -144,23 +145,27 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
 
 def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Raises ZqError for a config from a newer format or with layers that the model does not have."""
-    version = config.get("format_version")
+    version, known = config.get("format_version"), set(names)
     if version != FORMAT_VERSION:
         raise ZqError(f"zq format version {version} is unknown (this zq reads {FORMAT_VERSION}); upgrade zq")
-    known = set(names)
     result: dict[str, Scheme] = {}
-    listed = config.get("schemes")
-    if not isinstance(listed, dict) or not all(isinstance(layers, list) for layers in listed.values()):
-        raise ZqError("quantization_config has no 'schemes' that list layers; download config.json again")
-    for text, layers in listed.items():
-        scheme = Scheme.parse(text)
+    path, listed = f"{ROOT}.schemes", config.get("schemes")
+    if not isinstance(listed, dict):
+        raise wrong(ROOT, config, "schemes", "a mapping of schemes to lists of layers")
+    for text in listed:
+        try:
+            scheme = Scheme.parse(text)
+        except ZqError as error:
+            raise ZqError(f"{path}: {error}") from None
         if scheme.weights.layout == Layout("group", AUTO):
-            raise ZqError(f"config.json gives the scheme '{text}', whose group size was never chosen")
-        for layer in layers:
+            raise ZqError(f"{path} has '{text}', whose group size was never chosen; quantize again")
+        for layer in strings(path, listed, text):
             if layer not in known:
                 raise ZqError(
-                    f"config.json quantizes '{layer}', which this model does not have; download it again"
+                    f"{path} quantizes '{layer}', which this model does not have; download it again"
                 )
+            if layer in result:
+                raise ZqError(f"{path} lists '{layer}' twice; download it again")
             result[layer] = scheme
     return result
 

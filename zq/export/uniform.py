@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zq.errors import ZqError
+from zq.export.fields import ROOT, is_size, wrong
 from zq.spec import Layout, Scheme, TensorSpec
 
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -33,13 +33,16 @@ def unfit(scheme: Scheme, shape: tuple[int, int], transposed: bool, formats: tup
     """Why such a format, with weights of `formats`, cannot hold this layer, or None."""
     w, (n, k) = scheme.weights, shape
     problems = [
-        (transposed, "its layer is transformers' Conv1D; zq writes it for nn.Linear only"),
-        (scheme.activations is not None, "it has no quantized activations"),
-        (w.format not in formats, f"it has no {w.format} weights, only {', '.join(formats)}"),
-        (w.layout.kind not in ("group", "channel"), "it needs a scale per group or per channel"),
-        (w.two_level or w.extras, "it has codes, one level of scales and zero points only"),
-        (w.scale_dtype not in ("half", "fp16"), "its scales are fp16"),
-        (w.layout.kind == "group" and bool(k % (w.layout.size or 1)), f"its groups do not divide K={k}"),
+        (transposed, "the layer is transformers' Conv1D, and GPTQ and AWQ know only nn.Linear"),
+        (scheme.activations is not None, "GPTQ and AWQ have no quantized activations"),
+        (w.format not in formats, f"the format has no {w.format} weights, only {', '.join(formats)}"),
+        (w.layout.kind not in ("group", "channel"), "the format has scales per group and per channel only"),
+        (w.two_level or w.extras, "the format has codes, one level of scales and zero points only"),
+        (w.scale_dtype not in ("half", "fp16"), "scales of the format are fp16"),
+        (
+            w.layout.kind == "group" and bool(k % (w.layout.size or 1)),
+            f"groups of {w.layout.size} do not divide K={k}",
+        ),
         (bool(n % 32 or k % 32), f"both sides of [{n}, {k}] must be multiples of 32"),
     ]
     return next((reason for hit, reason in problems if hit), None)
@@ -59,21 +62,12 @@ def only(assigned: dict[str, Scheme], method: str) -> str | None:
 def spec(config: dict[str, Any], formats: tuple[str, ...], symmetric: bool) -> TensorSpec:
     """The weight spec of a config with `bits` and `group_size` (-1: a scale per channel). Raises ZqError."""
     bits, size = config.get("bits"), config.get("group_size")
-    if f"int{bits}" not in formats or not isinstance(size, int) or (size < 2 and size != -1):
-        raise ZqError(
-            f"quantization_config has bits {bits!r} and group_size {size!r}; allowed: "
-            f"{', '.join(f[3:] for f in formats)} bits, a group_size from 2 on or -1"
-        )
+    if not is_size(bits) or f"int{bits}" not in formats:
+        raise wrong(ROOT, config, "bits", ", ".join(format[3:] for format in formats))
+    if size != -1 and (not is_size(size) or size < 2):
+        raise wrong(ROOT, config, "group_size", "-1 and whole numbers from 2 on")
     layout = Layout("channel") if size == -1 else Layout("group", size)
     return TensorSpec(format=f"int{bits}", layout=layout, symmetric=symmetric, scale_dtype="fp16")
-
-
-def strings(config: dict[str, Any], key: str) -> list[str]:
-    """A list of names. Raises ZqError for anything else."""
-    listed = config.get(key) or []
-    if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
-        raise ZqError(f"'{key}' in quantization_config is no list of names: {listed!r}; download it again")
-    return listed
 
 
 def group_size(scheme: Scheme) -> int:
