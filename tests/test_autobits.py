@@ -296,7 +296,9 @@ def test_formats_of_one_width_are_refused_before_measuring(
     with pytest.raises(ZqError) as caught:
         settle(make_plan(tmp_path, Recipe.parse(text)))
     assert str(caught.value).startswith(words)
-    assert str(caught.value).endswith("or use format: compressed-tensors or zq")
+    assert str(caught.value).endswith(
+        "or use --to compressed-tensors (in a recipe, format: compressed-tensors)"
+    )
 
 
 def test_what_may_be_chosen_is_offered(tmp_path: Path) -> None:

@@ -209,12 +209,15 @@ def edited(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"), "another order"),
+        (lambda c: c["config_groups"]["group_0"]["weights"].update(actorder="group"), 'actorder is "group"'),
         (lambda c: c.update(transform_config={"R1": {}}), "transform_config"),
         (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-        (lambda c: c["config_groups"]["group_0"].update(output_activations={"num_bits": 8}), "outputs"),
-        (lambda c: c.update(ignore=5), "'ignore' in quantization_config is no list of names"),
-        (lambda c: c.update(ignore=["re:("]), "is no regex"),
+        (
+            lambda c: c["config_groups"]["group_0"].update(output_activations={"num_bits": 8}),
+            "output_activations is .* zq reads null",
+        ),
+        (lambda c: c.update(ignore=5), "ignore is 5; zq reads a list of names"),
+        (lambda c: c.update(ignore=["re:("]), "no regex"),
         (lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=64), "do not have the shape"),
     ],
 )
@@ -234,7 +237,7 @@ def test_a_gptq_checkpoint_of_another_kind(made: Make, tmp_path: Path) -> None:
     source = edited(
         made("awq", "int4:g32:asym"), tmp_path / "awq", lambda c: c.update(modules_to_not_convert="lm_head")
     )
-    with pytest.raises(ZqError, match="no list of names"):
+    with pytest.raises(ZqError, match="zq reads a list of names"):
         plan_conversion(source, "zq")
 
 

@@ -48,6 +48,8 @@ def test_targets(text: str, target: Target, back: str) -> None:
         ("vllm:sm90:cpu", "the device a second time"),
         ("transformers:tp=2", r"'tp=2' .* write transformers\[:VERSION\]"),
         ("llama.cpp:b1234", "'b1234'"),
+        ("vllm:sm999", "'sm999' in 'vllm:sm999' is no device that zq knows; allowed: cpu, sm70, sm72, sm75"),
+        ("sglang:sm10", "no device that zq knows"),
     ],
 )
 def test_targets_that_do_not_exist(text: str, words: str) -> None:

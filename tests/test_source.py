@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
+from zq.errors import ZqError
 from zq.source import resolve
 
 WANTED = {
@@ -48,3 +49,9 @@ def test_only_one_copy_of_the_weights_is_fetched(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("some/model") == tmp_path
     assert set(filter_repo_objects(WANTED | UNWANTED, **asked[0])) == WANTED
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name(name: str) -> None:
+    with pytest.raises(ZqError, match="the name of the model is empty"):
+        resolve(name)

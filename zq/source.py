@@ -19,6 +19,8 @@ def resolve(model: str, progress: Callable[[str], None] = lambda message: None) 
 
     Raises ZqError when it is none of the three, or when the hub refuses.
     """
+    if not model.strip():
+        raise ZqError("the name of the model is empty; give a checkpoint folder, a hub id or demo")
     if model == "demo":
         return demo_checkpoint(progress)
     folder = Path(model).expanduser()

@@ -171,6 +171,18 @@ def test_what_transformers_needs_for_a_format(w4a8: Path, monkeypatch: pytest.Mo
     assert "pip install" not in run("serve", w4a8, "--print", "--engine", "transformers").ok().err
 
 
+@pytest.mark.usefixtures("everything")
+def test_zero_points_that_the_server_of_transformers_cannot_load(w4a8: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text("rules: [{match: '*', weights: 'int4:g32:asym'}]\ncalibration: {source: none}\n")
+    run("quantize", w4a8.parent, "--recipe", recipe, "-o", out).ok()
+    done = run("serve", out, "--print", "--engine", "transformers")
+    assert done.code == 2
+    assert "cannot load the zero points of compressed-tensors; use zq export --to zq" in done.err
+    run("export", out, "--to", "zq", "-o", tmp_path / "native").ok()
+    assert run("serve", tmp_path / "native", "--print", "--engine", "transformers").code == 0
+
+
 PROMPT, TOKENS = "What is the capital of France?", 6
 
 

@@ -16,6 +16,7 @@ DAMAGED = [  # (path of the field, its value, what the error says of it)
     ("zq", {}, "zq.two_level is missing; zq reads a list of names"),
     ("config_groups", [], "config_groups is []; zq reads a mapping of mappings"),
     ("config_groups", {"group_0": []}, 'config_groups is {"group_0": []}; zq reads a mapping of mappings'),
+    ("format", 5, "format is 5; zq reads the name of a format or null"),
     ("ignore", "lm_head", 'ignore is "lm_head"; zq reads a list of names'),
     ("ignore", ["re:("], "ignore has 're:(', no regex"),
     ("group_0.targets", [5], "group_0.targets is [5]; zq reads a list of names"),

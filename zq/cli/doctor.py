@@ -160,8 +160,9 @@ def check(plan: Plan, text: str, format: str, again: Callable[[str], Plan] | Non
         assert again is not None
         try:
             return of_plan(again(to))
-        except ZqError as error:  # without what to do instead: here that is another engine's answer
-            raise ZqError(str(error).rpartition("; ")[0] or str(error)) from None
+        except ZqError as error:  # what it says to do instead is no answer here: that would not load
+            reason = str(error).rpartition("; ")[0] or str(error)
+            raise ZqError(f"{reason}; take another scheme or engine") from None
 
     verdict = judge(parse(text), format, of_plan(plan), head_counts(plan.skeleton.config), again and restate)
     if verdict.problems:

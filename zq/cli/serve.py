@@ -18,12 +18,15 @@ from zq.cli.console import check_number, command, note, out
 from zq.errors import ZqError
 
 if TYPE_CHECKING:
-    from zq.engines import Target
+    from zq.engines import Layer, Target
 
 VLLM = ("-m", "vllm.entrypoints.openai.api_server")
 TRANSFORMERS = ("-m", "transformers.cli.transformers", "serve")
 # transformers knows zq's own format after `import zq`; no other needs it.
 WITH_ZQ = ("-c", "import zq; from transformers.cli.transformers import main; main()", "serve")
+PACKED_ZEROS = (  # from Python they load, with CompressedTensorsConfig(dequantize=True)
+    "its server cannot load the zero points of compressed-tensors; use zq export --to zq, or --engine vllm"
+)
 ENGINES = ("auto", "vllm", "transformers")
 SERVERS = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn")}  # modules that they are made of
 INSTALL = {"vllm": "pip install vllm", "transformers": "pip install 'transformers[serving]'"}
@@ -85,6 +88,8 @@ def serve(
             note(f"{missing}; checked for {target}")
         heads = head_counts(load_config(folder))
         verdict = judge(target, format, layers, heads, restated(folder, layers), "zq export")
+        if chosen == "transformers" and format == "compressed-tensors" and any(map(_has_zeros, layers)):
+            raise ZqError(f"{target} cannot serve {folder}: {PACKED_ZEROS}")
         if verdict.problems:
             raise ZqError(f"{target} cannot serve {folder}: {verdict.refusal}")
         for line in verdict.warnings:
@@ -125,6 +130,10 @@ def chosen_server(engine: str, format: str) -> tuple[str, str]:
         package = package.replace("_", "-")
         return engine, f"transformers needs {package} for format {format}; pip install {package}"
     return engine, ""
+
+
+def _has_zeros(layer: Layer) -> bool:
+    return layer.scheme is not None and not layer.scheme.weights.symmetric
 
 
 def _are_there(*modules: str) -> bool:

@@ -36,6 +36,7 @@ EXAMPLES = {
     "sentence-transformers": "sentence-transformers:6.2",
     "llama.cpp": "llama.cpp, which has no versions that zq tells apart",
 }
+DEVICES = (70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121)  # compute capabilities times ten
 SERVERS = ("vllm", "sglang")  # they fuse layers, and split them between devices
 
 
@@ -73,6 +74,9 @@ def parse(text: str) -> Target:
         if found is None:
             form = "ENGINE[:VERSION][:smNN or cpu][:tp=N]" if engine in SERVERS else f"{engine}[:VERSION]"
             raise ZqError(f"'{part}' in '{text}' is unknown; write {form}, for example {EXAMPLES[engine]}")
+        if found[0] == "sm" and found[1] not in (0, *DEVICES):
+            known = ", ".join(f"sm{sm}" for sm in DEVICES)
+            raise ZqError(f"'{part}' in '{text}' is no device that zq knows; allowed: cpu, {known}")
         if found[0] in said:
             raise ZqError(f"'{part}' in '{text}' says the {NAMES[found[0]]} a second time; leave one out")
         said[found[0]] = found[1]

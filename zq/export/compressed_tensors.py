@@ -202,6 +202,8 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(each, dict) for each in groups.values()):
         raise wrong(ROOT, config, "config_groups", "a mapping of mappings")
+    if not isinstance(config.get("format"), str | None):
+        raise wrong(ROOT, config, "format", "the name of a format or null")
     paths = {name: f"{ROOT}.config_groups.{name}" for name in groups}
     parsed = {name: scheme_of(paths[name], each, config.get("format")) for name, each in groups.items()}
     for name in _two_level(config, groups):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from zq.checkpoint.writer import CODES, Slot
 from zq.errors import ZqError
-from zq.export.fields import ROOT, strings, wrong
+from zq.export.fields import ROOT, shown, strings, wrong
 from zq.numerics.packing import pack as pack_bits
 from zq.numerics.packing import packed_words
 from zq.numerics.packing import unpack as unpack_bits
@@ -147,7 +147,9 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Raises ZqError for a config from a newer format or with layers that the model does not have."""
     version, known = config.get("format_version"), set(names)
     if version != FORMAT_VERSION:
-        raise ZqError(f"zq format version {version} is unknown (this zq reads {FORMAT_VERSION}); upgrade zq")
+        raise ZqError(
+            f"zq format version {shown(version)} is unknown (this zq reads {FORMAT_VERSION}); upgrade zq"
+        )
     result: dict[str, Scheme] = {}
     path, listed = f"{ROOT}.schemes", config.get("schemes")
     if not isinstance(listed, dict):
