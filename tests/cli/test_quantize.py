@@ -335,3 +335,11 @@ def test_folded_scales_are_planned_said_and_reported(llama, tmp_path, monkeypatc
     report = json.loads(Path("out/zq_report.json").read_text())
     assert {name for names in report["changed"].values() for name in names} == planned
     assert [link["step"] for link in report["smoothing"]["1"]] == ["smoothquant"] * 4 + ["awq"] * 4
+
+
+def test_the_next_command_calls_the_model_as_the_user_did(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zq.source.resolve", lambda model, progress: llama)
+    done = run("quantize", "demo", "--w8a8", "--calib", "none", "-o", tmp_path / "out").ok()
+    assert f"next: zq eval {tmp_path / 'out'} --against demo" in done.out

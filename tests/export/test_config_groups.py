@@ -8,7 +8,7 @@ from zq.errors import ZqError
 from zq.export import compressed_tensors as ct
 from zq.spec import Scheme
 
-MISSING = object()
+MISSING = ...  # one that has the same name in every process
 DAMAGED = [  # (path of the field, its value, what the error says of it)
     ("zq", ["group_0"], 'zq is ["group_0"]; zq reads a mapping'),
     ("zq", {"two_level": 5}, "zq.two_level is 5; zq reads a list of names of config_groups"),
