@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "optim-block": tables.optim_block,
     "integer": tables.integer,
     "variance": tables.variance,
+    "gradients": tables.gradients,
     "products": kernel_tables.products,
     "activations": kernel_tables.activations,
     "ceiling": kernel_tables.ceilings,
