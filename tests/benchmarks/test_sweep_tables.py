@@ -15,7 +15,7 @@ from tests.sweep.conftest import row
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     rows = [
-        row("m", 16, 4_000_000, (0.0, 0.0, 0.0), (3.0, 3.2, 3.4), original=True),
+        row("m", 16, 4_000_000, (0.0, 0.0, 0.0), (3.0, 3.2, 3.4), original=True, block=""),
         row("m", 4, 1_100_000, (0.1, 0.1, 0.4), (3.1, 3.3, 3.5)),
         row("m", 4, 1_120_000, (0.1, 0.1, 0.1), (3.1, 3.3, 3.5), type="nf"),
         row("m", 3, 900_000, (1.5, 1.5, 1.5), (4.0, 4.0, 4.0)),
