@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import Any
 
 Cells = list[str]
@@ -258,6 +259,76 @@ def variance(document: dict[str, Any]) -> str:
     schemes = dict.fromkeys(row["scheme"] for row in rows)
     lines = [[scheme, *(f"{found[scheme, method]:.2f}" for method in methods)] for scheme in schemes]
     return f"{markdown(['bits, groups', *methods], lines)}\n{_settings(document)}"
+
+
+def gradients(document: dict[str, Any]) -> str:
+    """Distillation with integer gradients against float ones (benchmarks/gradients.py)."""
+    header = [
+        "inputs",
+        "gradients",
+        "seeds",
+        "held-out loss fell by",
+        "end, against float",
+        "95 %",
+        "samples",
+    ]
+    header += ["lowest and highest block", "s"]
+    lines = []
+    for inputs in dict.fromkeys(row["scheme"] for row in document["rows"]):
+        by_method: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in document["rows"]:
+            if row["scheme"] == inputs:
+                by_method.setdefault(row["method"], {})[row["seed"]] = row
+        base = by_method.get("float", {})
+        for method, seeds in by_method.items():
+            every = [loss for row in seeds.values() for loss in row["held_out_loss"].values()]
+            fell = 1 - math.exp(mean(math.log(loss["end"] / loss["start"]) for loss in every))
+            cells = [inputs, method, str(len(seeds)), f"{100 * fell:.1f} %"]
+            cells += _against(seeds, base, inputs == "float") if method != "float" else ["1", "", "", ""]
+            lines.append([*cells, f"{mean(row['seconds'] for row in seeds.values()):.0f}"])
+    p = document["protocol"]
+    blocks = f"the first {p['blocks']} blocks" if p["blocks"] else "all blocks"
+    text = f"{p['model']}, {blocks}, weights {p['weights']}; {p['iterations']} iterations of {p['batch']} of "
+    text += (
+        f"{p['samples']} windows of {p['length']} tokens, a share of {p['holdout']:g} held out, lookahead "
+    )
+    return f"{markdown(header, lines)}\n{text}{p['lookahead']}. {where(document)}\n"
+
+
+def _against(
+    seeds: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], independent: bool
+) -> list[str]:
+    """Ends of the held-out loss against `base`: geometric mean, its interval over blocks of seeds where they
+    are `independent`, else over seeds, the number of these samples, and the extremes of single blocks."""
+    ratios = [
+        [
+            math.log(loss["end"] / base[seed]["held_out_loss"][name]["end"])
+            for name, loss in row["held_out_loss"].items()
+        ]
+        for seed, row in seeds.items()
+        if seed in base
+    ]
+    single = [ratio for found in ratios for ratio in found]
+    if not single:
+        return ["–", "–", "0", "–"]
+    samples = single if independent else [mean(found) for found in ratios]
+    center, span = mean(samples), "–"
+    if len(samples) > 1:
+        half = t_95(len(samples) - 1) * stdev(samples) / math.sqrt(len(samples))
+        span = f"{math.exp(center - half):.3f}, {math.exp(center + half):.3f}"
+    ends = f"{math.exp(min(single)):.2f}, {math.exp(max(single)):.2f}"
+    return [f"{math.exp(center):.3f}", span, str(len(samples)), ends]
+
+
+def t_95(freedom: int) -> float:
+    """What a two-sided interval of 95 % has in place of 1.96 with so many degrees of freedom."""
+    few = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    if freedom <= len(few):
+        return few[freedom - 1]
+    z = NormalDist().inv_cdf(0.975)  # Cornish and Fisher's expansion
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    terms += ((3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,)
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def _by_seed(document: dict[str, Any], table: str) -> dict[str, dict[int, dict[str, Any]]]:

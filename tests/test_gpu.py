@@ -98,6 +98,7 @@ STEPS = {
     "lkd": "{gptq: {scale: mse-signed}}, {lkd: {iterations: 12, batch: 4, lookahead: LOOK}}",
     "smooth": "{smoothquant: {}}, {awq: {windows: 4}}, {gptq: {}}",
     "classic": "{lkd-classic: {iterations: 3, batch: 4}}",
+    "classic in 8 bits": "{lkd-classic: {iterations: 3, batch: 4, gradients: int8, optimizer: {bits: 8}}}",
     "lorc": "{gptq: {asymmetry: 0.5}}, {lorc: {rank: 4}}",
     "integers": "{rtn: {}}, {lkd: {iterations: 12, batch: 4, lookahead: 0, gradients: int8}}",
     "small": "{gptq: {asymmetry: 0.5}}, {lkd: {iterations: 2, batch: 1, lookahead: 1}}",
@@ -125,7 +126,7 @@ def test_learned_rounding_is_recorded_for_every_family(family: str, look: str, t
         assert loss["end"] <= loss["start"]
 
 
-@pytest.mark.parametrize("steps", ["smooth", "classic", "lorc"])
+@pytest.mark.parametrize("steps", ["smooth", "classic", "classic in 8 bits", "lorc"])
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert"])
 def test_other_steps(family: str, steps: str, tmp_path: Path) -> None:
     assert _run_on_gpu(family, tmp_path, STEPS[steps])["audit"]["passed"]

@@ -252,6 +252,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             "r.yaml:7: option 'scal' of step 'rtn' is unknown; allowed: ",
         ),
         (
+            Step("lkd", (("optimizer", {"bits": 8}),), "r.yaml:7"),
+            "; 'optimizer' belongs to 'lkd-classic': write - lkd-classic: {optimizer: ...}",
+        ),
+        (Step("rtn", (("iterations", 8),)), "'iterations' belongs to 'lkd', 'lkd-classic': write - lkd: {"),
+        (
             Step("rtn", (("scale", "max"),), "r.yaml:7"),
             "'scale: max' is not allowed; allowed: absmax, absmax-signed, mse, mse-signed",
         ),

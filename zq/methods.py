@@ -38,6 +38,7 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
         if key not in known:
             raise ZqError(
                 f"{spot}: option '{key}' of step '{step.name}' is unknown; allowed: {', '.join(known)}"
+                + _elsewhere(key)
             )
         allowed = known[key].metadata.get("allowed")
         if allowed and value not in allowed:
@@ -53,6 +54,13 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
         return method, method.options(**dict(step.options))
     except ZqError as error:
         raise ZqError(f"{spot}: {error}") from None
+
+
+def _elsewhere(key: str) -> str:
+    """Which steps have an option that this one has not, as the end of a message."""
+    having = [m.name for m in _ROWS if key in {f.name for f in fields(m.options)}]
+    names = ", ".join(f"'{name}'" for name in having)
+    return f"; '{key}' belongs to {names}: write - {having[0]}: {{{key}: ...}}" if having else ""
 
 
 def resolve_all(recipe: Recipe) -> list[tuple[Method, Any]]:

@@ -29,7 +29,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     run(monkeypatch, "--out", str(out), "--commit", "abc", "--block")
     document = json.loads(out.read_text())
     speeds = [row for row in document["rows"] if row["table"] == "optim-speed"]
-    assert len(speeds) == 2 * 2 * len(makers(False)) == 20
+    assert len(speeds) == 2 * 2 * len(makers(False)) == 24
     assert {row["unfused"].get("fused=False", 0) > 0 for row in speeds} == {True, False}
     assert all(row["us"] >= row["host_us"] > 0 for row in speeds)
     found = {(row["scheme"], row["method"]): row for row in speeds}
@@ -41,6 +41,17 @@ def test_it_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "| 96 x 96, float32 | zq unfused, 8 bit | " in said[-1]
     page = f"<!-- table: {out.name} optim-block -->\n<!-- end -->"
     assert "| zq unfused, 4 bit, B128 | 0 M | 0 MB | – | – |" in refreshed(page, tmp_path)
+
+
+def test_one_dtype_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the places of the rows that are there, which otherwise stay."""
+    out = tmp_path / "speed.json"
+    only = ("--only", "^small decoder, bfloat16, (?!zq unfused, [48])", "--out", str(out), "--commit")
+    for commit, more in (("abc", ()), ("def", ()), ("ghi", ("--again",))):
+        run(monkeypatch, *only, commit, *more)
+        rows = json.loads(out.read_text())["rows"]
+        assert {row["commit"] for row in rows} == {"ghi" if more else "abc"}
+        assert [row["method"] for row in rows] == ["torch fused, 32 bit", "zq unfused, 32 bit"]
 
 
 def test_the_decoder_is_gpt2() -> None:

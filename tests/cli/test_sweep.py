@@ -72,7 +72,7 @@ def test_a_larger_grid_measures_the_difference_and_a_torn_line(done, llama, smal
     last = next(r for r in rows(out)[8:] if r["key"] == rows(done)[8]["key"])
     assert {**last, "seconds": 0} == {**rows(done)[8], "seconds": 0}
     assert [model["name"] for model in more.json["models"]] == ["small", "llama"]
-    assert len(more.json["findings"]) == 7
+    assert len(more.json["findings"]) == 6 + 3
 
 
 def test_a_dry_run_lists_bytes_as_they_are_written(done, llama, tmp_path):
@@ -173,3 +173,6 @@ def test_without_matplotlib_it_says_what_to_install(done, llama, tmp_path, monke
 def test_findings_are_what_is_printed(done, llama):
     shown = run("sweep", llama, *GRID, *ON, "-o", done).ok().out
     assert shown.splitlines() == json.loads((done / "summary.json").read_text())["findings"]
+    few, _, accuracy = shown.splitlines()[-3:]
+    assert few == "3 windows are few: below 8 believe neither intervals nor shares."
+    assert accuracy.startswith("Accuracy was not measured. To add it, sweep into another -o with --tasks ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,22 +174,36 @@ def test_gradients_inside_and_nothing_afterwards(transposed: bool) -> None:
     assert "forward" not in vars(module)
 
 
+def held_out_losses(model: Path, gradients: str, seed: int, out: Path) -> list[dict[str, float]]:
+    """Of every block, each from the float model's inputs."""
+    recipe = Recipe.parse(
+        f"seed: {seed}\nrules: [{{match: '*', weights: 'int3:g32'}}]\nsteps:\n- rtn: {{}}\n"
+        f"- lkd: {{iterations: 40, gradients: {gradients}, lookahead: 0, inputs: float}}\n"
+        "calibration: {source: random, samples: 64, length: 16}\n"
+    )
+    return list(quantize(make_plan(model, recipe), out).report["held_out_loss"].values())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_distillation_with_integer_gradients_improves(family: str, tmp_path) -> None:
+def test_distillation_with_integer_gradients_improves(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "model")
-    ends = {}
-    for gradients in ("float", "int8", "int4"):
-        recipe = Recipe.parse(
-            "rules: [{match: '*', weights: 'int3:g32'}]\n"
-            f"steps: [{{rtn: {{}}}}, {{lkd: {{iterations: 40, gradients: {gradients}, lookahead: 0}}}}]\n"
-            "calibration: {source: random, samples: 64, length: 16}\n"
+    for gradients in ("int8", "int6", "int4"):
+        found = held_out_losses(tmp_path / "model", gradients, 0, tmp_path / gradients)
+        assert all(loss["end"] < 0.95 * loss["start"] for loss in found)
+
+
+def test_distillation_with_int8_ends_within_2_percent_of_float(tmp_path: Path) -> None:
+    """In the mean over blocks and seeds: single ones differ by 6 % either way, and more seeds give 1.00."""
+    save_tiny("llama", tmp_path / "model")
+    ratios = []
+    for seed in range(6):
+        theirs, ours = (
+            held_out_losses(tmp_path / "model", gradients, seed, tmp_path / f"{gradients}{seed}")
+            for gradients in ("float", "int8")
         )
-        report = quantize(make_plan(tmp_path / "model", recipe), tmp_path / gradients).report
-        held = list(report["held_out_loss"].values())
-        ends[gradients] = sum(loss["end"] for loss in held) / sum(loss["start"] for loss in held)
-    assert ends["int8"] < ends["float"] * 1.05  # over six seeds 0.97 to 1.03 of it, 1.00 in the mean
-    assert ends["int4"] < 1
-    assert ends["int8"] != ends["float"]
+        ratios += [math.log(b["end"] / a["end"]) for a, b in zip(theirs, ours, strict=True)]
+    assert len(set(ratios)) == 12
+    assert abs(sum(ratios) / 12) < 0.02
 
 
 def test_the_rounding_of_gradients_follows_the_seed(tmp_path, monkeypatch) -> None:

@@ -41,6 +41,10 @@ def saved(bits: int, optimizer: Any = AdamW, **options: Any) -> dict[str, Any]:
         ({"weight_decay": True}, "weight_decay=True is not allowed"),
         ({"bits": 8.0}, "bits=8.0 is not allowed; allowed: 32, 8, 4"),
         ({"fused": "yes"}, "fused='yes' is not allowed; allowed: None, True, False"),
+        ({"maximize": "yes"}, "maximize='yes' is not allowed; allowed: True, False"),
+        ({"foreach": 3}, "foreach=3 is not allowed; allowed: True, False"),
+        ({"capturable": True}, "capturable=True is not possible: a step of zq cannot be captured"),
+        ({"differentiable": True}, "no gradient passes through a step of zq; give differentiable=False"),
     ],
 )
 def test_options(options: dict[str, Any], words: str) -> None:
@@ -55,8 +59,7 @@ def test_options(options: dict[str, Any], words: str) -> None:
     [
         ({"lr": -5}, "lr=-5 is not allowed"),
         ({"betas": (2, 3)}, "betas=(2, 3) is not allowed"),
-        ({"amsgrad": True}, "amsgrad=True is something zq's optimizers do not do"),
-        ({"maximize": True}, "maximize=True is something"),
+        ({"amsgrad": True}, "amsgrad=True is not possible: zq's optimizers keep no maximum of the second"),
     ],
 )
 def test_options_of_a_group(group: dict[str, Any], words: str) -> None:
@@ -127,15 +130,63 @@ def test_files_of_other_optimizers() -> None:
         AdamW([parameter()]).load_state_dict(saved(8, SGD, momentum=0.9))
     with pytest.raises(ZqError, match="of another optimizer than SGD"):
         SGD([parameter()]).load_state_dict(saved(8))
-    for options, words in (({"amsgrad": True}, "amsgrad=True"), ({"maximize": True}, "maximize=True")):
-        theirs = torch.optim.AdamW([parameter()], **options)
-        theirs.step()
-        with pytest.raises(ZqError, match=f"saved group 0: {words}"):
-            AdamW([parameter()], bits=8).load_state_dict(theirs.state_dict())
+    theirs = torch.optim.AdamW([parameter()], amsgrad=True)
+    theirs.step()
+    with pytest.raises(ZqError, match="saved group 0: amsgrad=True"):
+        AdamW([parameter()], bits=8).load_state_dict(theirs.state_dict())
     adam = torch.optim.Adam([parameter()], weight_decay=0.1)
     adam.step()
     with pytest.raises(ZqError, match="weight decay there is part of the gradient"):
         AdamW([parameter()], bits=8).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize(
+    ("kind", "places", "more"),
+    [
+        (AdamW, (0.1, (0.9, 0.99), 1e-8, 0.1, False), {"capturable": False}),
+        (SGD, (0.1, 0.9, 0.0, 0.1, True), {}),
+    ],
+)
+def test_torchs_own_arguments(kind: Any, places: tuple[Any, ...], more: dict[str, Any], bits: int) -> None:
+    """By place and by name; `foreach` changes nothing."""
+    found = []
+    for foreach in (None, True, False):
+        named = {"maximize": False, "foreach": foreach, "differentiable": False, "fused": None, **more}
+        theirs = getattr(torch.optim, kind.__name__)([parameter()], *places, **named)
+        ours = kind([parameter()], *places, **named, bits=bits)
+        wanted = theirs.state_dict()["param_groups"][0]
+        for name in ("fused", "decoupled_weight_decay"):  # of the optimizer; always so
+            wanted.pop(name, None)
+        assert ours.state_dict()["param_groups"] == [wanted]
+        ours.step()
+        found.append(ours.param_groups[0]["params"][0].detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_how_to_compute_a_step_is_not_taken_from_a_file(bits: int) -> None:
+    document = saved(32)
+    for group in document["param_groups"]:
+        group |= {"capturable": True, "differentiable": True, "foreach": True}
+    ours = AdamW([parameter()], bits=bits, foreach=False)
+    ours.load_state_dict(document)
+    assert [ours.param_groups[0][name] for name in ("capturable", "foreach")] == [False, False]
+    ours.step()
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_a_file_without_torchs_options(bits: int) -> None:
+    """As older versions wrote it: the options stay as they are."""
+    document = saved(bits)
+    for group in document["param_groups"]:
+        for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable"):
+            del group[name]
+    ours = AdamW([parameter()], bits=bits, maximize=True)
+    ours.load_state_dict(document)
+    ours.step()
+    assert ours.param_groups[0]["maximize"]
 
 
 def test_momentum_that_comes_later_begins_at_zero() -> None:

@@ -38,6 +38,7 @@ ADAMW: dict[str, dict[str, Any]] = {
     "32 and 8": {"bits": 8, "states": {"exp_avg": "float32"}},
     "4 and 32": {"bits": 4, "states": {"exp_avg": "e2m1fn:b16", "exp_avg_sq": "float32"}},
     "32 and 4": {"bits": 4, "states": {"exp_avg": "float32"}},
+    "8 maximize": {"bits": 8, "maximize": True},
 }
 SGDS: dict[str, dict[str, Any]] = {
     "32": {"bits": 32},
@@ -45,6 +46,7 @@ SGDS: dict[str, dict[str, Any]] = {
     "8": {"bits": 8, "weight_decay": 0.1},
     "8 nesterov": {"bits": 8, "nesterov": True, "states": {"momentum_buffer": "linear8:tensor"}},
     "4": {"bits": 4, "dampening": 0.3},
+    "4 maximize": {"bits": 4, "maximize": True, "weight_decay": 0.1},
     "4 rank1": {"bits": 4, "weight_decay": 0.1, "states": {"momentum_buffer": "int4:rank1"}},
 }
 

@@ -87,6 +87,39 @@ def test_32_bits_are_torchs_sgd(options: dict[str, Any]) -> None:
     assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-7) for p, q in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_to_maximize_is_to_step_with_the_gradient_turned_round(kind: Any, bits: int) -> None:
+    """In one group of two; with 32 bits it is torch's maximize, whose file goes on."""
+    ours, plain, theirs = parameters(), parameters(), parameters()
+    options = {"lr": 0.01, "weight_decay": 0.1} | ({} if kind is AdamW else {"momentum": 0.9})
+
+    def groups(params: list[nn.Parameter], maximize: bool) -> list[dict[str, Any]]:
+        return [{"params": params[:2], "maximize": maximize}, {"params": params[2:]}]
+
+    up, down = (
+        kind(groups(ours, True), bits=bits, **options),
+        kind(groups(plain, False), bits=bits, **options),
+    )
+    other = getattr(torch.optim, kind.__name__)(groups(theirs, True), foreach=False, **options)
+    for step in range(4):
+        give(step, ours, plain, theirs)
+        for p in plain[:2]:
+            assert p.grad is not None
+            p.grad = -p.grad
+        before = ours[0].grad
+        up.step()
+        assert ours[0].grad is before
+        down.step()
+        other.step()
+    assert equal(ours, plain)
+    if bits == 32:
+        assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-7) for p, q in zip(ours, theirs, strict=True))
+    again = kind(groups(ours, False), bits=bits, **options)
+    again.load_state_dict(other.state_dict())
+    assert [group["maximize"] for group in again.param_groups] == [True, False]
+
+
 def through(x: Tensor, spec: str) -> Tensor:
     """A state as it comes back from its codes; small tensors stay."""
     if x.numel() <= 4096:

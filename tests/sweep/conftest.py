@@ -66,7 +66,7 @@ def row(
             "identity": changes.pop("identity", model),
             "parameters": {"all": changes.pop("parameters", 50), "blocks": 40},
         },
-        "setting": SETTING,
+        "setting": changes.pop("setting", SETTING),
         "tokens": changes.pop("tokens", "t"),
         "bytes": {"all": size, "blocks": changes.pop("inside", size // 2)},
         "bits_per_weight": bits + 0.25,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tests.sweep.conftest import row
+from tests.sweep.conftest import SETTING, row
 from zq.sweep.points import measured, points
 from zq.sweep.summary import CAVEAT, gigabits, percent, rivals, summarize
 
@@ -65,13 +65,24 @@ def test_shares_say_how_surely():
 
 
 def test_findings_in_words():
-    *sentences, last = summarize(ladder())["findings"]
-    assert last == CAVEAT
+    *sentences, few, caveat, last = summarize(ladder())["findings"]
+    assert few.startswith("5 windows are few: below 8 believe neither")
+    assert caveat == CAVEAT
+    assert last.startswith("Accuracy was not measured. To add it, sweep into another -o with --tasks ")
     assert len(sentences) == 6  # KL of two models and perplexity of both, by two sizes
     assert "32 bits" not in sentences[0]
     assert "16 bits, the original, at " in sentences[0]
     assert "4 bits from " in sentences[0]
     assert "(100 % of resamples)" in sentences[0]
+
+
+@pytest.mark.parametrize("tasks", [[], ["piqa"]])
+@pytest.mark.parametrize("windows", [7, 8])
+def test_what_the_figures_do_not_say(windows: int, tasks: list[str]):
+    rows = [row("m", 4, setting=SETTING | {"windows": windows, "tasks": tasks})]
+    text = " ".join(summarize(rows)["findings"])
+    assert ("windows are few" in text) == (windows < 8)
+    assert ("Accuracy was not measured" in text) == (not tasks)
 
 
 def test_one_window_gives_no_interval_and_says_so():

@@ -116,7 +116,7 @@ def sweep(  # noqa: PLR0913 (a command line is its options)
 ) -> None:
     """Quantize models to every width, type and block, measure each, and say what is on the Pareto front.
 
-    zq sweep demo --bits 3,4,5,6,8 --types int,float,dynamic,quantile --blocks 64,1024 -o sweep-demo
+    zq sweep demo --bits 3,4,5,6,8 --types int,float,dynamic,quantile -o sweep-demo
 
     Cells that OUT/results.jsonl has are not measured again, so the same command continues an interrupted
     sweep. Sizes are bytes as written. Figures, tables and a page are made from all cells in OUT.

@@ -7,7 +7,8 @@ straight, norms and biases directly. Weight scales are the largest magnitude of 
 activations are quantized per token. AdamW at rate 5e-6 without a schedule, 100 iterations of 32 windows, no
 selection: what the last iteration leaves is written. No block's input depends on another block's result, so
 blocks could be trained in any order or at once. `calibration: {source: random}` is the paper's setting
-without data. `optimizer: {bits: 8}` keeps AdamW's states in 8 or 4 bits (zq/optim).
+without data. `optimizer: {bits: 8}` keeps AdamW's states in 8 or 4 bits (zq/optim), `gradients: int8` makes
+the gradients that pass the linear layers integer products (zq/distill/integer.py); both go together.
 
 `lkd` (distill/lkd.py) is what grew out of it.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zq.distill.integer import GRADIENTS, integer_gradients, precision_of
 from zq.distill.lkd import shuffled
 from zq.errors import ZqError
 from zq.models.capture import run_block
@@ -37,6 +39,7 @@ class Options:
     rate: float = field(default=5e-6, metadata={"range": (0.0, 1.0)})
     decay: float = field(default=0.01, metadata={"range": (0.0, 1.0)})
     scale: str = field(default="absmax", metadata={"allowed": tuple(SCALES)})
+    gradients: str = field(default="float", metadata={"allowed": GRADIENTS})
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,13 +79,17 @@ def _train(block: Block, learned: dict[str, Tensor], options: Options) -> None:
             f"Inf there; save the model in a dtype with more range than {inputs.dtype}, or use another step"
         )
     size, call = block.inputs[0].shape[0], block.calls[0]
-    parts = portions(options.batch, size, len(inputs))
+    parts, precision = portions(options.batch, size, len(inputs)), precision_of(options.gradients)
     for batch in shuffled(len(inputs), parts * size, options.iterations, block.seed).to(inputs.device):
         optimizer.zero_grad()
         moved = {name: _rounding(held[name], layer, options.scale) for name, layer in layers.items()}
         total = torch.zeros((), device=inputs.device)
         for chosen in batch.split(size):
-            with torch.enable_grad(), quantized_inputs(block.layers, straight_through=True):
+            with (
+                torch.enable_grad(),
+                quantized_inputs(block.layers, straight_through=True),
+                integer_gradients(block.layers, precision),
+            ):
                 weights = {name: (p + moved.get(name, 0)).to(inputs.dtype) for name, p in held.items()}
                 outputs = run_block(module, inputs[chosen], call, weights)
                 loss = (outputs.float() - targets[chosen].float()).square().mean() / parts

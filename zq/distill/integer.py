@@ -31,6 +31,7 @@ from zq.errors import ZqError
 from zq.quantizers.method import Layer
 
 BITS = (4, 5, 6, 7, 8)
+GRADIENTS = ("float", "int8", "int6", "int4")  # as the option of a step
 LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -57,6 +58,11 @@ class Precision:
     def most(self) -> int:
         """7 << 4 = 112, 31 << 2 = 124, 127: the most groups whose shifted codes fit a byte."""
         return 1 + int(math.log2(127 / self.top))
+
+
+def precision_of(gradients: str) -> Precision | None:
+    """Of one of GRADIENTS."""
+    return None if gradients == "float" else Precision(int(gradients.removeprefix("int")))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from zq.distill.gains import LearnedGain
-from zq.distill.integer import Precision, integer_gradients
+from zq.distill.integer import GRADIENTS, integer_gradients, precision_of
 from zq.distill.rounding import LearnedRounding
 from zq.distill.student import Course
 from zq.errors import ZqError
@@ -63,7 +63,7 @@ class Options:
     norm_rate: float = field(default=0.0, metadata={"range": (0.0, 2.0)})
     inputs: str = field(default="quantized", metadata={"allowed": ("quantized", "float")})
     loss: str = field(default="normalised", metadata={"allowed": ("normalised", "mse")})
-    gradients: str = field(default="float", metadata={"allowed": ("float", "int8", "int6", "int4")})
+    gradients: str = field(default="float", metadata={"allowed": GRADIENTS})
     lookahead: int = field(default=1, metadata={"range": (0, 1 << 20)})
     window: int = field(default=1, metadata={"range": (1, 2)})
     holdout: float = field(default=0.0625, metadata={"range": (0.0, 1.0)})
@@ -146,8 +146,7 @@ def _descend(course: Course, learned: list[Learned], training: int, options: Opt
     parts = portions(options.batch, course.size, len(course.inputs))
     chosen = torch.zeros(parts, course.size, dtype=torch.long, device=device)
     fall = torch.zeros((), device=device)
-
-    precision = None if options.gradients == "float" else Precision(int(options.gradients[3:]))
+    precision = precision_of(options.gradients)
 
     def gradients(windows: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad(), integer_gradients(course.layers, precision):

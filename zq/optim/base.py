@@ -25,6 +25,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
     the attribute `optim_bits` of a parameter). `state` holds "step" and Full, Quantized or Factored.
 
     fused: with zq's CUDA kernel where it can (None), never (False), or a ZqError where it cannot (True).
+    What torch's options say of how to compute a step (`checks.HOW`) changes nothing, or is refused.
     unfused: why parameters of the last step went without the kernel, and how many.
     """
 
@@ -37,7 +38,8 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         self._overrides: dict[Tensor, int] = {}
         self._entries: dict[Tensor, fused.Entry] = {}
         self.fused, self.unfused = fused, {}
-        self._options = set(defaults) - {"bits", "states"}  # torch adds its own when it loads
+        optional = {"bits", "states", "maximize", *checks.HOW, *checks.UNDONE}
+        self._options = set(defaults) - optional  # what a file must have
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -54,6 +56,9 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # of a file or a pickle without all of torch's options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._entries = {}
 
     @torch.no_grad()
@@ -79,7 +84,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
             if isinstance(entry, str):
                 self.unfused[entry] = self.unfused.get(entry, 0) + 1
                 self._entries.pop(param, None)  # the states may come to lie elsewhere
-                self.update(param, state, group)
+                self.update(param, grad, state, group)
                 continue
             number = int(state["step"].item())
             key = (entry.alike, grad.dtype, id(group), number)
@@ -91,7 +96,7 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     @abstractmethod
-    def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of one parameter, whose states are there, in torch operations."""
 
     @abstractmethod
@@ -186,10 +191,11 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
             for key, (param, group) in zip(keys, places, strict=True)
             if (saved := state_dict["state"].get(key))
         }
-        kept = [{key: group[key] for key in ("bits", "states")} for group in self.param_groups]
+        own = ("bits", "states", *(name for name in checks.HOW if name in self.defaults))
+        kept = [{key: group[key] for key in own} for group in self.param_groups]
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
+        for group, values in zip(self.param_groups, kept, strict=True):
+            group.update(values)
             for param in group["params"]:
                 if param in found:
                     self.state[param] = found[param]
@@ -219,9 +225,9 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 
 
 def _given(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """Parameters with their gradients."""
+    """Parameters with their gradients, which are turned round where the objective is to grow."""
     both = [(param, param.grad) for param in group["params"]]
-    return [(param, grad) for param, grad in both if grad is not None]
+    return [(param, -grad if group["maximize"] else grad) for param, grad in both if grad is not None]
 
 
 def _padded(state: State) -> Callable[[int, int], Tensor]:

@@ -13,8 +13,13 @@ from torch import Tensor
 from zq.errors import ZqError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Options of torch's optimizers that change the update, and that zq's have not.
-FOREIGN = ("amsgrad", "maximize")
+# Options of torch's optimizers that say how a step is computed, not what comes out: those of a file are left.
+HOW = ("foreach", "capturable", "differentiable")
+UNDONE = {
+    "amsgrad": "zq's optimizers keep no maximum of the second moment",
+    "capturable": "a step of zq cannot be captured into a CUDA graph (call step() after each replay)",
+    "differentiable": "no gradient passes through a step of zq",
+}
 
 
 def options(group: Mapping[str, Any], where: str = "") -> None:
@@ -29,9 +34,14 @@ def options(group: Mapping[str, Any], where: str = "") -> None:
             raise ZqError(f"{where}betas={betas!r} is not allowed; allowed: two numbers from 0 to below 1")
     if "momentum" in group and group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ZqError(f"{where}nesterov=True needs momentum and no dampening; give momentum=0.9, dampening=0")
-    for name in FOREIGN:
-        if group.get(name):
-            raise ZqError(f"{where}{name}=True is something zq's optimizers do not do; give {name}=False")
+    for name in ("maximize", *UNDONE, "foreach"):
+        if where and name in HOW:
+            continue
+        value = group.get(name)
+        if value not in (None, True, False):
+            raise ZqError(f"{where}{name}={value!r} is not allowed; allowed: True, False")
+        if value and name in UNDONE:
+            raise ZqError(f"{where}{name}=True is not possible: {UNDONE[name]}; give {name}=False")
     if group.get("decoupled_weight_decay", True) is False and group.get("weight_decay"):
         raise ZqError(
             f"{where}weight decay there is part of the gradient (torch's Adam), zq's AdamW decays the "

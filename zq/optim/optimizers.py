@@ -21,25 +21,34 @@ from zq.optim.kernel import adamw_step_, sgd_step_
 class AdamW(StoredOptimizer):
     """Decoupled weight decay (arXiv:1711.05101). Parameters of any float dtype, states float32 or quantized.
 
-    Raises ZqError for numbers out of range, and for `bits` or `states` that cannot be.
+    Takes torch's arguments: `maximize` and `foreach` (which changes nothing), and amsgrad, capturable and
+    differentiable at their defaults. Raises ZqError for these, for numbers out of range, and for `bits` or
+    `states` that cannot be.
     """
 
     names = ("exp_avg", "exp_avg_sq")
     update_name = "adamw"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (torch's)
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         bits: int = 32,
         states: Given = None,
-        fused: bool | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"amsgrad": amsgrad, "maximize": maximize, "foreach": foreach}
+        defaults |= {"capturable": capturable, "differentiable": differentiable}
         super().__init__(params, {**defaults, "bits": bits, "states": states}, fused)
 
     def numbers(self, group: dict[str, Any], step: int) -> dict[str, float]:
@@ -57,13 +66,12 @@ class AdamW(StoredOptimizer):
             "eps": group["eps"],
         }
 
-    def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of one parameter."""
-        assert param.grad is not None
         step = int(state["step"])
         adamw_step_(
             param,
-            param.grad,
+            grad,
             state["exp_avg"],
             state["exp_avg_sq"],
             group=group,
@@ -75,13 +83,13 @@ class AdamW(StoredOptimizer):
 class SGD(StoredOptimizer):
     """Stochastic gradient descent with momentum, damping, Nesterov and L2 decay as in torch.
 
-    Without momentum there is no state. Raises ZqError as AdamW.
+    Without momentum there is no state. Torch's arguments and ZqError as in AdamW.
     """
 
     names = ("momentum_buffer",)
     update_name = "sgd"
 
-    def __init__(  # noqa: PLR0913
+    def __init__(  # noqa: PLR0913 (torch's)
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
@@ -90,12 +98,16 @@ class SGD(StoredOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         bits: int = 32,
         states: Given = None,
-        fused: bool | None = None,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov}
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        defaults |= {"foreach": foreach, "differentiable": differentiable}
         super().__init__(params, {**defaults, "bits": bits, "states": states}, fused)
 
     def wanted(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -108,18 +120,17 @@ class SGD(StoredOptimizer):
         more = {"nesterov": int(group["nesterov"]), "fresh": int(step == 1)}
         return {**found, "add": 1 - group["dampening"], **more}
 
-    def update(self, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of one parameter."""
-        assert param.grad is not None
         if not group["momentum"]:
             decay = group["weight_decay"]
-            grad = param.grad.add(param, alpha=decay) if decay else param.grad
+            grad = grad.add(param, alpha=decay) if decay else grad
             param.add_(grad, alpha=-float(group["lr"]))
             return
         step = int(state["step"])
         sgd_step_(
             param,
-            param.grad,
+            grad,
             state["momentum_buffer"],
             group=group,
             step=step,

@@ -21,6 +21,12 @@ CAVEAT = (
     "models, data types or ways to round."
 )
 
+FEWEST = 8  # windows; intervals from fewer are too narrow
+NO_ACCURACY = (
+    "Accuracy was not measured. To add it, sweep into another -o with --tasks lambada_openai,piqa; the "
+    "package lm-eval and the data of the tasks must be on this machine."
+)
+
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """{"setting", "cells", "contests", "findings"}: plain lists, dicts, numbers and strings."""
@@ -38,8 +44,17 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "models": _models(found),
         "cells": as_table(found, by),
         "contests": contests,
-        "findings": [*(_sentence(each) for each in contests), CAVEAT],
+        "findings": [*(_sentence(each) for each in contests), *_caveats(rows[-1]["setting"])],
     }
+
+
+def _caveats(setting: dict[str, Any]) -> list[str]:
+    """What the figures do not say."""
+    windows = setting["windows"]
+    few = (
+        f"{windows} window{'s' * (windows > 1)} are few: below {FEWEST} believe neither intervals nor shares."
+    )
+    return [few] * (windows < FEWEST) + [CAVEAT] + [NO_ACCURACY] * (not setting["tasks"])
 
 
 def metrics(found: Sequence[Point]) -> dict[str, Measured]:
