@@ -28,7 +28,7 @@ from zq.runtime.step import Buffers, first_seen, given_dtype, is_static, static_
 LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
 PROMPTS = 2  # calls of a decoder with a prompt of a shape before it is captured
-LONG = 4096  # tokens of a prompt, from which on the device takes longer than the host
+LONG = 2**24  # tokens times hidden channels of a prompt, up to which the memory of its graph is worth it
 DECODE = {"attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
 ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
 
@@ -272,7 +272,7 @@ class Runner:
             out = prompt_step(forward, cache, buffers, self.shared, options)
             return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
 
-        if batch * count > LONG:
+        if batch * count * self.config.get_text_config(decoder=True).hidden_size > LONG:
             out = read(PromptBuffers(*given))
         else:
             places = tuple(
