@@ -75,6 +75,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "8 bit": {"bits": 8},
     "4 bit": {"bits": 4},
     "4 bit, B128": {"bits": 4, "states": B128},
+    "4 bit, factored": {"bits": 4, "states": {"exp_avg_sq": "factored"}},
 }
 PEERS = (
     ("torchao, 8 bit", "torchao.optim", "AdamW8bit"),
@@ -93,8 +94,7 @@ def makers(cuda: bool) -> dict[str, Make]:
             found[label] = getattr(import_module(module), kind)
         except (ImportError, AttributeError):
             continue
-    unfused = WIDTHS | {"4 bit, factored": {"bits": 4, "states": {"exp_avg_sq": "factored"}}}  # has no kernel
-    found |= {f"zq unfused, {name}": partial(AdamW, fused=False, **o) for name, o in unfused.items()}
+    found |= {f"zq unfused, {name}": partial(AdamW, fused=False, **o) for name, o in WIDTHS.items()}
     return found
 
 

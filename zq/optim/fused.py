@@ -3,7 +3,8 @@
 Parameters whose step is computed alike (same kinds of states, dtypes, rate and number of the step) go
 together, up to 40 to a launch: their addresses travel in the kernel's parameters, so nothing is copied to the
 device before.
-Where blocks share scales (tensor, rank1) a launch of `maxima` goes before, and one of `scales` behind.
+Where blocks share scales (tensor, rank1) a launch of `maxima` goes before, and one of `scales` behind. The
+means of a factored second moment are torch's operations before all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zq.numerics.codebook import codebook
 from zq.numerics.scales import reach
 from zq.optim import layout
 from zq.optim.books import search, tables
+from zq.optim.config import FACTORED
 from zq.optim.storage import TINY, Factored, Full, Quantized, State
 from zq.spec import TensorSpec
 
@@ -105,6 +107,10 @@ def refused(grad: Tensor) -> str | None:
 
 def run(batch: Batch) -> None:
     """A step of every parameter. Raises ZqError when CUDA fails."""
+    for each, grad in batch.entries:
+        for state in each.states:
+            if isinstance(state, Factored):
+                state.absorb(grad, batch.numbers["keep"])
     for i in range(0, len(batch.entries), layout.ITEMS):
         _launch(batch.numbers, batch.entries[i : i + layout.ITEMS])
 
@@ -156,7 +162,9 @@ def _point(side: layout.State, state: State) -> None:
     if isinstance(state, Full):
         side.values = state.values.data_ptr()
         return
-    assert isinstance(state, Quantized)
+    if isinstance(state, Factored):
+        side.scale, side.columns = state.share.data_ptr(), state.column.data_ptr()
+        return
     side.values, side.scale = state.codes.data_ptr(), state.scale[0].data_ptr()
     side.columns = state.scale[1].data_ptr() if len(state.scale) > 1 else 0
 
@@ -169,9 +177,10 @@ def _wide(param: Tensor, state: State) -> int:
 
 
 def _columns(param: Tensor, states: tuple[State, ...]) -> int:
-    """Of a row in the kernel; any where no state is rank 1."""
+    """Of a row in the kernel; any where no state is rank 1 or factored."""
     rank1 = any(isinstance(s, Quantized) and s.parsed.layout.kind == "rank1" for s in states)
-    return param.shape[1] if rank1 else layout.COLUMNS
+    of_factors = (s.columns for s in states if isinstance(s, Factored))
+    return param.shape[1] if rank1 else next(of_factors, layout.COLUMNS)
 
 
 def _workspace(device: cuda.Device, total: int) -> Tensor:
@@ -182,8 +191,10 @@ def _workspace(device: cuda.Device, total: int) -> Tensor:
     return scratch
 
 
-def _bits(state: State) -> int:
-    return state.parsed.bits if isinstance(state, Quantized) else 32
+def _bits(state: State) -> int | str:
+    return (
+        state.parsed.bits if isinstance(state, Quantized) else FACTORED if isinstance(state, Factored) else 32
+    )
 
 
 def _kind(state: State) -> tuple[Any, ...]:
@@ -191,10 +202,8 @@ def _kind(state: State) -> tuple[Any, ...]:
 
 
 def _why_not(state: State) -> str | None:
-    if isinstance(state, Full):
+    if not isinstance(state, Quantized):
         return None
-    if isinstance(state, Factored):
-        return "the factored second moment has no kernel"
     spec, size = state.parsed, state.block
     if state.how.rounding != "nearest":
         return "stochastic rounding has no kernel"

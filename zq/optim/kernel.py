@@ -54,7 +54,7 @@ def adamw_step_(
         return exp_avg_sq.read(start, stop).mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
     if isinstance(exp_avg_sq, Factored):
-        exp_avg_sq.absorb(lambda start, stop: slope(start, stop).square(), beta2)
+        exp_avg_sq.absorb(grad, beta2)
     _widen(exp_avg, first, flat, exp_avg_sq)
     _widen(exp_avg_sq, second, flat, exp_avg)
     rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5

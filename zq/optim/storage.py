@@ -166,7 +166,8 @@ class Quantized:
 
 
 class Factored:
-    """Row means [N] and column means [K], float32, of a tensor of at least two dimensions."""
+    """Row means [N] and column means [K], float32, of a tensor of at least two dimensions. share [N]: the row
+    means over their own mean, for the kernel; of the last `absorb`."""
 
     shared, spec = False, FACTORED
 
@@ -177,6 +178,7 @@ class Factored:
         self.unit = self.columns
         self.row = torch.zeros(n, device=like.device)
         self.column = torch.zeros(self.columns, device=like.device)
+        self.share = torch.zeros_like(self.row)
 
     def means(self, values: Values) -> tuple[Tensor, Tensor]:
         """Row and column means of a tensor that is given in parts."""
@@ -187,16 +189,23 @@ class Factored:
             column += x.sum(0)
         return row, column / len(row)
 
-    def absorb(self, squares: Values, beta: float) -> None:
-        """The means become beta times themselves and 1 - beta times those of the squared gradient."""
-        row, column = self.means(squares)
+    def absorb(self, grad: Tensor, beta: float) -> None:
+        """The means become beta times themselves and 1 - beta times those of the squared gradient. NaN and
+        Inf count as zero."""
+        flat = grad.reshape(-1)
+        row, column = self.means(
+            lambda start, stop: flat[start:stop].float().nan_to_num(0.0, 0.0, 0.0).square()
+        )
         self.row.lerp_(row, 1 - beta)
         self.column.lerp_(column, 1 - beta)
+        self.share.copy_(self._shares())
+
+    def _shares(self) -> Tensor:
+        return self.row / self.row.mean().clamp_min(TINY)
 
     def read(self, start: int, stop: int) -> Tensor:
-        row = self.row[start // self.columns : stop // self.columns]
-        share = row / self.row.mean().clamp_min(TINY)
-        return (share[:, None] * self.column).view(-1)
+        rows = slice(start // self.columns, stop // self.columns)
+        return (self._shares()[rows, None] * self.column).view(-1)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"row": self.row, "column": self.column}

@@ -1,5 +1,5 @@
 // One step of an optimizer (UPDATE: AdamW or Sgd) for a list of parameters, whose states are FIRST and SECOND
-// (Full, Codes<8>, Codes<4>, None). Everything is read once and written once:
+// (Full, Codes<8>, Codes<4>, Factored, None). Everything is read once and written once:
 //
 //     maxima   only where all blocks of a tensor share scales: what the new values reach
 //     step     states are decoded, updated in float32 and encoded; the parameter is updated
@@ -30,7 +30,7 @@ struct Item {
   const void *grad;
   State first, second;
   u32 count;
-  int columns;  // of a row, where a state is rank 1; else any
+  int columns;  // of a row, where a state is rank 1 or factored; else any
   int end;      // blocks of this item and those before
   int unused;
 };
@@ -44,7 +44,7 @@ struct Args {
 };
 
 struct None {
-  static constexpr bool quantized = false;
+  static constexpr bool quantized = false, known = false;
   struct Shared {};
   __device__ __forceinline__ None(const Format &, Shared &) {}
   __device__ __forceinline__ bool shares() const { return false; }
@@ -57,7 +57,7 @@ struct AdamW {
   static constexpr bool needs_param = false;  // to know the new states
   static __device__ __forceinline__ void states(const Numbers &n, float &g, float, float &m, float &v) {
     m = lerp(m, g, n.lerp);
-    v = addcmul(v * n.keep, g, g, n.add);
+    if constexpr (!SECOND::known) v = addcmul(v * n.keep, g, g, n.add);
   }
   static __device__ __forceinline__ float param(const Numbers &n, float, float p, float m, float v) {
     return addcdiv(p * n.decay, m, over(__fsqrt_rn(v), n.root, n.inverse) + n.eps, n.rate);
@@ -74,7 +74,7 @@ struct Sgd {
   }
 };
 
-constexpr bool CAREFUL = FIRST::quantized || SECOND::quantized;  // gradients that are NaN or Inf count as zero
+constexpr bool CAREFUL = FIRST::quantized || SECOND::quantized || SECOND::known;  // gradients that are NaN or Inf count as zero
 
 __device__ __forceinline__ void load_as(int kind, const void *from, u32 start, int left, float (&x)[EACH]) {
   if (kind == BF16) load<bf16>(from, start, left, x);
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) step(const __grid_const
 }
 
 // What the values of a block of `maxima` reach. Rank 1: columns of this thread over its rows, rows at once.
-template <class Kept> struct Wide {
+template <class Kept, bool = Kept::quantized> struct Wide {
   const Kept &kept;
   const State &s;
   u32 columns[EACH];
@@ -183,13 +183,8 @@ template <class Kept> struct Wide {
     }
   }
 };
-template <> struct Wide<Full> {
-  __device__ __forceinline__ Wide(const Full &, const State &) {}
-  __device__ __forceinline__ void row(u32, u32, int, const float (&)[EACH]) {}
-  __device__ __forceinline__ void finish(u32, u32, u32, u32 *) {}
-};
-template <> struct Wide<None> {
-  __device__ __forceinline__ Wide(const None &, const State &) {}
+template <class Kept> struct Wide<Kept, false> {
+  __device__ __forceinline__ Wide(const Kept &, const State &) {}
   __device__ __forceinline__ void row(u32, u32, int, const float (&)[EACH]) {}
   __device__ __forceinline__ void finish(u32, u32, u32, u32 *) {}
 };

@@ -106,7 +106,7 @@ template <class T> __device__ __forceinline__ void store(void *to, u32 start, in
 }
 
 struct Full {
-  static constexpr bool quantized = false;
+  static constexpr bool quantized = false, known = false;
   struct Shared {};
   __device__ __forceinline__ Full(const Format &, Shared &) {}
   __device__ __forceinline__ bool shares() const { return false; }
@@ -118,8 +118,25 @@ struct Full {
   }
 };
 
+// The outer product of two vectors, which are those of after this step already: rows in `scale`, and `columns`.
+struct Factored {
+  static constexpr bool quantized = false, known = true;
+  struct Shared {};
+  __device__ __forceinline__ Factored(const Format &, Shared &) {}
+  __device__ __forceinline__ bool shares() const { return false; }
+  __device__ __forceinline__ void read(const State &s, u32 start, int left, int k, float (&x)[EACH]) const {
+    u32 row = start / k, column = start % k;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      x[i] = i < left ? s.scale[row] * s.columns[column] : 0.0f;
+      if (++column == k) column = 0, ++row;
+    }
+  }
+  __device__ __forceinline__ void write(const State &, u32, int, u32, int, const float (&)[EACH]) const {}
+};
+
 template <int Bits> struct Codes {
-  static constexpr bool quantized = true;
+  static constexpr bool quantized = true, known = false;
   static constexpr int words = Bits / 4;  // of eight codes
   struct Shared {
     Book<Bits> book;
