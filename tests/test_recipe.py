@@ -255,6 +255,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             Step("lkd", (("optimizer", {"bits": 8}),), "r.yaml:7"),
             "; 'optimizer' belongs to 'lkd-classic': write - lkd-classic: {optimizer: ...}",
         ),
+        (Step("gptq", (("seed", 8),)), "importance; 'seed' stands beside 'steps', for all of them"),
         (Step("rtn", (("iterations", 8),)), "'iterations' belongs to 'lkd', 'lkd-classic': write - lkd: {"),
         (
             Step("rtn", (("scale", "max"),), "r.yaml:7"),

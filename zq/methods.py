@@ -9,7 +9,7 @@ from zq.distill import classic, lkd
 from zq.errors import ZqError
 from zq.quantizers import awq, gptq, lorc, proxy, rotate, rtn, smoothquant
 from zq.quantizers.method import Method, Needs
-from zq.recipe import Recipe, Step
+from zq.recipe import KEYS, Recipe, Step
 
 _ROWS = (
     rotate.METHOD,
@@ -57,7 +57,9 @@ def resolve(step: Step, where: str) -> tuple[Method, Any]:
 
 
 def _elsewhere(key: str) -> str:
-    """Which steps have an option that this one has not, as the end of a message."""
+    """Where an option belongs that a step has not, as the end of a message."""
+    if key in KEYS:
+        return f"; '{key}' stands beside 'steps', for all of them"
     having = [m.name for m in _ROWS if key in {f.name for f in fields(m.options)}]
     names = ", ".join(f"'{name}'" for name in having)
     return f"; '{key}' belongs to {names}: write - {having[0]}: {{{key}: ...}}" if having else ""

@@ -37,6 +37,18 @@ def test_it_runs_on_the_first_blocks_and_goes_on(tmp_path: Path, monkeypatch: py
     assert len(said) == before + 1  # nothing but the table
 
 
+@pytest.mark.parametrize("count", [0, 9])
+def test_blocks_that_the_model_does_not_have(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(
+        sys, "argv", ["gradients.py", str(tmp_path / "model"), "--blocks", str(count), "--seeds", "0"]
+    )
+    with pytest.raises(SystemExit, match=f"--blocks {count} is not allowed; the model has 2"):
+        gradients.main()
+
+
 def row(inputs: str, method: str, seed: int, *ends: float) -> dict:
     losses = {f"block {i}": {"start": 1.0, "end": end} for i, end in enumerate(ends)}
     key = {"table": "gradients", "scheme": inputs, "method": method, "seed": seed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 
 from zq.errors import ZqError
 from zq.optim import SGD, AdamW
+
+TORCHS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable")
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -102,6 +105,10 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "two groups": (lambda d: d["param_groups"].append(d["param_groups"][0]), "groups have 1 + 1 parameters"),
     "two parameters": (lambda d: d["param_groups"][0]["params"].append(1), "groups have 2 parameters"),
     "no groups": (lambda d: d.pop("param_groups"), "is no state_dict of an optimizer"),
+    "no mapping of states": (lambda d: d.update(state=[]), "is no state_dict of an optimizer"),
+    "a number of groups": (lambda d: d.update(param_groups=1), "is no state_dict of an optimizer"),
+    "a number as a group": (lambda d: d.update(param_groups=[0]), "is no state_dict of an optimizer"),
+    "a group of nothing": (lambda d: d["param_groups"][0].pop("params"), "is no state_dict of an optimizer"),
     "no betas": (lambda d: d["param_groups"][0].pop("betas"), "saved group 0: there is no betas"),
     "a rate below 0": (lambda d: d["param_groups"][0].update(lr=-1), "saved group 0: lr=-1"),
 }
@@ -178,15 +185,33 @@ def test_how_to_compute_a_step_is_not_taken_from_a_file(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_a_file_without_torchs_options(bits: int) -> None:
-    """As older versions wrote it: the options stay as they are."""
-    document = saved(bits)
+    """As older versions wrote it: the options stay as they are, in every group."""
+    both = [{"params": [parameter()]}, {"params": [parameter()], "maximize": True}]
+    ours = AdamW(both, bits=bits)
+    document = copy.deepcopy(ours.state_dict())
     for group in document["param_groups"]:
-        for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable"):
+        for name in TORCHS:
             del group[name]
-    ours = AdamW([parameter()], bits=bits, maximize=True)
     ours.load_state_dict(document)
     ours.step()
-    assert ours.param_groups[0]["maximize"]
+    assert [group["maximize"] for group in ours.param_groups] == [False, True]
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_pickle_without_torchs_options(kind: Any) -> None:
+    """As older versions wrote it."""
+    old, new = kind([parameter()], bits=8), kind([parameter()], bits=8)
+    for options in (old.defaults, *old.param_groups):
+        for name in TORCHS:
+            options.pop(name, None)
+    old = pickle.loads(pickle.dumps(old))
+    ours, wanted = (each.param_groups[0]["params"][0] for each in (old, new))
+    ours.grad = wanted.grad.clone()  # pickles of parameters hold none
+    old.step()
+    new.step()
+    assert torch.equal(ours, wanted)
+    old.load_state_dict(new.state_dict())
+    assert old.param_groups[0]["maximize"] is False
 
 
 def test_momentum_that_comes_later_begins_at_zero() -> None:

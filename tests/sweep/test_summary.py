@@ -77,11 +77,13 @@ def test_findings_in_words():
 
 
 @pytest.mark.parametrize("tasks", [[], ["piqa"]])
-@pytest.mark.parametrize("windows", [7, 8])
+@pytest.mark.parametrize("windows", [1, 7, 8])
 def test_what_the_figures_do_not_say(windows: int, tasks: list[str]):
     rows = [row("m", 4, setting=SETTING | {"windows": windows, "tasks": tasks})]
     text = " ".join(summarize(rows)["findings"])
-    assert ("windows are few" in text) == (windows < 8)
+    assert ("7 windows are few" in text) == (windows == 7)
+    assert ("1 window is few" in text) == (windows == 1)
+    assert ("believe neither" in text) == (windows < 8)
     assert ("Accuracy was not measured" in text) == (not tasks)
 
 

@@ -56,9 +56,6 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a file or a pickle without all of torch's options
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
         self._entries = {}
 
     @torch.no_grad()
@@ -191,11 +188,13 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
             for key, (param, group) in zip(keys, places, strict=True)
             if (saved := state_dict["state"].get(key))
         }
-        own = ("bits", "states", *(name for name in checks.HOW if name in self.defaults))
-        kept = [{key: group[key] for key in own} for group in self.param_groups]
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for group, values in zip(self.param_groups, kept, strict=True):
-            group.update(values)
+        own = ("bits", "states", *checks.HOW)  # not those of the file; what a file lacks stays, too
+        merged = [
+            {**group, **saved, **{name: group[name] for name in own if name in group}}
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        super().load_state_dict({"state": {}, "param_groups": merged})
+        for group in self.param_groups:
             for param in group["params"]:
                 if param in found:
                     self.state[param] = found[param]
@@ -227,7 +226,8 @@ class StoredOptimizer(torch.optim.Optimizer, ABC):
 def _given(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Parameters with their gradients, which are turned round where the objective is to grow."""
     both = [(param, param.grad) for param in group["params"]]
-    return [(param, -grad if group["maximize"] else grad) for param, grad in both if grad is not None]
+    grows = group.get("maximize")  # which an older pickle has not
+    return [(param, -grad if grows else grad) for param, grad in both if grad is not None]
 
 
 def _padded(state: State) -> Callable[[int, int], Tensor]:

@@ -17,8 +17,8 @@ from zq.optim.storage import Factored, Full, Quantized, State, new
 
 def document(saved: Any, groups: list[dict[str, Any]], needed: set[str], kind: str) -> None:
     """That `saved` is a state_dict of as many groups and parameters as `groups`. Raises ZqError."""
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
-        raise ZqError("what is to be loaded is no state_dict of an optimizer: it has no state, param_groups")
+    if not _is_document(saved):
+        raise ZqError("what is to be loaded is no state_dict of an optimizer (state, param_groups)")
     found = [len(group["params"]) for group in saved["param_groups"]]
     wanted = [len(group["params"]) for group in groups]
     if found != wanted:
@@ -31,6 +31,15 @@ def document(saved: Any, groups: list[dict[str, Any]], needed: set[str], kind: s
         if missing := sorted(needed - set(group)):
             raise ZqError(f"{where}there is no {', '.join(missing)}; it is of another optimizer than {kind}")
         options(group, where)
+
+
+def _is_document(saved: Any) -> bool:
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("state"), Mapping):
+        return False
+    groups = saved.get("param_groups")
+    return isinstance(groups, Sequence) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups
+    )
 
 
 def loaded(param: Tensor, saved: Any, names: tuple[str, ...], how: States) -> dict[str, Any]:

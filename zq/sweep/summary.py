@@ -51,9 +51,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 def _caveats(setting: dict[str, Any]) -> list[str]:
     """What the figures do not say."""
     windows = setting["windows"]
-    few = (
-        f"{windows} window{'s' * (windows > 1)} are few: below {FEWEST} believe neither intervals nor shares."
-    )
+    many = "1 window is" if windows == 1 else f"{windows} windows are"
+    few = f"{many} few: below {FEWEST} believe neither intervals nor shares."
     return [few] * (windows < FEWEST) + [CAVEAT] + [NO_ACCURACY] * (not setting["tasks"])
 
 
