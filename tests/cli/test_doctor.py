@@ -179,7 +179,6 @@ def test_what_is_advised_is_not_refused(family: str, rule: str, format: str, tmp
     run("quantize", model, "--recipe", recipe, "-o", out).ok()
     options = [word for target in TARGETS for word in ("--for", target)]
     for number, (target, found) in enumerate(zip(TARGETS, asked(out, *options), strict=True)):
-        assert found["loads"] or found["problems"]
         for to in re.findall(r"zq export --to ([a-z-]+)", found["advice"]):
             name = tmp_path / f"new{number}{'.gguf' if to == 'gguf' else ''}"
             run("export", out, "--to", to, "-o", name).ok()
