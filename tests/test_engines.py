@@ -365,6 +365,20 @@ def test_heads_come_first() -> None:
     assert found.refusal == f"{found.problems[0]} (and {more} more); {found.advice}"
 
 
+@pytest.mark.parametrize(
+    ("target", "scheme", "end"),
+    [
+        ("vllm:cpu", "int8:channel", "not int8; take another scheme or engine"),
+        ("vllm:sm70", "int4:g64", "not sm70; take such a device"),
+        ("sglang", "int4:g64 @ int8:token", "8-bit activations; use --w4a16"),
+    ],
+)
+def test_a_refusal_always_says_what_to_do(target: str, scheme: str, end: str) -> None:
+    found = judge(parse(target), CT, [layer(scheme)])
+    assert found.advice == ""
+    assert found.refusal.endswith(end)
+
+
 def holding(*formats: str) -> Callable[[str], list[Layer]]:
     """What a checkpoint of int4 weights becomes in these formats; others refuse it."""
 

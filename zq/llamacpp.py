@@ -96,6 +96,15 @@ def write(
     }
 
 
+def is_beside(folder: Path) -> bool:
+    """Whether zq quantize --to gguf left its file beside this checkpoint; an empty or other one is none."""
+    file = folder / FILE
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
+
+
 def plan_file(folder: Path) -> Conversion:
     """What `write` will write of the checkpoint in `folder`. Raises ZqError as `refuse` does."""
     plan = plan_conversion(folder, "zq", plain=True)

@@ -120,9 +120,32 @@ def test_nothing_is_installed(monkeypatch: pytest.MonkeyPatch, w4a8: Path, tmp_p
         done = run("serve", w4a8, "--engine", engine, "--print").ok()
         assert str(w4a8) in done.out
         assert f"the server of {engine} is not installed here" in done.err
-    assert "checked for vllm:0.33:sm90" in run("serve", w4a8, "--engine", "vllm", "--print").err
     refused = run("serve", w4a8, "--engine", "vllm", "--print", "--tp", "3")
     assert "4 attention heads cannot be split between 3 devices" in refused.err
+
+
+def test_the_command_for_elsewhere_counts_on_no_zq(
+    w4a8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plug-in of this very environment is none of the one that vLLM is in."""
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("zq.plugins.vllm.entry_points", lambda group: [SimpleNamespace(name="zq")])
+    done = run("serve", w4a8, "--engine", "vllm", "--print").ok()
+    assert "checked for vllm:0.33:sm90\n" in done.err
+    assert "--linear-backend humming" in done.out
+    native = tmp_path / "native"  # the server of which has to have it
+    run("export", w4a8, "--to", "zq", "-o", native).ok()
+    done = run("serve", native, "--engine", "vllm", "--print").ok()
+    assert "checked for vllm:0.33:sm90:zq\n" in done.err
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "openai", "accelerate"])
+def test_half_a_server_is_none(missing: str, w4a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own server refuses to start without these."""
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    done = run("serve", w4a8, "--engine", "transformers")
+    assert done.code == 2
+    assert "the server of transformers is not installed here; pip install 'transformers[serving]'" in done.err
 
 
 @pytest.mark.usefixtures("everything")
@@ -212,7 +235,7 @@ def sure(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def python_of(engine: str) -> str:
     """A Python with this server, or a skip that says what is missing."""
-    if engine == "transformers" and find_spec("fastapi") and find_spec("uvicorn"):
+    if engine == "transformers" and all(map(find_spec, serve.SERVERS[engine])):
         return sys.executable
     return engine_python("vllm")  # where both are
 

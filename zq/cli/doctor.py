@@ -41,6 +41,7 @@ def doctor(
     """
     with command(json):
         from zq.engines import judge, parse
+        from zq.llamacpp import is_beside
         from zq.models.find import load_config
         from zq.source import resolve
 
@@ -48,9 +49,10 @@ def doctor(
         folder = resolve(checkpoint, note)
         targets = asked or [parse(text) for text in _engines(folder)]
         format, layers, wrong = read_layers(folder)
+        file = is_beside(folder)
         heads, restate = head_counts(load_config(folder)), None if wrong else restated(folder, layers)
         verdicts = [
-            judge(target, _for(target, format, folder), layers, heads, restate, "zq export")
+            judge(target, _read(target, format, file), layers, heads, restate, "zq export")
             for target in targets
         ]
         if json:
@@ -132,11 +134,10 @@ def _engines(folder: Path) -> list[str]:
     return [name for name in ENGINES if sentences or name != "sentence-transformers"]
 
 
-def _for(target: Target, format: str, folder: Path) -> str:
-    """What the engine would be given: `zq quantize --to gguf` leaves its file beside the checkpoint."""
-    from zq.llamacpp import FILE
-
-    return "gguf" if target.engine == "llama.cpp" and (folder / FILE).is_file() else format
+def _read(target: Target, format: str, file: bool) -> str:
+    """The format that the engine would be given; `file`: beside the checkpoint is one for llama.cpp, as zq
+    quantize --to gguf leaves it."""
+    return "gguf" if file and target.engine == "llama.cpp" else format
 
 
 def of_plan(plan: Plan) -> list[Layer]:
@@ -151,10 +152,10 @@ def of_plan(plan: Plan) -> list[Layer]:
     return found
 
 
-def check(plan: Plan, text: str, format: str, again: Callable[[str], Plan] | None) -> list[str]:
-    """What to tell about a plan for this engine; `again` makes the plan of another format. Raises ZqError
-    when the engine could not load the result."""
-    from zq.engines import judge, parse
+def check(plan: Plan, text: str, file: bool, again: Callable[[str], Plan] | None) -> list[str]:
+    """What to tell about a plan for this engine; `file`: one for llama.cpp will be beside it; `again` makes
+    the plan of another format. Raises ZqError when the engine could not load the result."""
+    from zq.engines import LAST, judge, parse
 
     def restate(to: str) -> list[Layer]:
         assert again is not None
@@ -162,9 +163,10 @@ def check(plan: Plan, text: str, format: str, again: Callable[[str], Plan] | Non
             return of_plan(again(to))
         except ZqError as error:  # what it says to do instead is no answer here: that would not load
             reason = str(error).rpartition("; ")[0] or str(error)
-            raise ZqError(f"{reason}; take another scheme or engine") from None
+            raise ZqError(f"{reason}; {LAST}") from None
 
-    verdict = judge(parse(text), format, of_plan(plan), head_counts(plan.skeleton.config), again and restate)
+    target, heads = parse(text), head_counts(plan.skeleton.config)
+    verdict = judge(target, _read(target, plan.format, file), of_plan(plan), heads, again and restate)
     if verdict.problems:
         raise ZqError(f"--for {text}: {verdict.refusal}")
     lines = [f"{verdict.target} runs {scheme} as {kernel}" for scheme, kernel in verdict.kernels.items()]

@@ -181,7 +181,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         # Another format's plan costs little, unless its bits have to be measured again.
         again = None if asked.bits else lambda other: _planned(folder, asked, other, options)
         for text in engine or ():
-            plan.notes.extend(check(plan, text, "gguf" if to == "gguf" else plan.format, again))
+            plan.notes.extend(check(plan, text, to == "gguf", again))
         if dry_run:
             return show_plan(plan, as_json=json)
         assert output is not None

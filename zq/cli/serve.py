@@ -28,7 +28,10 @@ PACKED_ZEROS = (  # from Python they load, with CompressedTensorsConfig(dequanti
     "its server cannot load the zero points of compressed-tensors; use zq export --to zq, or --engine vllm"
 )
 ENGINES = ("auto", "vllm", "transformers")
-SERVERS = {"vllm": ("vllm",), "transformers": ("fastapi", "uvicorn")}  # modules that they are made of
+SERVERS = {  # modules that they are made of
+    "vllm": ("vllm",),
+    "transformers": ("fastapi", "uvicorn", "openai", "accelerate"),
+}
 INSTALL = {"vllm": "pip install vllm", "transformers": "pip install 'transformers[serving]'"}
 OWN = {  # flags of the servers that zq sets, and what sets them
     "--model": "CHECKPOINT",
@@ -83,7 +86,7 @@ def serve(
             raise ZqError(missing)
         if chosen != "vllm" and tp > 1:
             raise ZqError(f"--tp {tp}: the server of transformers does not split a model; leave it out")
-        target = _target(chosen, tp, there=not missing)
+        target = _target(chosen, tp, format, there=not missing)
         if missing:
             note(f"{missing}; checked for {target}")
         heads = head_counts(load_config(folder))
@@ -152,12 +155,14 @@ def server_command(
     return words + ["--linear-backend", "humming"] * humming
 
 
-def _target(engine: str, tp: int, there: bool) -> Target:
-    """This very machine; without the server what `--for` takes by default, since it will run elsewhere."""
+def _target(engine: str, tp: int, format: str, there: bool) -> Target:
+    """This very machine; without the server what `--for` takes by default, since it will run elsewhere, where
+    nobody knows of zq unless the format is its own."""
     from zq.engines import parse
     from zq.plugins.vllm import is_active, vllm_version
 
-    known = replace(parse(engine), tp=tp, plugin=engine == "vllm" and is_active())
+    beside = is_active() if there else format == "zq"
+    known = replace(parse(engine), tp=tp, plugin=engine == "vllm" and beside)
     if not there:
         return known
     found = vllm_version() if engine == "vllm" else version("transformers")

@@ -4,12 +4,13 @@ Facts, not guesses: read in the sources of the version that each engine's entry 
 says which). For another version they may be out of date, and zq says so.
 """
 
-from zq.engines.judge import Restate, Verdict, judge
+from zq.engines.judge import LAST, Restate, Verdict, judge
 from zq.engines.served import Heads, Layer
 from zq.engines.target import Target, parse
 from zq.engines.vllm import plugin_refuses, plugin_takes
 
 __all__ = [
+    "LAST",
     "Heads",
     "Layer",
     "Restate",

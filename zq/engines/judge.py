@@ -22,6 +22,7 @@ LOOK = {
 UNKNOWN = Heads()
 DEVICES = (1, 2, 3, 4, 5, 6, 8, 16)
 NAMES = {"zq": "zq's own format", "gguf": "GGUF"}
+LAST = "take another scheme or engine"  # where nothing else is known to help
 # The layers as another format holds them; raises ZqError where it cannot.
 Restate = Callable[[str], Sequence[Layer]]
 
@@ -42,7 +43,9 @@ class Verdict:
         """The first problem and what to do, on one line."""
         more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
         first = f"{self.problems[0]}{more}"
-        return f"{first}{', or ' if ';' in first else '; '}{self.advice}" if self.advice else first
+        if ";" in first:
+            return f"{first}, or {self.advice}" if self.advice else first
+        return f"{first}; {self.advice or LAST}"
 
 
 def judge(

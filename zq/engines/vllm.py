@@ -22,7 +22,7 @@ def vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) ->
     if target.plugin and (format == "zq" or (_narrow_int8(scheme, format) and plugin_takes(scheme, sm))):
         return _plugin(scheme, shape, sm)
     problems = [
-        (0 < sm < 75, f"vLLM's quantized kernels need sm75 or newer, not sm{sm}"),
+        (0 < sm < 75, f"vLLM's quantized kernels need sm75 or newer, not sm{sm}; take such a device"),
         (
             format == "gptq" and not (w.symmetric and w.bits in (4, 8)),
             "vLLM reads GPTQ of 4 or 8 symmetric bits only",
