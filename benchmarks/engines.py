@@ -100,6 +100,7 @@ CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("AWQ", ("--w4a16", "--to", "awq"), ("vllm",)),
     (SHORT + "AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel",)),
     ("GGUF Q4_0", ("--w4a16", "--to", "gguf"), ("llama.cpp",)),
+    ("GGUF Q4_1", as_gguf("int4:g32:asym"), ("llama.cpp",)),
     ("GGUF Q8_0", as_gguf("int8:g64"), ("llama.cpp",)),
     (WIDE + "GGUF Q4_K", as_gguf("int4:g32:two-level"), ("llama.cpp",)),
     (WIDE + "GGUF Q6_K", as_gguf("int6:channel"), ("llama.cpp",)),

@@ -30,7 +30,7 @@ def model(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("rule", ["int4:g32", "int8:channel"])
+@pytest.mark.parametrize("rule", ["int4:g32", "int4:g32:asym", "int8:channel"])
 def test_transformers_reads_the_same_model(name: str, rule: str, tmp_path: Path) -> None:
     source = model(tmp_path / "model", name)
     (tmp_path / "r.yaml").write_text(
@@ -43,7 +43,7 @@ def test_transformers_reads_the_same_model(name: str, rule: str, tmp_path: Path)
         .json
     )
     assert any("6 tokens back" in note for note in done["notes"]) == (name in ("mistral", "qwen2"))
-    kind = "Q4_0" if "int4" in rule else "Q8_0"
+    kind = {"int4:g32": "Q4_0", "int4:g32:asym": "Q4_1", "int8:channel": "Q8_0"}[rule]
     assert set(done["gguf"]["types"]) == {kind}
     ours = zq.load(out, dtype=torch.float32)
     config = AutoConfig.from_pretrained(source)  # transformers reads only a part of it from the file
@@ -189,7 +189,7 @@ def test_a_head_of_its_own_stays_whatever_the_config_says(tmp_path: Path) -> Non
     ("options", "words"),
     [
         (("--w4a16", "--group-size", "96"), "groups of 96 do not divide K=64"),
-        (("--recipe", "r.yaml"), "take symmetric weights"),
+        (("--recipe", "r.yaml"), "llama.cpp has no int3 blocks"),
     ],
 )
 def test_what_would_fail_after_the_work_is_refused_before_it(
@@ -197,7 +197,7 @@ def test_what_would_fail_after_the_work_is_refused_before_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model(tmp_path / "model", "llama")
-    Path("r.yaml").write_text("rules: [{match: '*', weights: 'int4:g32:asym'}]\n")
+    Path("r.yaml").write_text("rules: [{match: '*', weights: 'int3:g32:asym'}]\n")
     done = run("quantize", "./model", *options, "--calib", "none", "--to", "gguf", "-o", "out")
     assert done.code == 2
     assert words in done.err

@@ -201,13 +201,16 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
 
 
 def _stored(scheme: Scheme | None) -> Scheme | None:
-    """The scheme as every config can say it: a narrow range shows in the codes only, `half` in the scales."""
+    """The scheme as every config can say it: a narrow range shows in the codes only, `half` and
+    `short` in the scales."""
     if scheme is None:
         return None
     held = scheme.weights.scale_dtype
     return replace(
         scheme,
-        weights=replace(scheme.weights, narrow=False, scale_dtype="fp16" if held == "half" else held),
+        weights=replace(
+            scheme.weights, narrow=False, scale_dtype="fp16" if held in ("half", "short") else held
+        ),
     )
 
 

@@ -48,11 +48,8 @@ PATTERNS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 
 
-def refuse(
-    assigned: dict[str, Scheme], shapes: dict[str, tuple[int, int]], folder: Path, *, fresh: bool = False
-) -> None:
-    """Raises ZqError when llama.cpp could not hold these layers, this architecture or its tokenizer; `fresh`:
-    layers that are still to be quantized."""
+def refuse(assigned: dict[str, Scheme], shapes: dict[str, tuple[int, int]], folder: Path) -> None:
+    """Raises ZqError when llama.cpp could not hold these layers, this architecture or its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
         raise ZqError("GGUF needs the package gguf; pip install gguf")
     config = load_config(folder)
@@ -65,8 +62,6 @@ def refuse(
         )
     for name, scheme in assigned.items():
         reason = ggml.refuse(scheme, shapes[name])
-        if fresh and not scheme.weights.symmetric:
-            reason = reason or "zero points times scales seldom are fp16; take symmetric weights"
         if reason:
             raise ZqError(f"gguf cannot hold '{name}' as {scheme}: {reason}; quantize with another scheme")
     _vocabulary(config, folder)

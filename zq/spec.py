@@ -14,6 +14,7 @@
     int4:b64:center      the mean of every block is subtracted and stored (unsigned formats: the least value)
     int4:g64:s=fp32      scales stored in fp32 (default: the dtype of the checkpoint)
     int4:g64:s=half      scales stored in fp16, with values that bf16 holds too
+    int4:g32:asym:s=short  scales stored in fp16, of 7 binary digits: zero points times scales are in fp16 too
     int4:g64:lorc=8      plus a correction of rank 8; the step `lorc` makes it, no rule can ask for it
     int4:g64:keep=12     12 input columns stay in the dtype of the model; only the step `proxy` asks for it
 
@@ -35,7 +36,7 @@ from zq.errors import ZqError
 from zq.formats import FORMATS, KNOWN, FormatInfo
 
 LayoutKind = Literal["tensor", "channel", "token", "group", "block", "rank1", "tile"]
-SCALE_DTYPES = ("fp32", "bf16", "fp16", "half")
+SCALE_DTYPES = ("fp32", "bf16", "fp16", "half", "short")
 ACTIVATIONS = ("int8", "e4m3fn", "e5m2")
 AUTO = 0  # group size still to be chosen
 
@@ -184,7 +185,7 @@ def _option(part: str, text: str) -> tuple[str, object]:
         return numbers[found[1]], int(found[2])
     raise ZqError(
         f"'{part}' in '{text}' is unknown; allowed: asym, narrow, two-level, center, pow2=N (N >= 2), "
-        "s=fp32|bf16|fp16|half"
+        f"s={'|'.join(SCALE_DTYPES)}"
     )
 
 

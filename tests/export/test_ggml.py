@@ -75,6 +75,25 @@ def test_minimums_that_fp16_does_not_hold_are_refused_and_others_kept() -> None:
     assert torch.equal(decoded(kind, blocks), short.dequantize())
 
 
+@pytest.mark.parametrize("layout", ["g32", "g64", "channel", "tensor"])
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+def test_scales_of_seven_digits_have_minimums_in_fp16(layout: str, scale: str) -> None:
+    """From the least numbers of fp16 to ones near its largest."""
+    spec = ggml.adapt(Scheme.parse(f"int4:{layout}:asym")).weights
+    assert str(spec).endswith(":s=short")
+    sizes = torch.logspace(-8, 4.7, 64)[:, None]
+    weight = (torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) + 0.7) * sizes
+    q = quantize(weight, spec, scale)
+    kind, blocks = ggml.encode(q)
+    assert kind == "Q4_1"
+    assert torch.equal(decoded(kind, blocks), q.dequantize())
+    exact = quantize(weight, Scheme.parse(f"int4:{layout}:asym:s=fp32").weights, scale)
+    normal = (sizes[:, 0] > 1e-3) & (sizes[:, 0] < 1e3)
+    assert bool(q.dequantize().isfinite().all())
+    error, least = ((x.dequantize() - weight)[normal].square().sum(1) for x in (q, exact))
+    assert bool((error < 1.1 * least + 1e-30).all())
+
+
 def test_scales_that_fp16_does_not_hold_are_refused() -> None:
     q = quantize(torch.randn(8, 64), Scheme.parse("int8:g32:s=fp32").weights)
     with pytest.raises(ZqError, match="its scales are not in fp16"):

@@ -169,7 +169,11 @@ def test_layers_that_do_not_go_together() -> None:
         (gptq, {"group_size": 0}, "group_size is 0; zq reads -1 and whole numbers from 2 on"),
         (gptq, {"group_size": "64"}, 'group_size is "64"'),
         (gptq, {"sym": "false"}, 'sym is "false"; zq reads true or false'),
-        (gptq, {"sym": False}, 'checkpoint_format is "gptq"; zq reads "gptq_v2" (sym is false)'),
+        (
+            gptq,
+            {"checkpoint_format": "marlin"},
+            'checkpoint_format is "marlin"; zq reads "gptq" or "gptq_v2"',
+        ),
         (gptq, {"lm_head": True}, "lm_head is true; zq reads false"),
         (gptq, {"desc_act": True}, "desc_act is true; zq reads false (static groups)"),
         (gptq, {"dynamic": {"-:x": {}}}, 'dynamic is {"-:x": {}}; zq reads null (one scheme for all layers'),

@@ -284,7 +284,7 @@ def _planned(
         from zq import llamacpp
 
         shapes = {layer.name: layer.shape for layer in plan.layers}
-        llamacpp.refuse(plan.assigned, shapes, folder, fresh=True)
+        llamacpp.refuse(plan.assigned, shapes, folder)
     return plan
 
 
@@ -295,7 +295,7 @@ def _settled(plan: Plan, to: str | None, resume: Path | None, quiet: bool) -> Pl
 
     for schemes in offered(plan) if to == "gguf" else []:
         shapes = {layer.name: layer.shape for layer in plan.layers}
-        llamacpp.refuse(schemes, shapes, plan.folder, fresh=True)
+        llamacpp.refuse(schemes, shapes, plan.folder)
     return settle(plan, resume=resume, progress=measuring(quiet))
 
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from zq.errors import ZqError
-from zq.export import awq, compressed_tensors, gptq, native
+from zq.export import awq, compressed_tensors, gptq, gptq_other, native
 from zq.spec import Scheme
 
 EXPORTERS: dict[str, ModuleType] = {
@@ -41,6 +41,8 @@ def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:
     if not isinstance(method, str) or method not in EXPORTERS:
         has = f"is quantized with {method!r}" if method else "is not quantized"
         raise ZqError(f"{where} {has}; zq reads checkpoints of: {', '.join(EXPORTERS)}; give one of these")
+    if method == "gptq" and gptq_other.describes(config or {}):
+        return gptq_other
     return EXPORTERS[method]
 
 

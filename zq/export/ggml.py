@@ -28,8 +28,9 @@ SUPER = 256  # values in a block of the K types
 
 
 def adapt(scheme: Scheme) -> Scheme:
-    """Scales as fp16, which all blocks have."""
-    return replace(scheme, weights=replace(scheme.weights, scale_dtype="fp16"))
+    """Scales as fp16, which all blocks have; beside zero points such that Q4_1's minimums are in fp16 too."""
+    scale = "fp16" if scheme.weights.symmetric else "short"
+    return replace(scheme, weights=replace(scheme.weights, scale_dtype=scale))
 
 
 def refuse(scheme: Scheme, shape: tuple[int, int]) -> str | None:

@@ -10,7 +10,8 @@ For a linear layer NAME with an [N, K] weight of b bits in groups along K:
     w = (q - zero) * scale          symmetric: zero = 2^(b-1)
 
 `checkpoint_format` is "gptq" (v1) for symmetric weights, which every engine reads, and "gptq_v2" for
-asymmetric ones, whose zero point 0 the first has no room for. Spec: AutoGPTQ and gptqmodel's readers.
+asymmetric ones, whose zero point 0 the first has no room for. The other two are read (gptq_other.py). Spec:
+AutoGPTQ and gptqmodel's readers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from zq.numerics.qtensor import QTensor
 from zq.spec import Scheme, TensorSpec, scale_shape
 
 FORMATS = ("int2", "int3", "int4", "int8")
+VERSIONS = ("gptq_v2", "gptq")  # by how much smaller than the zero point the stored one is
 Read = Callable[[str], Tensor]
 
 
@@ -65,8 +67,13 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
 
 
 def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
+    return packed(name, q, less(q.spec))
+
+
+def packed(name: str, q: QTensor, less: int) -> dict[str, Tensor]:
+    """less: how much smaller than the zero point the stored one is."""
     bits, k = q.spec.bits, q.shape[1]
-    zero = uniform.zeros(q.zero, q.scale, 1 << (bits - 1)) - _less(q.spec)
+    zero = uniform.zeros(q.zero, q.scale, 1 << (bits - 1)) - less
     return {
         f"{name}.qweight": pack_bits(to_unsigned(q.codes, q.spec), bits).T.contiguous(),
         f"{name}.qzeros": pack_bits(zero.T.contiguous(), bits),
@@ -77,6 +84,11 @@ def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
 
 def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
     """Raises ZqError when the groups are not those of the scheme, as after act-order."""
+    return unpacked(name, read, scheme, shape, less(scheme.weights))
+
+
+def unpacked(name: str, read: Read, scheme: Scheme, shape: tuple[int, int], less: int) -> QTensor:
+    """less: as in `packed`. Raises ZqError."""
     spec, (n, k) = scheme.weights, shape
     if not torch.equal(read(f"{name}.g_idx").cpu().long(), _groups(spec, k)):
         raise ZqError(
@@ -84,7 +96,12 @@ def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTe
             "reads static groups only, quantize again"
         )
     codes = unpack_bits(read(f"{name}.qweight").T.contiguous(), spec.bits, k)
-    zero = unpack_bits(read(f"{name}.qzeros"), spec.bits, n).T.to(torch.int16) + _less(spec)
+    zero = unpack_bits(read(f"{name}.qzeros"), spec.bits, n).T.to(torch.int16) + less
+    if bool((zero >> spec.bits).any()):
+        raise ZqError(
+            f"'{name}.qzeros' holds {zero.max() - 1}, which some readers of version 1 take for the zero "
+            f"point {zero.max()} and some for 0; zq reads those from 1 to {zero.max() - 1}, quantize again"
+        )
     signed = zero - (1 << (spec.bits - 1))
     if spec.symmetric and bool(signed.any()):
         raise ZqError(f"'{name}.qzeros' is not symmetric, as config.json says; quantize or download again")
@@ -106,7 +123,7 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
         "desc_act": False,
         "sym": scheme.weights.symmetric,
         "lm_head": False,
-        "checkpoint_format": "gptq_v2" if not _less(scheme.weights) else "gptq",
+        "checkpoint_format": VERSIONS[less(scheme.weights)],
         "pack_dtype": "int32",
     }
 
@@ -117,9 +134,8 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     if not isinstance(symmetric, bool):
         raise wrong(ROOT, config, "sym", "true or false")
     spec = uniform.spec(config, FORMATS, symmetric)
-    stored = "gptq" if symmetric else "gptq_v2"
-    if config.get("checkpoint_format", "gptq") != stored:
-        raise wrong(ROOT, config, "checkpoint_format", f'"{stored}" (sym is {shown(symmetric)})')
+    if config.get("checkpoint_format", "gptq") not in VERSIONS:
+        raise wrong(ROOT, config, "checkpoint_format", " or ".join(map(shown, reversed(VERSIONS))))
     if config.get("lm_head"):
         raise wrong(ROOT, config, "lm_head", "false")
     if config.get("desc_act") and config.get("group_size") != -1:  # another order of inputs
@@ -130,8 +146,8 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     return dict.fromkeys(uniform.in_blocks(names), Scheme(spec))
 
 
-def _less(spec: TensorSpec) -> int:
-    """How much smaller than the zero point the stored one is."""
+def less(spec: TensorSpec) -> int:
+    """How much smaller than the zero point the stored one is, where zq writes it: index of its version."""
     return 1 if spec.symmetric else 0
 
 

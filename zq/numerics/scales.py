@@ -38,6 +38,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "half": torch.float16,
+    "short": torch.float16,
 }
 MSE_FACTORS = (1.0, *(i / 40 for i in range(48, 11, -1)))  # 1 first: ties keep absmax; 1.2 .. 0.3
 HALF_MAX = 65280.0  # the largest number of both fp16 and bf16
@@ -311,6 +312,10 @@ def store(scale: Tensor, spec: TensorSpec, dtype: torch.dtype, exact: bool = Tru
 def rounded(scale: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
     """To what a scale of `spec` that is stored in `dtype` can be; float32."""
     stored = scale.to(dtype)
-    if spec.scale_dtype == "half":  # fp16 has the narrower range, bf16 the fewer digits
-        stored = stored.clamp(-HALF_MAX, HALF_MAX).bfloat16()
+    if spec.scale_dtype in ("half", "short"):  # fp16 has the narrower range, bf16 the fewer digits
+        most = HALF_MAX if spec.scale_dtype == "half" else HALF_MAX / 16
+        stored = stored.clamp(-most, most).bfloat16()
+    if spec.scale_dtype == "short":  # the last digit goes, to nearest even
+        bits = stored.view(torch.int16)
+        stored = (bits + (bits >> 1 & 1) & ~1).view(torch.bfloat16)
     return stored.float()
