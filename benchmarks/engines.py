@@ -73,15 +73,19 @@ OWN = (
     "rules: [{match: '*', weights: 'int5:g64:asym', activations: 'int8:token'}]\n"
     "calibration: {source: none}\nformat: zq\n"
 )
-GPTQ_ASYM = "rules: [{match: '*', weights: 'int4:g64:asym'}]\ncalibration: {source: none}\n"
 
 
-# name, options of zq quantize or a recipe, engines
+def as_gptq(weights: str) -> str:
+    return f"rules: [{{match: '*', weights: '{weights}'}}]\ncalibration: {{source: none}}\nformat: gptq\n"
+
+
 def as_gguf(weights: str) -> str:
     """A recipe, of which zq export makes a GGUF."""
     return f"rules: [{{match: '*', weights: '{weights}'}}]\ncalibration: {{source: none}}\nformat: zq\n"
 
 
+PLAIN = ""  # the demo model as it is
+# name, options of zq quantize or a recipe, engines
 CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("W4A16", ("--w4a16",), ("transformers", "vllm")),
     ("W8A16", ("--w8a16",), ("transformers",)),
@@ -95,10 +99,13 @@ CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     (SHORT + "W4A8", ("--w4a8",), ("vllm", PLUGIN)),
     (SHORT + "W5A8 in zq's format", OWN, (PLUGIN,)),
     ("GPTQ 4", ("--w4a16", "--to", "gptq"), ("gptqmodel", "vllm")),
-    ("GPTQ 4 asymmetric", GPTQ_ASYM + "format: gptq\n", ("gptqmodel",)),
+    ("GPTQ 4 asymmetric", as_gptq("int4:g64:asym"), ("gptqmodel",)),
     (SHORT + "GPTQ 8", ("--w8a16", "--to", "gptq"), ("gptqmodel",)),
     ("AWQ", ("--w4a16", "--to", "awq"), ("vllm",)),
+    (SHORT + "GPTQ 3", as_gptq("int3:g64"), ("gptqmodel",)),
+    (SHORT + "GPTQ 2", as_gptq("int2:g64"), ("gptqmodel",)),
     (SHORT + "AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel",)),
+    ("GGUF, not quantized", PLAIN, ("llama.cpp",)),
     ("GGUF Q4_0", ("--w4a16", "--to", "gguf"), ("llama.cpp",)),
     ("GGUF Q4_1", as_gguf("int4:g32:asym"), ("llama.cpp",)),
     ("GGUF Q8_0", as_gguf("int8:g64"), ("llama.cpp",)),
@@ -111,6 +118,10 @@ def quantized(home: Path, name: str, how: tuple[str, ...] | str) -> Path:
     """The demo model in this format, below `home`."""
     out = home / re.sub(r"\W+", "-", name.lower())
     if (out / "config.json").is_file():
+        return out
+    if how == PLAIN:
+        shutil.copytree(resolve("demo", print), out)
+        zq_(["export", str(out), "--to", "gguf", "-o", str(out / "model.gguf")])
         return out
     if isinstance(how, str):
         recipe = home / f"{out.name}.yaml"
