@@ -49,7 +49,7 @@ from typing import Any
 
 import torch
 from engine_child import TOKENS, torch_answer
-from protocol import Results, commit_of, environment
+from protocol import Results, commit_of, environment, first_blocks
 from safetensors.torch import load_file, save_file
 
 import zq
@@ -127,24 +127,15 @@ def quantized(home: Path, name: str, how: tuple[str, ...] | str) -> Path:
         recipe = home / f"{out.name}.yaml"
         recipe.write_text(how)
         how = ("--recipe", str(recipe), *(("--to", "gguf") if "GGUF" in name else ()))
-    made = {SHORT: first_blocks, WIDE: widened}
+    made = {SHORT: shortened, WIDE: widened}
     model = next((str(make(home)) for prefix, make in made.items() if name.startswith(prefix)), "demo")
     zq_(["quantize", model, *how, "--calib", "none", "-o", str(out)])
     return out
 
 
-def first_blocks(home: Path) -> Path:
+def shortened(home: Path) -> Path:
     """The demo model without what comes after its first BLOCKS blocks."""
-    demo, out = resolve("demo", print), home / "demo-short"
-    shutil.copytree(demo, out, dirs_exist_ok=True)
-    tensors = load_file(out / "model.safetensors")
-    later = re.compile(rf"\.layers\.(?!(?:{'|'.join(map(str, range(BLOCKS)))})\.)")
-    kept = {name: tensor for name, tensor in tensors.items() if not later.search(name)}
-    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    config |= {"num_hidden_layers": BLOCKS, "layer_types": config.get("layer_types", [])[:BLOCKS] or None}
-    (out / "config.json").write_text(json.dumps(config))
-    return out
+    return first_blocks(resolve("demo", print), BLOCKS, home / "demo-short")
 
 
 def widened(home: Path) -> Path:

@@ -24,26 +24,14 @@ import tables
 import torch
 import yaml
 from optim import refresh
-from protocol import Results, commit_of, environment
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from protocol import Results, commit_of, environment, first_blocks
+from transformers import AutoConfig
 
 from zq.distill.integer import GRADIENTS
 from zq.pipeline import quantize
 from zq.plan import make_plan
 from zq.recipe import Recipe
 from zq.source import resolve
-
-
-def first_blocks(folder: Path, count: int, out: Path) -> Path:
-    """A checkpoint in `out` of the first `count` blocks of the model in `folder`. Exits where it has fewer:
-    transformers would make up the others."""
-    there = AutoConfig.from_pretrained(folder).num_hidden_layers
-    if not 1 <= count <= there:
-        raise SystemExit(f"--blocks {count} is not allowed; the model has {there}")
-    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=count, dtype="auto")
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
-    return out
 
 
 def recipe(args: argparse.Namespace, inputs: str, gradients: str, seed: int) -> Recipe:
@@ -99,6 +87,9 @@ def main(report: Callable[[str], None] = print) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = resolve(args.model, report)
         if args.blocks is not None:
+            there = AutoConfig.from_pretrained(folder).num_hidden_layers
+            if not 1 <= args.blocks <= there:
+                raise SystemExit(f"--blocks {args.blocks} is not allowed; the model has {there}")
             folder = first_blocks(folder, args.blocks, Path(scratch))
         for seed, inputs, gradients in product(range(args.seeds), args.inputs, args.gradients):
             key = {"table": "gradients", "scheme": inputs, "method": gradients, "seed": seed}

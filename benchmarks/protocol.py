@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zq
 from zq.data import evaluation_windows, load_text, tokenize
@@ -27,6 +28,15 @@ from zq.models.find import load_tokenizer
 from zq.source import resolve
 
 CALIBRATION = "calibration"  # the name of the calibration text among the evaluation texts
+
+
+def first_blocks(folder: Path, count: int, out: Path) -> Path:
+    """A checkpoint in `out` of the first `count` blocks of the model in `folder`, which has as many:
+    transformers would make up others."""
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=count, dtype="auto")
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return out
 
 
 def exact_calibration(

@@ -25,7 +25,7 @@ from zq.errors import AuditError, ZqError
 from zq.numerics.metrics import tensor_hash
 from zq.plan import Plan, PlannedLayer
 from zq.runtime.load import quantization_config
-from zq.spec import Scheme
+from zq.spec import AS_FP16, Scheme
 
 REPORT = "zq_report.json"
 
@@ -206,12 +206,8 @@ def _stored(scheme: Scheme | None) -> Scheme | None:
     if scheme is None:
         return None
     held = scheme.weights.scale_dtype
-    return replace(
-        scheme,
-        weights=replace(
-            scheme.weights, narrow=False, scale_dtype="fp16" if held in ("half", "short") else held
-        ),
-    )
+    stored = "fp16" if held in AS_FP16 else held
+    return replace(scheme, weights=replace(scheme.weights, narrow=False, scale_dtype=stored))
 
 
 def _read(file: Path, name: str) -> Tensor:

@@ -179,8 +179,7 @@ def blocks_of(plan: Conversion, layer: str, rows: Tensor | None = None) -> tuple
     try:
         kind, blocks = ggml.encode(q)
     except ZqError as error:
-        plain = "" if plan.before[layer].weights.symmetric else "symmetric weights and "
-        raise ZqError(f"'{layer}': {error}; quantize again with {plain}--to gguf") from None
+        raise ZqError(f"'{layer}': {error}; quantize again with --to gguf") from None
     back = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
     if not torch.equal(torch.from_numpy(back), q.dequantize()):
         raise AuditError(f"audit: '{layer}' has other values as {kind}; report this as a defect of zq")

@@ -36,7 +36,8 @@ from zq.errors import ZqError
 from zq.formats import FORMATS, KNOWN, FormatInfo
 
 LayoutKind = Literal["tensor", "channel", "token", "group", "block", "rank1", "tile"]
-SCALE_DTYPES = ("fp32", "bf16", "fp16", "half", "short")
+AS_FP16 = ("fp16", "half", "short")  # dtypes of scales that lie in the file as fp16
+SCALE_DTYPES = ("fp32", "bf16", *AS_FP16)
 ACTIVATIONS = ("int8", "e4m3fn", "e5m2")
 AUTO = 0  # group size still to be chosen
 

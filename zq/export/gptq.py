@@ -67,7 +67,7 @@ def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype)
 
 
 def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
-    return packed(name, q, less(q.spec))
+    return packed(name, q, below(q.spec))
 
 
 def packed(name: str, q: QTensor, less: int) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def packed(name: str, q: QTensor, less: int) -> dict[str, Tensor]:
 
 def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
     """Raises ZqError when the groups are not those of the scheme, as after act-order."""
-    return unpacked(name, read, scheme, shape, less(scheme.weights))
+    return unpacked(name, read, scheme, shape, below(scheme.weights))
 
 
 def unpacked(name: str, read: Read, scheme: Scheme, shape: tuple[int, int], less: int) -> QTensor:
@@ -123,7 +123,7 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
         "desc_act": False,
         "sym": scheme.weights.symmetric,
         "lm_head": False,
-        "checkpoint_format": VERSIONS[less(scheme.weights)],
+        "checkpoint_format": VERSIONS[below(scheme.weights)],
         "pack_dtype": "int32",
     }
 
@@ -146,7 +146,7 @@ def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     return dict.fromkeys(uniform.in_blocks(names), Scheme(spec))
 
 
-def less(spec: TensorSpec) -> int:
+def below(spec: TensorSpec) -> int:
     """How much smaller than the zero point the stored one is, where zq writes it: index of its version."""
     return 1 if spec.symmetric else 0
 

@@ -25,12 +25,12 @@ def describes(config: dict[str, Any]) -> bool:
 
 def pack(name: str, q: QTensor, scheme: Scheme) -> dict[str, Tensor]:
     """Asymmetric zero points from 1 on."""
-    return gptq.packed(name, q, 1 - gptq.less(q.spec))
+    return gptq.packed(name, q, 1 - gptq.below(q.spec))
 
 
 def unpack(name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> QTensor:
     """Raises ZqError for act-order, and for zero points that readers do not agree on."""
-    return gptq.unpacked(name, read, scheme, shape, 1 - gptq.less(scheme.weights))
+    return gptq.unpacked(name, read, scheme, shape, 1 - gptq.below(scheme.weights))
 
 
 def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:

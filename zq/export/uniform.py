@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zq.export.fields import ROOT, is_size, wrong
-from zq.spec import Layout, Scheme, TensorSpec
+from zq.spec import AS_FP16, Layout, Scheme, TensorSpec
 
 IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
@@ -38,7 +38,7 @@ def unfit(scheme: Scheme, shape: tuple[int, int], transposed: bool, formats: tup
         (w.format not in formats, f"the format has no {w.format} weights, only {', '.join(formats)}"),
         (w.layout.kind not in ("group", "channel"), "the format has scales per group and per channel only"),
         (w.two_level or w.extras, "the format has codes, one level of scales and zero points only"),
-        (w.scale_dtype not in ("half", "short", "fp16"), "scales of the format are fp16"),
+        (w.scale_dtype not in AS_FP16, "scales of the format are fp16"),
         (
             w.layout.kind == "group" and bool(k % (w.layout.size or 1)),
             f"groups of {w.layout.size} do not divide K={k}",

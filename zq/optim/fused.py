@@ -192,9 +192,9 @@ def _workspace(device: cuda.Device, total: int) -> Tensor:
 
 
 def _bits(state: State) -> int | str:
-    return (
-        state.parsed.bits if isinstance(state, Quantized) else FACTORED if isinstance(state, Factored) else 32
-    )
+    if isinstance(state, Factored):
+        return FACTORED
+    return state.parsed.bits if isinstance(state, Quantized) else 32
 
 
 def _kind(state: State) -> tuple[Any, ...]:
