@@ -90,7 +90,7 @@ def encode(x: Tensor, precision: Precision, stochastic: bool = False, shared: bo
     codes = torch.floor(steps + torch.rand_like(steps)) if stochastic else torch.round(steps)
     codes = codes.clamp_(-precision.top, precision.top)  # 127 + u rounds up where u is 1 - 2^-24
     folded = torch.ldexp(codes, groups - 1 - place).to(torch.int8)
-    scale = row / (precision.top * 2.0 ** (groups - 1))
+    scale = row * (1 / (precision.top * 2.0 ** (groups - 1)))  # CUDA would turn a quotient into this
     return Operand(folded, scale.expand(len(x), 1))
 
 
@@ -105,14 +105,15 @@ def product(a: Operand, b: Operand) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """int8 [M, K] x int8 [N, K] -> int32 [M, N]. CUDA's wants multiples of 8, and more than 16 rows."""
+    """int8 [M, K] x int8 [N, K] -> int32 [M, N]. CUDA's wants multiples of 8, more than 16 rows, and both
+    with K innermost in memory, which codes of a transposed tensor do not have."""
     if not a.is_cuda:
         return torch._int_mm(a, b.T)  # pyright: ignore[reportPrivateImportUsage]
     m, n, k = len(a), len(b), a.shape[1]
     inner = -k % 8
     a = nn.functional.pad(a, (0, inner, 0, max(24, m + -m % 8) - m))
     b = nn.functional.pad(b, (0, inner, 0, -n % 8))
-    return torch._int_mm(a, b.T)[:m, :n]  # pyright: ignore[reportPrivateImportUsage]
+    return torch._int_mm(a.contiguous(), b.contiguous().T)[:m, :n]  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Linear(torch.autograd.Function):
