@@ -174,7 +174,7 @@ def situation(
     *("no-such-folder", "group-size-text", "group-size-unused", "group-size-too-odd", "output-below-file"),
     *("output-unwritable", "resume-nothing", "no-report", "disk-full", "disk-full-later", "hub-offline"),
     *("bits-gptq", "bits-out-of-reach", "bits-not-integers", "bits-no-text", "bits-not-a-budget"),
-    *("to-unknown", "gptq-activations", "export-unknown", "export-float"),
+    *("to-unknown", "gptq-activations", "fp8-holds", "export-unknown", "export-float"),
     *(
         "gguf-tokenizer",
         "engine-unknown",
@@ -672,6 +672,18 @@ situation("scheme-activations")(_config_changed(lambda config: _group(config).up
 situation("two-level-of-nothing")(_config_changed(lambda config: config.update(zq={"two_level": ["nope"]})))
 situation("scheme-no-weights")(_config_changed(lambda config: _group(config).update(weights=None)))
 situation("scheme-as-bytes")(_config_changed(lambda config: _group(config).update(format="int-quantized")))
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def _fp8(**fields: Any) -> Callable[[Model], None]:
+    """OUT says that another tool made it, with these fields."""
+    return _config_changed(lambda config: (config.clear(), config.update(FP8 | fields)))
+
+
+situation("fp8-tiles")(_fp8(weight_block_size=[64, 64]))
+situation("fp8-static")(_fp8(activation_scheme="static"))
+situation("fp8-powers")(_fp8(scale_fmt="ue8m0"))
+situation("fp8-parts")(_fp8(modules_to_not_convert=["lm_head", "down_proj"]))
 situation("scheme-static")(
     _config_changed(lambda config: _group(config)["input_activations"].update(dynamic=False))
 )

@@ -67,6 +67,7 @@ def test_the_example_is_of_the_engine_that_was_meant(engine: str) -> None:
 
 CT = "compressed-tensors"
 TILES = "e4m3fn:128x128 @ e4m3fn:g128"
+WIDE = "e4m3fn:128x128:s=fp32 @ e4m3fn:g128"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,7 @@ TILES = "e4m3fn:128x128 @ e4m3fn:g128"
         ("vllm:cpu", CT, "int8:channel @ int8:token", "INT8 (oneDNN)"),
         ("vllm:sm90", CT, "e4m3fn:channel @ e4m3fn:token", "FP8 (CUTLASS)"),
         ("sglang", CT, TILES, "FP8 in tiles"),
+        ("sglang", "fp8", WIDE, "FP8 in tiles"),
         ("vllm:sm80", CT, "e4m3fn:128x128", "FP8 weights (Marlin)"),
         ("vllm:sm90", CT, "int3:g64 @ int8:token", "INT3 x INT8 (humming)"),
         ("vllm:sm90", CT, "int4:g32 @ int8:token", "INT4 x INT8 (humming)"),
@@ -120,6 +122,9 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:sm80", CT, "e4m3fn:channel @ e4m3fn:token", "before sm89"),
         ("vllm:cpu", CT, "e4m3fn:channel @ e4m3fn:token", "minutes for a token"),
         ("vllm:sm90", CT, TILES, "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them"),
+        ("vllm:sm90", "fp8", WIDE, "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them"),
+        ("transformers", "fp8", WIDE, "before sm89 and on a CPU transformers dequantizes it and leaves"),
+        ("transformers", CT, WIDE, "rounds its float32 scales to the dtype of the model unless"),
         ("vllm:sm89", CT, TILES, "16-bit activations; `--linear-backend triton` rounds them"),
         ("vllm:sm80", CT, TILES, "before sm89 there is no FP8 arithmetic, so vLLM computes it with 16-bit"),
         (
@@ -147,7 +152,7 @@ def test_what_is_not_as_it_says(target: str, format: str, scheme: str, words: st
 @pytest.mark.parametrize(
     ("target", "format", "scheme", "words"),
     [
-        ("vllm", "zq", "int4:b64", "vllm reads compressed-tensors, gptq, awq, not zq's own format"),
+        ("vllm", "zq", "int4:b64", "vllm reads compressed-tensors, gptq, awq, fp8, not zq's own format"),
         ("vllm:zq", "zq", "int4:b64", "layout 'b64'; quantize again in groups"),
         ("vllm:zq", "zq", TILES, "layout '128x128'; quantize again in groups"),
         ("vllm", CT, "e4m3fn:64x64 @ e4m3fn:g64", "of 128x128 only"),

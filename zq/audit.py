@@ -129,7 +129,7 @@ def _check_layer(
 ) -> None:
     assert layer.scheme is not None
     for name, tensor in tensors.items():
-        is_scale = name.endswith(("_scale", ".scales"))
+        is_scale = name.endswith(("_scale", "_scale_inv", ".scales"))
         if is_scale and not bool((torch.isfinite(tensor) & (tensor != 0)).all()):
             raise AuditError(f"audit: '{name}' holds a scale that is zero, NaN or Inf")
         is_factor = name.endswith(("_lorc_a", "_lorc_b"))

@@ -206,10 +206,12 @@ def _write(
     """(sha256 of every tensor, notes)."""
     read = reader(plan.index)
     hashes: dict[str, str] = {}
-    fine = 0  # layers whose fp16 scales bf16 does not hold
+    fine = wide = 0  # layers whose fp16 scales bf16 does not hold, whose fp32 scales the model's dtype
     for done, name in enumerate(plan.before, 1):
         scales, tensors = converted(plan, name)
-        fine += plan.after[name].weights.scale_dtype == "half" and bool((scales.bfloat16() != scales).any())
+        held = plan.after[name].weights.scale_dtype
+        fine += held == "half" and bool((scales.bfloat16() != scales).any())
+        wide += held == "fp32" and bool((scales.to(plan.dtype) != scales).any())
         hashes |= writer.write(tensors)
         progress(done, len(plan.before))
     for name in plan.copied:
@@ -219,6 +221,11 @@ def _write(
         notes.append(
             f"{fine} layers have fp16 scales that bf16 does not hold; serve with dtype float16 for the same "
             "values"
+        )
+    if wide and plan.to == "compressed-tensors":
+        notes.append(
+            f"{wide} layers have float32 scales, which servers keep and transformers rounds to the dtype of "
+            "the model, unless quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     return hashes, notes
 

@@ -37,7 +37,7 @@ from zq.spec import Scheme, TensorSpec
 from zq.strict_yaml import Map, known, read, typed
 
 KEYS = ("name", "about", "extends", "preset", "rules", "bits", "steps", "calibration", "seed", "format")
-OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq", "gptq", "awq")
+OUTPUT_FORMATS = ("auto", "compressed-tensors", "zq", "gptq", "awq", "fp8")
 KINDS = ("@attention", "@mlp")
 
 

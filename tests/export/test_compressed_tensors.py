@@ -28,7 +28,7 @@ SCHEMES = [
     *(f"int{k}:{layout}{z}" for k in range(2, 9) for layout in ("channel", "g32") for z in ("", ":asym")),
     *(f"int8:{layout} @ int8:token" for layout in ("channel", "tensor", "g32")),
     *(f"e4m3fn:{layout}{a}" for layout in ("channel", "tensor") for a in ("", " @ e4m3fn:token")),
-    *(f"e4m3fn:{rows}x32{a}" for rows in (4, 128) for a in ("", " @ e4m3fn:g32")),
+    *(f"e4m3fn:{rows}x32{s}{a}" for rows in (4, 128) for s in ("", ":s=fp32") for a in ("", " @ e4m3fn:g32")),
 ]
 SHAPES = [(32, 128), (6, 64), (33, 192)]
 
@@ -124,6 +124,8 @@ def test_formats(text: str, expected: str) -> None:
         ("int4:b64", "no flat blocks"),
         ("int4:g32:two-level:s=fp32", "in the model's dtype"),
         ("int4:g32:s=fp32", "in the model's dtype"),
+        ("e4m3fn:channel:s=fp32", "in the model's dtype"),
+        ("e4m3fn:4x32:s=bf16", "in the model's dtype"),
         ("e2m1fn:g32", "no e2m1fn weights"),
         ("e5m2:channel", "no e5m2 weights"),
         ("int4:g32 @ e5m2:token", "no e5m2 activations"),

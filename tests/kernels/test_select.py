@@ -33,6 +33,7 @@ OPS = {
     "int8:tensor": None,
     "e4m3fn:channel": None,
     "e4m3fn:128x128 @ e4m3fn:g128": "fp8_block128",
+    "e4m3fn:128x128:s=fp32 @ e4m3fn:g128": "fp8_block128",
     "e4m3fn:128x128 @ e4m3fn:token": None,
     "e4m3fn:64x128 @ e4m3fn:g128": None,
     "e4m3fn:128x128:center @ e4m3fn:g128": None,

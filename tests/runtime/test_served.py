@@ -73,6 +73,7 @@ def test_activations_count() -> None:
         ("int4:g128 @ e4m3fn:token", "w4a8_fp8"),
         ("e4m3fn:channel @ e4m3fn:token", "w8a8_fp8"),
         ("e4m3fn:128x128 @ e4m3fn:g128", "fp8_block128"),
+        ("e4m3fn:128x128:s=fp32 @ e4m3fn:g128", "fp8_block128"),
         ("int8:channel @ int8:token", "w8a8_int8"),
     ],
 )

@@ -15,9 +15,12 @@ from zq.errors import ZqError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zq.checkpoint.index import CheckpointIndex
+    from zq.checkpoint.writer import Slot
     from zq.engines import Heads, Layer, Restate, Target, Verdict
     from zq.models.arch import Arch
     from zq.plan import Plan
+    from zq.spec import Scheme
 
 ENGINES = ("vllm", "sglang", "transformers", "sentence-transformers", "llama.cpp")
 
@@ -36,8 +39,8 @@ def doctor(
 ) -> None:
     """Say which kernel will run, what an engine would ignore, and why it would not load.
 
-    Reads config.json and headers, and one layer where another format may help. Exit code 2 when an engine
-    that was asked for cannot load it.
+    Reads config.json and headers, the scales of tiles, and one layer where another format may help. Exit
+    code 2 when an engine that was asked for cannot load it.
     """
     with command(json):
         from zq.engines import judge, parse
@@ -101,8 +104,28 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
         Layer(name=name, shape=shape, scheme=assigned.get(name), site=_site(name, prefix, arch))
         for name, shape in shapes.items()
     ]
+    if not wrong:
+        _check_scales(index, [name for name in slots if _is_of_tiles(slots[name], assigned)])
     said = f"config.json and the tensors do not agree: {'; '.join(wrong)}; quantize or download again"
     return stored["quant_method"], layers, said if wrong else ""
+
+
+def _is_of_tiles(slot: Slot, assigned: dict[str, Scheme]) -> bool:
+    """Whether a tensor holds the scales of tiles, which are few enough to read."""
+    layer, _, kind = slot.name.rpartition(".")
+    return "scale" in kind and assigned[layer].weights.layout.kind == "tile"
+
+
+def _check_scales(index: CheckpointIndex, names: list[str]) -> None:
+    from zq.checkpoint.reader import reader
+
+    scales = reader(index)(name for name in names if name in index.tensors)
+    bad = [name for name, tensor in scales.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise ZqError(
+            f"{index.root}: {len(bad)} tensors of scales hold NaN or Inf, first '{bad[0]}'; quantize or "
+            "download again"
+        )
 
 
 def restated(folder: Path, layers: list[Layer]) -> Restate:

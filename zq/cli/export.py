@@ -19,7 +19,7 @@ def export(
     checkpoint: Annotated[
         str, typer.Argument(help="A quantized checkpoint, for gguf any: a folder or a hub id.")
     ],
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq, zq or gguf.")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors, gptq, awq, fp8, zq or gguf.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to create; for gguf the file, NAME.gguf.")
     ],

@@ -113,7 +113,7 @@ def quantize(  # noqa: PLR0913 (a command line is its options)
         typer.Option(
             "--to",
             help="Output format: auto (compressed-tensors where that can hold it), compressed-tensors, gptq, "
-            "awq, zq, or gguf: zq's own and beside it a file for llama.cpp. Default: the recipe's.",
+            "awq, fp8, zq, or gguf: zq's own and beside it a file for llama.cpp. Default: the recipe's.",
         ),
     ] = None,
     engine: Annotated[

@@ -91,7 +91,7 @@ def _other(target: Target, format: str, heads: Heads, restate: Restate) -> tuple
             if other != format and not _verdict(target, other, restate(other), heads).problems:
                 return other, ""
         except ZqError as error:
-            why = why or str(error)
+            why = str(error) if other == target.reads[0] else why
     return "", why
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zq.engines.target import Target
 from zq.engines.vllm import Found
-from zq.export import ggml
+from zq.export import fp8, ggml
 from zq.spec import Scheme
 
 
@@ -33,21 +33,31 @@ def transformers(target: Target, format: str, scheme: Scheme, shape: tuple[int, 
     if format == "zq":
         first = "from_pretrained" if target.engine == "transformers" else "SentenceTransformer"
         return "weights dequantized in each call", None, f"`import zq` must come before {first}"
-    if scheme.weights.info.is_int and not scheme.weights.symmetric:
+    if format == "fp8":
+        return _tiles(shape)
+    w, unless = scheme.weights, "unless quantization_config=CompressedTensorsConfig(dequantize=True)"
+    if w.info.is_int and not w.symmetric:
         why = "transformers with compressed-tensors 0.20 cannot load packed zero points"
-        return (
-            "weights dequantized",
-            None,
-            f"{why} unless quantization_config=CompressedTensorsConfig(dequantize=True)",
-        )
-    unpack = None
+        return "weights dequantized", None, f"{why} {unless}"
+    said = []
+    if w.scale_dtype == "fp32":
+        said.append(f"transformers rounds its float32 scales to the dtype of the model {unless}")
     if target.engine == "sentence-transformers":
-        unpack = (
+        said.append(
             "sentence-transformers 5.4 to 6.2 goes around the call that unpacks compressed-tensors; the card "
             "and docs/serving.md have the line that does it"
         )
     kernel = "weights dequantized, activations rounded in simulation: for measuring, not for speed"
-    return kernel, None, unpack
+    return kernel, None, "; ".join(said) or None
+
+
+def _tiles(shape: tuple[int, int]) -> Found:
+    """Read in transformers 5.24; dequantized run in it."""
+    kernel = "FP8 in tiles from sm89 on (DeepGEMM or Triton, of the package kernels), else dequantized"
+    ignored = "before sm89 and on a CPU transformers dequantizes it and leaves activations in 16 bits"
+    ragged = any(side % fp8.SIZE for side in shape)
+    others = f", with wrong tiles or not at all where {fp8.SIZE} does not divide {list(shape)}" * ragged
+    return kernel, None, ignored + others
 
 
 def llama_cpp(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:

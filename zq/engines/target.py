@@ -20,7 +20,7 @@ VERSIONS = {
     "sentence-transformers": "6",
     "llama.cpp": "",
 }
-HUB = ("compressed-tensors", "gptq", "awq")
+HUB = ("compressed-tensors", "gptq", "awq", "fp8")
 READS = {  # formats, the first to be advised before the others; zq's in vLLM with the plug-in only
     "vllm": HUB,
     "sglang": HUB,

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from zq.errors import ZqError
-from zq.export import awq, compressed_tensors, gptq, gptq_other, native
+from zq.export import awq, compressed_tensors, fp8, gptq, gptq_other, native
 from zq.spec import Scheme
 
 EXPORTERS: dict[str, ModuleType] = {
@@ -25,6 +25,7 @@ EXPORTERS: dict[str, ModuleType] = {
     "zq": native,
     "gptq": gptq,
     "awq": awq,
+    "fp8": fp8,
 }
 
 

@@ -65,7 +65,10 @@ def refuse(scheme: Scheme, shape: tuple[int, int], transposed: bool, dtype: torc
         (w.kept > 0, "compressed-tensors has no columns that stay in 16 bits"),
         (w.center, "compressed-tensors subtracts no mean"),
         (w.inner > 0, "compressed-tensors has no power-of-two groups inside groups"),
-        (w.scale_dtype is not None, "compressed-tensors stores scales in the model's dtype"),
+        (
+            w.scale_dtype is not None and (w.layout.kind, w.scale_dtype) != ("tile", "fp32"),
+            "compressed-tensors stores scales in the model's dtype",
+        ),
         (not w.info.is_int and w.format != "e4m3fn", f"compressed-tensors has no {w.format} weights"),
         (
             a is not None and a.format not in ("int8", "e4m3fn"),
@@ -106,7 +109,7 @@ def refuse_all(assigned: dict[str, Scheme], skipped: list[str]) -> str | None:
 def slots(name: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> list[Slot]:
     spec, (n, k) = scheme.weights, shape
     scales = scale_shape(spec, shape)
-    scale = Slot(f"{name}.weight_scale", CODES[dtype], scales)
+    scale = Slot(f"{name}.weight_scale", "F32" if spec.scale_dtype else CODES[dtype], scales)
     kind = format_of(scheme)
     if kind != "pack-quantized":
         return [Slot(f"{name}.weight", "I8" if kind == "int-quantized" else "F8_E4M3", shape), scale]

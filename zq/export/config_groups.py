@@ -15,6 +15,7 @@ from zq.export.fields import is_size, shown, wrong
 from zq.spec import Layout, Scheme, TensorSpec
 
 MIXED, NAIVE = "mixed-precision", "naive-quantized"  # each group has its own; of others, as their plain ones
+FP32 = "torch.float32"  # `scale_dtype` of tiles whose scales are wider than the model
 WEIGHTS, ACTIVATIONS = ("tensor", "channel", "group", "block"), ("token", "group")  # strategies that zq reads
 
 
@@ -45,6 +46,7 @@ def _weight_args(spec: TensorSpec) -> dict[str, Any]:
         "strategy": "block" if layout.kind == "tile" else layout.kind,
         "group_size": layout.size if layout.kind == "group" else None,
         **({"block_structure": [layout.rows, layout.size]} if layout.kind == "tile" else {}),
+        **({"scale_dtype": FP32} if spec.scale_dtype else {}),
         "dynamic": False,
     }
 
@@ -107,7 +109,10 @@ def _spec(path: str, args: dict[str, Any], strategies: tuple[str, ...], *, dynam
         raise wrong(path, args, "dynamic", what)
     layout = _layout(path, args, strategies)
     return TensorSpec(
-        format=f"int{args['num_bits']}" if is_int else "e4m3fn", layout=layout, symmetric=symmetric
+        format=f"int{args['num_bits']}" if is_int else "e4m3fn",
+        layout=layout,
+        symmetric=symmetric,
+        scale_dtype="fp32" if layout.kind == "tile" and args.get("scale_dtype") == FP32 else None,
     )
 
 

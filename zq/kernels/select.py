@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from zq.kernels.table import UNITS
 from zq.kernels.table_kv import CACHES, kv_units
@@ -28,7 +29,8 @@ def gemm_op(scheme: Scheme) -> str | None:
     weights, activations = scheme.weights, scheme.activations
     kind = weights.layout.kind
     if kind == "tile":
-        return "fp8_block128" if scheme == FP8_BLOCK128 else None
+        plain = replace(scheme, weights=replace(weights, scale_dtype=None))  # the kernel's own are float32
+        return "fp8_block128" if plain == FP8_BLOCK128 else None
     group = {"group": weights.layout.size or 0, "channel": 0}.get(kind)
     if group not in GROUPS or weights.extras:
         return None
