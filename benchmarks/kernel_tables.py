@@ -25,7 +25,9 @@ def products(document: Document) -> str:
             us = f"{row['us']:.{0 if row['us'] >= 100 else 1}f}"
             return us if row["kernel"] == BASE else f"{us} ({base[row['m']] / row['us']:.2f}x)"
 
-        parts.append(f"N={n} K={k}, microseconds:\n\n" + _by_tokens(chosen, cell))
+        shared = _commits(chosen)
+        note = f" (commit {shared[0]})" if len(shared) == 1 and shared[0] else ""
+        parts.append(f"N={n} K={k}, microseconds{note}:\n\n" + _by_tokens(chosen, cell, len(shared) > 1))
     return "\n".join(parts) + f"\n{where(document)}\n"
 
 
@@ -57,12 +59,19 @@ def where(document: Document) -> str:
     return text + "."
 
 
-def _by_tokens(rows: list[dict[str, Any]], cell: Any) -> str:
+def _commits(rows: list[dict[str, Any]]) -> list[str | None]:
+    """Of rows that stem from a run before the document's; None: of the document's own."""
+    return list(dict.fromkeys(row.get("commit") for row in rows))
+
+
+def _by_tokens(rows: list[dict[str, Any]], cell: Any, mixed: bool = False) -> str:
     ms = list(dict.fromkeys(row["m"] for row in rows))
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        by_m = {row["m"]: cell(row) for row in rows if row["kernel"] == kernel}
-        lines.append([kernel, *(by_m.get(m, "–") for m in ms)])
+        chosen = [row for row in rows if row["kernel"] == kernel]
+        by_m = {row["m"]: cell(row) for row in chosen}
+        older = [commit for commit in _commits(chosen) if commit] if mixed else []
+        lines.append([kernel + "".join(f", at {commit}" for commit in older), *(by_m.get(m, "–") for m in ms)])
     return tables.markdown(["kernel", *(f"M={m}" for m in ms)], lines)
 
 

@@ -195,6 +195,8 @@ def optim(document: dict[str, Any]) -> str:
 def optim_speed(document: dict[str, Any]) -> str:
     """Time of an optimizer step (benchmarks/optim_speed.py). Older files lack checks and first steps."""
     rows = [row for row in document["rows"] if row["table"] == "optim-speed"]
+    order = [row["scheme"] for row in rows]  # rows that were added later stand with their like
+    rows.sort(key=lambda row: (order.index(row["scheme"]), "unfused" in row["method"]))
     base = {row["scheme"]: row["us"] for row in rows if row["method"] == "torch fused, 32 bit"}
     header = [
         "parameters",
