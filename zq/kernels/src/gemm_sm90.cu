@@ -205,7 +205,7 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     if constexpr (S::BLOCKS == 2) take_registers<104>();
     if constexpr (S::TURNS == 2) take_registers<112>();
     // Written so that for weights of four bits the ring's index lies in uniform registers, which takes fewer instructions.
-    // W8A8 takes 6 to 15 % longer with it (measured), so there the compiler is not shown that `turn` is zero.
+    // Weights of eight bits gain nothing by it (measured), so there the compiler is not shown that `turn` is zero.
     const int turn = FOUR && S::TURNS == 1 ? 0 : (warpgroup - 1) / WARPGROUPS;
     const int group = FOUR ? warpgroup - 1 - turn * WARPGROUPS : (warpgroup - 1) % WARPGROUPS;
     u8* const area = extra + group * S::AREA;
