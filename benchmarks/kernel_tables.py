@@ -70,8 +70,8 @@ def _by_tokens(rows: list[dict[str, Any]], cell: Any, mixed: bool = False) -> st
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         chosen = [row for row in rows if row["kernel"] == kernel]
         by_m = {row["m"]: cell(row) for row in chosen}
-        older = [commit for commit in _commits(chosen) if commit] if mixed else []
-        lines.append([kernel + "".join(f", at {commit}" for commit in older), *(by_m.get(m, "–") for m in ms)])
+        older = "".join(f", at {commit}" for commit in _commits(chosen) if mixed and commit)
+        lines.append([kernel + older, *(by_m.get(m, "–") for m in ms)])
     return tables.markdown(["kernel", *(f"M={m}" for m in ms)], lines)
 
 
