@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import zq
 from tests.command import run as command
@@ -26,6 +28,7 @@ from zq.runtime.load import quantization_config
 from zq.spec import TensorSpec
 
 Make = Callable[..., Path]
+NAME = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,63 @@ def test_scales_that_the_other_dtype_does_not_hold_are_refused_and_nothing_stays
     q = quantize_tensor(torch.full((32, 32), 1e-9).bfloat16(), TensorSpec.parse("int4:g32"))
     with pytest.raises(ZqError, match="'x' has scales that float16 does not hold exactly"):
         restate(q, TensorSpec.parse("int4:g32:s=half"), torch.bfloat16, "x")
+
+
+def widened(source: Path, folder: Path, factor: float, dtype: torch.dtype = torch.float32) -> Path:
+    """A copy as another tool would leave it: wider scales, which config.json does not say."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("weight_scale", ".scales")):
+            tensors[name] = (tensor.float() * factor).to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+WIDE = [
+    ("compressed-tensors", "int4:g32"),
+    ("compressed-tensors", "int4:g32:asym"),
+    ("compressed-tensors", "int8:channel"),
+    ("compressed-tensors", "e4m3fn:channel"),
+    ("compressed-tensors", "e4m3fn:tensor"),
+    ("compressed-tensors", "e4m3fn:32x32"),
+    ("gptq", "int4:g32"),
+    ("awq", "int4:g32:asym"),
+    ("zq", "int4:g32"),
+]
+
+
+@pytest.mark.parametrize(("format", "spec"), WIDE)
+def test_float32_scales_that_no_config_tells_of_are_kept(
+    format: str, spec: str, made: Make, tmp_path: Path
+) -> None:
+    folder = widened(made(format, spec), tmp_path / "wide", 1.001)
+    stored = zq.load(made(format, spec)).get_submodule(NAME)
+    loaded = zq.load(folder).get_submodule(NAME)
+    assert str(loaded.scheme.weights).endswith(":s=fp32")
+    assert loaded.scheme.weights.layout == stored.scheme.weights.layout
+    wanted = replace(stored.qtensor, scale=stored.qtensor.scale.float() * 1.001)
+    assert torch.equal(loaded.dense(torch.float32), wanted.dequantize(torch.float32))
+    if format == "compressed-tensors" and "asym" not in spec:
+        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        theirs = AutoModelForCausalLM.from_pretrained(folder, **options).get_submodule(NAME)
+        assert torch.equal(loaded.dense(torch.bfloat16), theirs.weight)
+    if format != "zq":
+        convert(plan_conversion(folder, "zq"), tmp_path / "zq")
+        assert torch.equal(logits(tmp_path / "zq"), logits(folder))
+
+
+def test_wide_scales_become_narrow_where_that_rounds_none(made: Make, tmp_path: Path) -> None:
+    source = made("compressed-tensors", "int4:g32")
+    convert(plan_conversion(widened(source, tmp_path / "same", 1), "gptq"), tmp_path / "gptq")
+    assert torch.equal(logits(tmp_path / "gptq"), logits(source))
+    with pytest.raises(ZqError, match="float16 does not hold exactly"):
+        convert(plan_conversion(widened(source, tmp_path / "other", 1.001), "gptq"), tmp_path / "out")
+    half = zq.load(widened(source, tmp_path / "half", 1.001, torch.float16)).get_submodule(NAME)
+    assert str(half.scheme) == "int4:g32:s=fp32"  # bf16 would round them
+    assert torch.equal(half.weight_scale, half.weight_scale.half().float())
+    gptq = widened(made("gptq", "int4:g32"), tmp_path / "bf16", 1, torch.bfloat16)
+    assert torch.equal(logits(gptq), logits(made("gptq", "int4:g32")))
 
 
 def test_different_values_are_an_audit_error(made: Make, tmp_path: Path, monkeypatch) -> None:

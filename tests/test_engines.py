@@ -68,6 +68,7 @@ def test_the_example_is_of_the_engine_that_was_meant(engine: str) -> None:
 CT = "compressed-tensors"
 TILES = "e4m3fn:128x128 @ e4m3fn:g128"
 WIDE = "e4m3fn:128x128:s=fp32 @ e4m3fn:g128"
+ROUNDED = "rounds its float32 scales to the dtype of the model when it loads them"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,11 @@ WIDE = "e4m3fn:128x128:s=fp32 @ e4m3fn:g128"
         ("vllm:sm80:zq", "zq", "int4:g64:two-level @ int8:token", "zq's kernel w4a8_int8"),
         ("vllm:sm89:zq", "zq", "e4m3fn:channel @ e4m3fn:token", "zq's kernel w8a8_fp8"),
         ("vllm:cpu:zq", "zq", "int5:g64:asym @ int8:token", "INT5 x INT8, exact integers (zq)"),
+        # float32 scales are kept
+        ("vllm:sm90", CT, "int8:channel:s=fp32 @ int8:token", "INT8 (CUTLASS or Triton)"),
+        ("vllm:sm90", CT, "e4m3fn:channel:s=fp32 @ e4m3fn:token", "FP8 (CUTLASS)"),
+        ("sglang", CT, "e4m3fn:channel:s=fp32 @ e4m3fn:token", "FP8"),
+        ("vllm:sm80:zq", CT, "int4:g64:s=fp32 @ int8:token", "zq's kernel w4a8_int8_group"),
         # what is not W4A8 stays vLLM's
         ("vllm:zq", CT, "int4:g128", "INT4 weights (Machete)"),
         ("vllm:sm90:zq", CT, "int3:g64 @ int8:token", "INT3 x INT8 (humming)"),
@@ -125,6 +131,14 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:sm90", "fp8", WIDE, "VLLM_USE_DEEP_GEMM_E8M0=0 keeps them"),
         ("transformers", "fp8", WIDE, "before sm89 and on a CPU transformers dequantizes it and leaves"),
         ("transformers", CT, WIDE, "rounds its float32 scales to the dtype of the model unless"),
+        ("vllm:sm90", CT, "int4:g128:s=fp32", ROUNDED),
+        ("vllm:cpu", CT, "int4:g32:s=fp32", ROUNDED),
+        ("vllm:sm90", CT, "int4:g128:s=fp32 @ int8:token", ROUNDED),
+        ("vllm:sm90", CT, "e4m3fn:channel:s=fp32", ROUNDED),
+        ("vllm:sm80", "fp8", WIDE, ROUNDED),
+        ("sglang", CT, "int8:channel:s=fp32", ROUNDED),
+        ("sglang:sm80", CT, "e4m3fn:channel:s=fp32 @ e4m3fn:token", ROUNDED),
+        ("transformers", CT, "int8:channel:s=fp32 @ int8:token", "rounds its float32 scales to the dtype"),
         ("vllm:sm89", CT, TILES, "16-bit activations; `--linear-backend triton` rounds them"),
         ("vllm:sm80", CT, TILES, "before sm89 there is no FP8 arithmetic, so vLLM computes it with 16-bit"),
         (

@@ -83,7 +83,7 @@ def plan_conversion(folder: Path, to: str, *, plain: bool = False) -> Conversion
     pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
     model = shapes_only(config, str(folder), pooler=pooler)
     shapes = linear_shapes(model)
-    source, before = schemes_of(stored, shapes, str(folder)) if stored else (target, {})
+    source, before = schemes_of(stored, index, shapes) if stored else (target, {})
     float_slots = {s.name: s for n, x in before.items() for s in source.slots(n, x, shapes[n], torch.float32)}
     dtype = main_dtype(index, float_slots)
     after: dict[str, Scheme] = {}
@@ -224,8 +224,8 @@ def _write(
         )
     if wide and plan.to == "compressed-tensors":
         notes.append(
-            f"{wide} layers have float32 scales, which servers keep and transformers rounds to the dtype of "
-            "the model, unless quantization_config=CompressedTensorsConfig(dequantize=True)"
+            f"{wide} layers have float32 scales, which servers keep from sm90 on and transformers rounds to "
+            "the dtype of the model, unless quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     return hashes, notes
 

@@ -221,15 +221,32 @@ NAMES = [
     [
         ({"weight_block_size": [64, 128]}, r"weight_block_size is \[64, 128\]; zq reads \[128, 128\]"),
         ({"weight_block_size": None}, r"weight_block_size is null; zq reads \[128, 128\]"),
+        ({"weight_block_size": [128.0, 128]}, r"weight_block_size is \[128.0, 128\]; zq reads \[128, 128\]"),
         ({"activation_scheme": "static"}, 'is "static"; zq reads "dynamic" .scales made for each token'),
         ({"fmt": "e5m2"}, 'fmt is "e5m2"; zq reads "e4m3" or null'),
         ({"scale_fmt": "ue8m0"}, 'scale_fmt is "ue8m0"; zq reads "float" or null'),
         ({"modules_to_convert": ["embed_tokens"]}, "modules_to_convert is .* zq reads null"),
         ({"modules_to_not_convert": "lm_head"}, 'is "lm_head"; zq reads a list of names'),
-        ({"modules_to_not_convert": ["a"], "ignored_layers": ["b"]}, "ignored_layers is .* zq reads null"),
+        (
+            {"modules_to_not_convert": ["a"], "ignored_layers": ["b"]},
+            "ignored_layers is .* zq reads null or the",
+        ),
+        (
+            {"modules_to_not_convert": [], "ignored_layers": ["lm_head"]},
+            "ignored_layers is .* zq reads null or",
+        ),
         ({"modules_to_not_convert": ["down_proj"]}, "leaves out 'down_proj', .* covers '.*1.mlp.down_proj'"),
         ({"ignored_layers": ["model.layers.11"]}, r"covers 'model\.layers\.11\.mlp\.up_proj' and for vLLM"),
-        ({"modules_to_not_convert": ["model.*.mlp"]}, "list the full names of layers"),
+        (
+            {"modules_to_not_convert": ["(.*)*x"]},
+            "transformers takes for a pattern .* list the full names of",
+        ),
+        (
+            {"modules_to_not_convert": ["model.layers.1.mlp.gate_up_proj"]},
+            "vLLM takes for layers that it fuses",
+        ),
+        ({"modules_to_not_convert": ["norm"]}, "does not leave out 'lm_head', .* add it to modules_to_not"),
+        ({"modules_to_not_convert": []}, "does not leave out 'lm_head'"),
     ],
 )
 def test_what_a_config_says_otherwise(fields: dict[str, Any], words: str) -> None:
@@ -243,7 +260,9 @@ def test_what_a_config_says_otherwise(fields: dict[str, Any], words: str) -> Non
 def test_layers_that_stay(key: str) -> None:
     assert exporter_for(CONFIG, "here") is fp8
     assert fp8.schemes(CONFIG, NAMES) == dict.fromkeys(NAMES[:3], fp8.SCHEME)
-    listed = ["lm_head", NAMES[2], "model.layers.1.mlp.up", "model.layers.1.input_layernorm", "("]
+    both = {key: ["lm_head"] for key in fp8.LISTS}
+    assert fp8.schemes(CONFIG | both, NAMES) == fp8.schemes(CONFIG, NAMES)
+    listed = ["lm_head", NAMES[2], "model.layers.1.mlp.up", "model.layers.1.input_layernorm"]
     assert list(fp8.schemes(CONFIG | {key: listed}, NAMES)) == NAMES[:2]
     assert fp8.schemes(fp8.config({NAMES[0]: fp8.SCHEME}, NAMES[1:]), NAMES) == {NAMES[0]: fp8.SCHEME}
 
@@ -254,12 +273,12 @@ def test_layers_that_stay(key: str) -> None:
         "lm_head",
         "up_proj",
         "model.layers.1",
-        "model.layers.*",
+        "model.layers",
+        "",
         "mlp.up_proj",
         "mlp",
         "layers.1",
         "model.",
-        "a|m",
     ],
 )
 def test_the_rule_is_that_of_transformers(entry: str) -> None:
@@ -276,6 +295,7 @@ BROKEN = [
         "with U8 instead of BF16 or F16 or F32",
     ),
     ({f"{UP}.weight": torch.ones(384, 256)}, "with F32 instead of F8_E4M3"),
+    ({f"{UP}.weight_scale": torch.ones(1)}, f"belong to no part of this model, first '{UP}.weight_scale'"),
     ({f"{UP}.weight_scale_inv": torch.tensor([[NAN, 1], [1, 1], [1, 1]])}, "1 tensors of scales hold NaN"),
 ]
 
@@ -306,8 +326,11 @@ def test_a_list_that_the_tensors_contradict(model: Path, foreign: Path, tmp_path
     assert "FP8 in tiles" in run("doctor", left, "--for", "vllm", "--for", "sglang").ok().out
     more = changed(left, tmp_path / "more", {}, modules_to_not_convert=["lm_head"])
     assert f"1 tensors are missing, first '{DOWN}.weight_scale_inv'" in run("doctor", more).out
-    less = changed(foreign, tmp_path / "less", {}, modules_to_not_convert=[DOWN])
+    less = changed(foreign, tmp_path / "less", {}, modules_to_not_convert=["lm_head", DOWN])
     assert f"belong to no part of this model, first '{DOWN}.weight_scale_inv'" in run("doctor", less).out
+    none = {f"{DOWN}.weight_scale_inv": None}
+    bare = changed(foreign, tmp_path / "bare", none, modules_to_not_convert=["lm_head", DOWN])
+    assert f"first '{DOWN}.weight' with F8_E4M3 instead of BF16 or F16 or F32" in run("doctor", bare).out
 
 
 def test_the_doctor_and_the_server(foreign: Path) -> None:

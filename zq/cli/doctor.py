@@ -90,7 +90,7 @@ def read_layers(folder: Path) -> tuple[str, list[Layer], str]:
     arch, index = find_family(folder), read_index(folder)
     model = shapes_only(load_config(folder), str(folder), pooler=stores_pooler(arch, index.tensors))
     shapes = linear_shapes(model)
-    exporter, assigned = schemes_of(stored, shapes, str(folder))
+    exporter, assigned = schemes_of(stored, index, shapes)
     slots = {
         slot.name: slot
         for name, scheme in assigned.items()

@@ -71,7 +71,7 @@ def describe(folder: Path) -> dict[str, Any]:
     pooler = stores_pooler(arch, index.tensors)
     model = shapes_only(load_config(folder), str(folder), pooler=pooler)
     shapes = linear_shapes(model)
-    exporter, assigned = schemes_of(stored, shapes, str(folder)) if stored else (None, {})
+    exporter, assigned = schemes_of(stored, index, shapes) if stored else (None, {})
     layers: dict[str, Any] = {}
     schemes: dict[str, dict[str, float]] = {}
     for name, shape in shapes.items():

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from zq.engines.target import Target
-from zq.engines.vllm import Found
+from zq.engines.vllm import MARLIN_FP8, Found, rounded
 from zq.export import fp8, ggml
 from zq.spec import Scheme
 
 
 def sglang(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
+    kernel, problem = _sglang(target, format, scheme)
+    said = rounded(scheme, kernel)
+    return kernel, problem, said and f"SGLang {said}"
+
+
+def _sglang(target: Target, format: str, scheme: Scheme) -> tuple[str, str | None]:
     w, a = scheme.weights, scheme.activations
     if a is not None and w.info.is_int and w.bits != 8 and target.sm:
-        return "", "SGLang has no dense kernel for narrow weights with 8-bit activations; use --w4a16", None
+        return "", "SGLang has no dense kernel for narrow weights with 8-bit activations; use --w4a16"
     if format == "gptq" and not w.symmetric:
-        return "", "zq knows SGLang to read symmetric GPTQ only", None
+        return "", "zq knows SGLang to read symmetric GPTQ only"
     if w.layout.kind == "tile":
         if w.format == "e4m3fn" and (w.layout.rows, w.layout.size) == (128, 128) and a and target.sm >= 89:
-            return "FP8 in tiles", None, None
-        return "", "zq knows SGLang to serve FP8 in tiles of 128x128 from sm89 on, activations too", None
+            return "FP8 in tiles", None
+        return "", "zq knows SGLang to serve FP8 in tiles of 128x128 from sm89 on, activations too"
     if w.format == "e4m3fn" and target.sm:
-        return ("FP8" if a and target.sm >= 89 else "FP8 weights"), None, None
+        return ("FP8" if a and target.sm >= 89 else MARLIN_FP8), None
     if w.format == "int8" and a and w.layout.kind != "group" and target.sm:
-        return "INT8", None, None
+        return "INT8", None
     if w.info.is_int and w.bits in (4, 8) and a is None and target.sm:
-        return f"INT{w.bits} weights (Marlin)", None, None
-    return "", f"zq knows no kernel of SGLang for {scheme} on this device", None
+        return f"INT{w.bits} weights (Marlin)", None
+    return "", f"zq knows no kernel of SGLang for {scheme} on this device"
 
 
 def transformers(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:

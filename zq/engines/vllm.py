@@ -7,6 +7,7 @@ choice between the kernels for packed weights is compared with vLLM's own by ben
 from __future__ import annotations
 
 from zq.engines.target import Target
+from zq.export.config_groups import format_of
 from zq.kernels.select import gemm_op, kernel_op
 from zq.spec import Scheme, TensorSpec
 
@@ -18,9 +19,25 @@ Found = tuple[str, str | None, str | None]  # kernel, problem, warning
 
 
 def vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
-    w, a, sm = scheme.weights, scheme.activations, target.sm
+    sm = target.sm
     if target.plugin and (format == "zq" or (_narrow_int8(scheme, format) and plugin_takes(scheme, sm))):
         return _plugin(scheme, shape, sm)
+    kernel, problem, warning = _vllm(target, format, scheme, shape)
+    wide = rounded(scheme, kernel)
+    said = [line for line in (warning, wide and f"vLLM {wide}") if line]
+    return kernel, problem, "; ".join(said) or None
+
+
+def rounded(scheme: Scheme, kernel: str) -> str | None:
+    """What vLLM and SGLang do to float32 scales of packed weights and in Marlin; None: they keep them."""
+    rounds = format_of(scheme) == "pack-quantized" or "Marlin" in kernel
+    if not kernel or scheme.weights.scale_dtype != "fp32" or not rounds:
+        return None
+    return "rounds its float32 scales to the dtype of the model when it loads them"
+
+
+def _vllm(target: Target, format: str, scheme: Scheme, shape: tuple[int, int]) -> Found:
+    w, a, sm = scheme.weights, scheme.activations, target.sm
     problems = [
         (0 < sm < 75, f"vLLM's quantized kernels need sm75 or newer, not sm{sm}; take such a device"),
         (

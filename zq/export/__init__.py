@@ -12,12 +12,16 @@ schemes(config, names)                   -> which scheme that config gives to ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from zq.checkpoint.index import COMPUTE, CheckpointIndex, main_dtype
 from zq.errors import ZqError
 from zq.export import awq, compressed_tensors, fp8, gptq, gptq_other, native
+from zq.numerics.scales import DTYPES
 from zq.spec import Scheme
 
 EXPORTERS: dict[str, ModuleType] = {
@@ -48,12 +52,35 @@ def exporter_for(config: dict[str, Any] | None, where: str) -> ModuleType:
 
 
 def schemes_of(
-    config: dict[str, Any] | None, names: Iterable[str], where: str
+    config: dict[str, Any] | None, index: CheckpointIndex, shapes: dict[str, tuple[int, int]]
 ) -> tuple[ModuleType, dict[str, Scheme]]:
-    """The exporter of the checkpoint at `where`, and which scheme its `quantization_config` gives to each of
-    these linear layers. Raises ZqError."""
-    exporter = exporter_for(config, where)
+    """The exporter of a checkpoint, and which scheme its `quantization_config` gives to each of these linear
+    layers. Raises ZqError."""
+    exporter = exporter_for(config, str(index.root))
     try:
-        return exporter, exporter.schemes(config, names)
+        assigned = exporter.schemes(config, shapes)
     except ZqError as error:
-        raise ZqError(f"{where}: {error}") from None
+        raise ZqError(f"{index.root}: {error}") from None
+    return exporter, _as_stored(exporter, assigned, index, shapes) if assigned else {}
+
+
+def _as_stored(
+    exporter: ModuleType,
+    assigned: dict[str, Scheme],
+    index: CheckpointIndex,
+    shapes: dict[str, tuple[int, int]],
+) -> dict[str, Scheme]:
+    """The schemes with float32 scales (`s=fp32`) where the dtype that they say, else the model's, would round
+    those of the file: other tools store them wider than a config says."""
+    slots = {name: exporter.slots(name, x, shapes[name], torch.float32) for name, x in assigned.items()}
+    dtype = main_dtype(index, {slot.name for each in slots.values() for slot in each})
+    wide = set()
+    for name, scheme in assigned.items():
+        scale = next(slot.name for slot in slots[name] if slot.dtype in COMPUTE)
+        said = scheme.weights.scale_dtype
+        own = DTYPES[said] if said else dtype
+        found = COMPUTE.get(index.tensors[scale].dtype, own) if scale in index.tensors else own
+        if torch.promote_types(found, own) != own:
+            wide.add(scheme)
+    fp32 = {x: replace(x, weights=replace(x.weights, scale_dtype="fp32")) for x in wide}
+    return {name: fp32.get(scheme, scheme) for name, scheme in assigned.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 from zq.checkpoint.writer import Slot
 from zq.errors import ZqError
 from zq.export import uniform
-from zq.export.fields import ROOT, strings, wrong
+from zq.export.fields import ROOT, shown, strings, wrong
 from zq.numerics.qtensor import QTensor
 from zq.spec import Scheme, scale_shape
 
@@ -39,6 +39,9 @@ FIELDS = (  # of the config: (name, what zq reads there, the same in words)
     ("scale_fmt", ("float", None), '"float" or null'),  # ue8m0: powers of two, of activations too
     ("modules_to_convert", ([], None), "null (no embeddings)"),
 )
+LISTS = ("modules_to_not_convert", "ignored_layers")
+PATTERN = re.compile(r"[*+?^$|\\(){}\[\]]")  # never run: it may take for ever
+FUSED = (".qkv_proj", ".gate_up_proj")
 Read = Callable[[str], Tensor]
 
 
@@ -97,32 +100,46 @@ def config(assigned: dict[str, Scheme], skipped: list[str]) -> dict[str, Any]:
 
 def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
     """Every linear layer of the blocks but `modules_to_not_convert`. Raises ZqError for what zq cannot read,
-    and for a list that engines read differently."""
+    and for a list that engines read differently: vLLM has full names, those of fused layers too, and no head
+    in FP8; transformers has parts and patterns, and takes a head for FP8 that a list does not name."""
     for key, values, allowed in FIELDS:
-        if config.get(key) not in values:
+        if shown(config.get(key)) not in map(shown, values):  # 128.0 and true are other values
             raise wrong(ROOT, config, key, allowed)
-    listed = _skipped(config)
-    inside = uniform.in_blocks(names)
-    for entry, name in ((entry, name) for entry in listed for name in inside):
-        if name not in listed and _covers(entry, name):
-            raise ZqError(
-                f"{ROOT} leaves out '{entry}', which for transformers covers '{name}' and for vLLM does not; "
-                "list the full names of layers in modules_to_not_convert"
-            )
-    return dict.fromkeys((name for name in inside if name not in listed), SCHEME)
+    listed, names = _skipped(config), list(names)
+    found = dict.fromkeys((name for name in uniform.in_blocks(names) if name not in (listed or ())), SCHEME)
+    if listed is None:
+        return found
+    for entry in sorted(listed):
+        covered = next((name for name in found if _covers(entry, name)), None)
+        if covered:
+            how = f"for transformers covers '{covered}' and for vLLM does not"
+        elif PATTERN.search(entry):
+            how = "transformers takes for a pattern and vLLM for a name"
+        elif entry.endswith(FUSED):
+            how = "vLLM takes for layers that it fuses and transformers for none"
+        else:
+            continue
+        raise ZqError(
+            f"{ROOT} leaves out '{entry}', which {how}; list the full names of layers in {LISTS[0]}"
+        )
+    heads = [name for name in names if name not in found and not any(_covers(x, name) for x in listed)]
+    if heads:
+        raise ZqError(
+            f"{ROOT} does not leave out '{heads[0]}', which then is FP8 for transformers and not for vLLM; "
+            f"add it to {LISTS[0]}"
+        )
+    return found
 
 
-def _skipped(config: dict[str, Any]) -> set[str]:
-    """The layers that stay as they are; vLLM calls them `ignored_layers` too."""
-    named = {key: strings(ROOT, config, key) for key in ("modules_to_not_convert", "ignored_layers")}
-    if named["modules_to_not_convert"] and named["ignored_layers"]:
-        raise wrong(ROOT, config, "ignored_layers", "null beside modules_to_not_convert")
-    return {name for listed in named.values() for name in listed}
+def _skipped(config: dict[str, Any]) -> set[str] | None:
+    """The layers that stay as they are, None: the config names none. Of its two lists transformers takes the
+    first that is not null, vLLM the second unless it is empty."""
+    listed, second = (strings(ROOT, config, key) for key in LISTS)
+    if second and config.get(LISTS[0]) is not None and set(second) != set(listed):
+        raise wrong(ROOT, config, LISTS[1], f"null or the same names beside {LISTS[0]}")
+    return None if all(config.get(key) is None for key in LISTS) else {*listed, *second}
 
 
 def _covers(entry: str, name: str) -> bool:
-    """transformers' rule: the end of a name; its beginning up to a dot, literally or as a regex."""
-    try:
-        return name.endswith(entry) or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None
-    except re.error:
-        return False
+    """transformers' rule for an entry that is no pattern: the end of a name, or its beginning up to a dot."""
+    return name.endswith(entry) or f"{name}.".startswith(f"{entry.removesuffix('.')}.")

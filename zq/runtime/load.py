@@ -66,17 +66,21 @@ def load(
     pooler = stores_pooler(FAMILIES[config.model_type], index.tensors)
     bare = shapes_only(config, where, pooler=pooler)  # a config that fits no model is bad input, not a defect
     layers = linear_shapes(bare)
-    exporter, assigned = schemes_of(stored, layers, where) if stored is not None else (native, {})
+    exporter, assigned = schemes_of(stored, index, layers) if stored is not None else (native, {})
     slots = {s.name: s for n, x in assigned.items() for s in exporter.slots(n, x, layers[n], torch.float32)}
-    _check_shapes(index, bare, assigned, slots)
+    for kind, wrong in tensor_problems(index, bare, assigned, slots).items():
+        if stored is not None or kind in ("shapes", "dtypes"):  # `_check` for the others of an original
+            raise ZqError(f"{where}: {wrong}; quantize or download again")
     options: dict[str, Any] = {
         "dtype": dtype or main_dtype(index, slots),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # `_check` refuses them, naming one
         **class_options(cls, pooler=pooler),
     }
+    if stored is not None:
+        config.quantization_config = native.config(assigned, [])
     if exporter is native:
-        model, info = cls.from_pretrained(where, **options)
+        model, info = cls.from_pretrained(where, config=config, **options)
     else:
         read = reader(index)
         state = read([name for name in index.tensors if name not in slots])
@@ -87,7 +91,6 @@ def load(
             for name, scheme in part:
                 q = exporter.unpack(name, held.__getitem__, scheme, layers[name])
                 state.update(native.pack(name, q, scheme))
-        config.quantization_config = native.config(assigned, [])
         model, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
     _check(info, where)
     if kernels and torch.device(device).type == "cuda":
@@ -127,7 +130,9 @@ def tensor_problems(
         for key in names.extra(matched.found, index.tensors)
         if not any(re.search(pattern, key) for pattern in ignored)
     ]
-    there = {key: slots[name].dtype for name, key in matched.found.items() if name in slots}
+    plain = {name: "F32" for name, tensor in bare.state_dict().items() if tensor.is_floating_point()}
+    kept = plain | {name: slot.dtype for name, slot in slots.items()}
+    there = {key: kept[name] for name, key in matched.found.items() if name in kept}
     kinds = sorted(key for key, dtype in there.items() if not _holds(index.tensors[key].dtype, dtype))
     problems = {}
     if missing:
@@ -150,18 +155,9 @@ def tensor_problems(
 
 
 def _holds(found: str, wanted: str) -> bool:
-    """Whether a tensor of this dtype can be in that place; scales may have any width of their own."""
+    """Whether a tensor of this dtype can be in that place; scales, and what is not quantized, may have any
+    width of their own."""
     return found == wanted or (found in SCALES and wanted in SCALES)
-
-
-def _check_shapes(
-    index: CheckpointIndex, bare: torch.nn.Module, assigned: dict[str, Scheme], slots: dict[str, Slot]
-) -> None:
-    """Some releases of transformers (5.16) load a tensor of any shape into a quantized model."""
-    problems = tensor_problems(index, bare, assigned, slots)
-    wrong = problems.get("shapes") or problems.get("dtypes")
-    if wrong:
-        raise ZqError(f"{index.root}: {wrong}; quantize or download again")
 
 
 def _check(info: dict[str, Any], where: str) -> None:
