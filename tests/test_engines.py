@@ -122,6 +122,7 @@ def test_what_runs_as_it_says(target: str, format: str, scheme: str, kernel: str
         ("vllm:zq", CT, "int4:g64:asym @ int8:token", "16-bit activations"),
         ("vllm:sm75:zq", CT, "int4:g64 @ int8:token", "16-bit activations"),
         ("vllm:zq", "zq", "int3:g64", "takes the memory of 16-bit weights"),
+        ("vllm:zq", "zq", "int4:g64:s=fp32", "dequantizes layers whose scales bfloat16 would round"),
         ("vllm:cpu:zq", "zq", "int4:g64", "takes the memory of 16-bit weights"),
         ("vllm:cpu", CT, "int4:g64 @ int8:token", "16-bit activations"),
         ("vllm:cpu", "awq", "int4:g64:asym", "on a CPU with AMX vLLM rounds activations to INT8"),

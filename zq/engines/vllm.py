@@ -123,7 +123,9 @@ def _plugin(scheme: Scheme, shape: tuple[int, int], sm: int) -> Found:
     reason = plugin_refuses(w)
     op = kernel_op(scheme, shape[1], "bf16", sm) if sm else None
     if reason or op:
-        return f"zq's kernel {op}", reason, None
+        rounded = op == "w4a16" and w.scale_dtype == "fp32"  # zq/runtime/served.py looks at the values
+        warning = "zq dequantizes layers whose scales bfloat16 would round" if rounded else None
+        return f"zq's kernel {op}", reason, warning
     if not sm and a is not None and a.format == "int8" and w.info.is_int and not w.extras:
         return f"INT{w.bits} x INT8, exact integers (zq)", None, None
     return (
