@@ -28,7 +28,6 @@ from zq.optim.config import FACTORED, FLOAT, States
 from zq.spec import Layout, TensorSpec
 
 PART = 1 << 20  # elements that are worked on at once
-LARGE = 1 << 24  # where launching a part takes longer than working on it
 TINY = torch.finfo(torch.float32).tiny
 Values = Callable[[int, int], Tensor]  # a flat range of elements -> float32
 
@@ -184,8 +183,7 @@ class Factored:
     def means(self, values: Values) -> tuple[Tensor, Tensor]:
         """Row and column means of a tensor that is given in parts."""
         row, column = torch.empty_like(self.row), torch.zeros_like(self.column)
-        size = LARGE if self.row.is_cuda else 0
-        for start, stop in parts(len(self.row) * self.columns, self, size=size):
+        for start, stop in parts(len(self.row) * self.columns, self):
             x = values(start, stop).view(-1, self.columns)
             row[start // self.columns : stop // self.columns] = x.mean(1)
             column += x.sum(0)
@@ -216,15 +214,15 @@ class Factored:
 State = Full | Quantized | Factored
 
 
-def parts(count: int, *states: State, size: int = 0) -> Iterator[tuple[int, int]]:
-    """Flat ranges that every state can read and write, of about `size` elements, PART if that is 0."""
+def parts(count: int, *states: State) -> Iterator[tuple[int, int]]:
+    """Flat ranges that every state can read and write, of about PART elements."""
     unit = 1
     for state in states:
         a, b = unit, state.unit
         while b:  # math.gcd cannot be compiled
             a, b = b, a % b
         unit = unit * state.unit // a
-    size = max(1, (size or PART) // unit) * unit
+    size = max(1, PART // unit) * unit
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
