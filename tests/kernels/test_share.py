@@ -65,6 +65,15 @@ def test_every_step_of_every_tile_is_done_once(library: ctypes.CDLL, shape: tupl
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_rounds_come_first(library: ctypes.CDLL, shape: tuple[int, int, int]) -> None:
+    works, steps, blocks = shape
+    rounds = max(works // blocks - 1, 0)
+    for b in range(blocks):
+        whole = [(b + i * blocks, 0, steps) for i in range(rounds)]
+        assert [s[:3] for s in segments(library, works, steps, blocks, b)[:rounds]] == whole
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shares_are_equal(library: ctypes.CDLL, shape: tuple[int, int, int]) -> None:
     works, steps, blocks = shape
     loads = [sum(s[2] - s[1] for s in segments(library, works, steps, blocks, b)) for b in range(blocks)]
@@ -79,9 +88,9 @@ def test_blocks_wait_only_for_lower_numbers_that_have_not_waited(
     left: dict[int, int] = {}  # block -> tile whose sums it leaves
     waits: dict[int, tuple[int, int]] = {}  # block -> (tile, the first block that it waits for)
     for b in range(blocks):
-        for i, (tile, first, last, beginner) in enumerate(segments(library, works, steps, blocks, b)):
+        for tile, first, last, beginner in segments(library, works, steps, blocks, b):
+            assert b not in waits, "who waits has nothing left to do for others"
             if last < steps:
-                assert i == 0, "what others wait for comes first"
                 left[b] = tile
             elif first > 0:
                 assert beginner < b

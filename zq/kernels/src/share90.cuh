@@ -1,11 +1,11 @@
 // Which part of the work a block of gemm_sm90.cu does, and how blocks that compute one tile add their sums.
 //
-// Whole tiles go round: every stride-th one is a block's. `Evenly`, the tiles that do not fill a round, and one
-// round more, are divided by their steps instead: a block takes an equal, contiguous part of all (tile, step)
-// pairs, so all end together. Its last tile, which the next block ends, comes first: its sums go to the workspace
-// and a flag goes up. The tile that it ends comes last: it adds what the blocks before it have left there, in
-// their order, so the result does not depend on time. It waits for lower numbers only, which began before it, and
-// which have waited for nothing.
+// Whole tiles go round: every stride-th one is a block's, so that neighbours read the same rows of W and x at the
+// same time. `Evenly`, the tiles that do not fill a round, and one round more, are divided by their steps after
+// that: a block takes an equal, contiguous part of all (tile, step) pairs, so all end together. Of these its last
+// tile, which the next block ends, comes first: its sums go to the workspace and a flag goes up. The tile that it
+// ends comes last: it adds what the blocks before it have left there, in their order, so the result does not
+// depend on time. It waits for lower numbers only, which began before it, and which have waited for nothing.
 #pragma once
 #include "ptx90.cuh"
 #include "scheme.cuh"
@@ -28,9 +28,8 @@ struct Share {
     count = rounds + (end > begin ? (end - 1) / steps - begin / steps + 1 : 0);
   }
   __device__ __forceinline__ Segment operator[](int i) const {
-    const bool cut = end > begin && (i == 0 || i > rounds);
-    if (!cut) return {place + (end > begin ? i - 1 : i) * stride, first, last};
-    const int tile = (end - 1) / steps - (i ? i - rounds : 0);
+    if (i < rounds) return {place + i * stride, first, last};
+    const int tile = (end - 1) / steps - (i - rounds);
     return {even + tile, max(begin - tile * steps, 0), min(end - tile * steps, steps)};
   }
   // The block that has the first step of a tile that is cut.
