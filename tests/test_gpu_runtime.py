@@ -22,7 +22,7 @@ from zq.pipeline import quantize
 from zq.plan import make_plan
 from zq.runtime import ahead
 from zq.runtime.blocks.around import Around
-from zq.runtime.cache import make_cache
+from zq.runtime.cache import cache_argument, make_cache
 from zq.runtime.graphs import PATIENCE, Captured
 from zq.runtime.linear import QuantLinear
 
@@ -116,6 +116,27 @@ def test_prompts_are_captured_when_they_come_again(name: str) -> None:
         eager, captured = (logits(model, on, **given) for on in (False, True))
         assert distance(captured[1], eager[1]) < 3e-2
     (seen,) = model.zq_runner.prompts.values()
+    assert seen.graph is not None
+    assert seen.calls == 5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gptj", "opt", "gpt_neox"])
+def test_texts_are_captured_when_they_come_again(name: str) -> None:
+    """Replayed with other tokens: logits, and keys and values, are those of the model without graphs, and
+    what was returned before stays as it was."""
+    _, model = on_gpu(name, W4A8)
+    argument, before = cache_argument(model), []
+    for seed in range(5):
+        ids, found = token_ids(2, 12, seed=seed).cuda(), []
+        for on in (False, True):
+            model.zq_runner.on = on
+            with torch.no_grad():
+                out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            found.append([out.logits, *(x for y in out[argument].layers for x in (y.keys, y.values))])
+        assert all(distance(a, b) < 3e-2 for a, b in zip(*found, strict=True))
+        before.append((found[1], [x.clone() for x in found[1]]))
+    assert all(torch.equal(a, b) for kept, copies in before for a, b in zip(kept, copies, strict=True))
+    (seen,) = model.zq_runner.texts.values()
     assert seen.graph is not None
     assert seen.calls == 5
 
@@ -260,7 +281,7 @@ def test_a_static_cache_of_the_users_own() -> None:
     assert model.zq_runner.seen
 
 
-@pytest.mark.parametrize("given", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}])
+@pytest.mark.parametrize("given", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
 def test_what_is_unusual_runs_as_ever(given: dict[str, Any]) -> None:
     _, model = on_gpu("llama", W4A8)
     ids = token_ids(1, 8).cuda()

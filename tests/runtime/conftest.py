@@ -1,4 +1,4 @@
-"""What the tests of decode steps watch."""
+"""What the tests of decode steps, prompts and texts watch."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, Counter[str]]]:
 
     monkeypatch.setattr(graphs, "static_step", watched)
     return made
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the prompts and texts that were read; nothing is asked of the host meanwhile."""
+    force_kernels(monkeypatch)
+    shapes: list[tuple[int, ...]] = []
+    original = graphs.prompt_step
+
+    def watched(forward: Any, cache: Any, buffers: Any, *more: Any) -> Any:
+        shapes.append(tuple(buffers.ids.shape))
+        with NoHost():
+            return original(forward, cache, buffers, *more)
+
+    monkeypatch.setattr(graphs, "prompt_step", watched)
+    return shapes

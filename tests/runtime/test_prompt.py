@@ -8,29 +8,13 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from tests.runtime.quantized import W4A16, distance, force_kernels
-from tests.runtime.stepping import NoHost, padded, stepping
+from tests.runtime.quantized import W4A16, distance
+from tests.runtime.stepping import padded, stepping
 from tests.tiny import TINY, token_ids
 from zq.runtime import graphs
 from zq.runtime.cache import cache_argument
 
 READ = [name for name in TINY if "bert" not in name and "bloom" not in name]  # ALiBi wants the mask
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the prompts that were read; nothing is asked of the host meanwhile."""
-    force_kernels(monkeypatch)
-    shapes: list[tuple[int, ...]] = []
-    original = graphs.prompt_step
-
-    def watched(forward: Any, cache: Any, buffers: Any, *more: Any) -> Any:
-        shapes.append(tuple(buffers.ids.shape))
-        with NoHost():
-            return original(forward, cache, buffers, *more)
-
-    monkeypatch.setattr(graphs, "prompt_step", watched)
-    return shapes
 
 
 def places_of(mask: torch.Tensor) -> torch.Tensor:
@@ -79,7 +63,9 @@ def test_what_is_no_prompt_of_an_empty_cache(read: list[Any]) -> None:
     """A second piece of a prompt, a mask of four dimensions, a longer one than the cache: as transformers."""
     model, _ = stepping("llama", W4A16, torch.float32)
     argument, ids = cache_argument(model), token_ids(1, 12)
+    model.zq_runner.on = False
     wanted = model(input_ids=ids, use_cache=False).logits
+    model.zq_runner.on = True
     cache = StaticCache(config=model.config, max_cache_len=16)
     cache.early_initialization(1, *_heads(model), torch.float32, model.device)
     pieces = []

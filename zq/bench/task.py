@@ -51,9 +51,7 @@ def tidy(model: Any) -> None:
     model.__dict__.pop("_compiled_call", None)
     runner = getattr(model, "zq_runner", None)
     if runner is not None:
-        runner.seen.clear()
-        runner.caches.held.clear()
-        runner.place = None
+        runner.forget()
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -31,8 +31,8 @@ CLUSTERS = range(1, 9)  # blocks that share K in gemm_sm90.cu
 FEWEST = 16  # tokens, up to which two blocks share a multiprocessor
 LEAST_STEPS = 4  # of a share of K
 
-# Microseconds, fitted to 1,100 times of W4A8-INT8 and W8A8-INT8 on an H200: for choosing, not for predicting.
-# On average it takes what is 1 to 2 % slower than the fastest of all ways.
+# Microseconds, fitted to 1,100 times of W4A8-INT8 and W8A8-INT8 on an H200, and even shares to bursts of all
+# schemes: for choosing, not for predicting. On average it takes what is 1 to 2 % slower than the fastest way.
 RATE = 7.2e6  # multiply-adds of 8 bits that a multiprocessor makes in one
 WEIGHTS = {4: 0.227, 8: 0.329}  # to bring and convert the weights of 128 rows and a step, by their bits
 WIDE_WEIGHTS = 0.31  # the same of 4 bits for 16-bit activations
@@ -40,7 +40,10 @@ CHAIN = {4: 0.327, 8: 0.21}  # a step of a block that has its multiprocessor for
 MEMORY = 4.4e6  # bytes of weights that come in one
 LAUNCH, TILE, WRITE = 1.32, 0.3, 0.0151  # a launch; a tile; to write a token of 128 rows
 SPLIT, MERGE = 0.051, 0.016  # for each block that K is shared with, and each token of 128 rows
-EVEN, TAKE = 3.25, 0.0049  # even shares: flags and workspace; a token of 128 rows of another block's sums
+EVEN = {1: 3.25, 2: 4.9}  # even shares: flags and workspace, by how many blocks a multiprocessor runs
+EVEN_LARGE = 4.0  # more of it with the largest tiles, whose blocks then read W and x further apart
+TAKE = 0.0049  # a token of 128 rows of another block's sums
+NARROW = 1.05  # tiles of 128 rows read an x of 16 bits twice as often
 LATE = 1.3  # where more than half of the machine is taken, the next kernel begins late
 ROOM = {
     3: 0.88,
@@ -175,7 +178,7 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
             or (tile.tokens <= 64 and steps >= least * split and works * split <= _room(tile, split, sms))
         ]
         if works * steps >= LEAST_STEPS * places:
-            options.append((tile, 0))
+            options.insert(0, (tile, 0))  # first, so chosen where neither hides what the weights take to come
     tile, split = min(options, key=lambda o: _microseconds(p, o[0], o[1], m, n, steps, sms))
     return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
 
@@ -224,6 +227,7 @@ def _microseconds(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int
     heights, works, r = tile.rows // 128, _works(tile, 1, m, n), resident(tile)
     tokens, places, blocks = tile.tokens * heights, sms * r, works * max(split, 1)
     multiply = tokens * 128 * STEP * p.act_bytes / RATE
+    multiply *= NARROW if p.act_bytes == 2 and heights == 1 else 1
     weights = heights * (WIDE_WEIGHTS if p.act_bytes == 2 and p.bits == 4 else WEIGHTS[p.bits])
 
     def step(together: int) -> float:
@@ -233,8 +237,8 @@ def _microseconds(p: Packing, tile: Tile, split: int, m: int, n: int, steps: int
     write, late = TILE + tokens * WRITE, LATE * (blocks > places / 2)
     if split == 0:
         ended, taken = -(-works // places), min(-(-places // works), 8)
-        shared = EVEN + tokens * taken * TAKE + LATE
-        return LAUNCH + max(-(-works * steps // places) * step(r), least) + ended * write + shared
+        shared = EVEN[r] + (tile.tokens >= 256) * EVEN_LARGE + tokens * taken * TAKE
+        return LAUNCH + max(-(-works * steps // places) * step(r) + shared, least) + ended * write + LATE
     rounds = -(-blocks // (_room(tile, split, sms) if split > 1 else places))
     # Larger clusters are packed: they share multiprocessors while others have nothing to do.
     together = r if split > 2 else min(r, -(-blocks // sms))

@@ -2,9 +2,9 @@
 
 A shape is run eagerly when it is first seen, which loads and warms everything up, captured when it comes
 again (an encoder's after some calls: capturing takes longer than they do), and replayed from then on.
-So do prompts over an empty static cache. Whatever is unusual about a call runs as transformers runs it. The
-captured graphs, at most `LIMIT` of prompts and `LIMIT` of others, share one memory pool: they are never
-replayed at the same time, and what they return is copied.
+So do prompts over an empty static cache, and texts without a cache. Whatever is unusual about a call runs as
+transformers runs it. The captured graphs, at most `LIMIT` of prompts, of texts and of others, share one
+memory pool: they are never replayed at the same time, and what they return is copied.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from zq.runtime.cache import cache_name
 from zq.runtime.pool import CachePool
 from zq.runtime.prompt import PromptBuffers, is_fresh, prompt_step
 from zq.runtime.step import Buffers, first_seen, given_dtype, is_static, static_step
+from zq.runtime.text import TextBuffers, TextMemory, dynamic_cache, grows
 
 LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
@@ -157,12 +158,20 @@ class Runner:
         self.caches = CachePool(config)
         self.seen: OrderedDict[Hashable, Captured] = OrderedDict()
         self.prompts: OrderedDict[Hashable, Captured] = OrderedDict()  # whose lengths vary more than steps do
+        self.texts: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.memory = TextMemory(config)
         self.place: Place | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model captures graphs of its own."""
         config, shared = (copy.deepcopy(x, memo) for x in (self.config, self.shared))
         return Runner(config, shared, self.encoder, self.takes, self.on, self.kv)
+
+    def forget(self) -> None:
+        """Drop graphs, and the memory of caches and texts."""
+        for each in (self.seen, self.prompts, self.texts, self.caches.held):
+            each.clear()
+        self.memory.flat = self.place = None
 
     def __call__(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
         if given.get("output_attentions") and self.shared.fused:
@@ -180,6 +189,8 @@ class Runner:
         self.caches.settle(ids.device)
         if self.encoder:
             made = self._encode(forward, ids, rest, model.dtype)
+        elif self.cache_name not in rest:
+            made = self._text(forward, ids, rest, model.dtype)
         else:
             made = (self._decode if ids.shape[1] == 1 else self._prompt)(forward, ids, rest)
         return forward(input_ids=ids, **rest) if made is None else made
@@ -272,7 +283,7 @@ class Runner:
             out = prompt_step(forward, cache, buffers, self.shared, options)
             return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
 
-        if batch * count * self.config.get_text_config(decoder=True).hidden_size > LONG:
+        if self._is_long(ids):
             out = read(PromptBuffers(*given))
         else:
             places = tuple(
@@ -284,6 +295,53 @@ class Runner:
             out = seen.run(lambda: read(seen.buffers), self._place())
         out[self.cache_name] = cache
         return out
+
+    def _text(
+        self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype
+    ) -> Any:
+        """A text without a cache. Captured as prompts are."""
+        mask, positions = rest.get("attention_mask"), rest.get("position_ids")
+        cached = rest.get("use_cache", getattr(self.config, "use_cache", True))
+        keep = rest.get("logits_to_keep", 0)
+        around, count = self.shared.around, ids.shape[1]
+        usual = _ordinary({**rest, "use_cache": True}, DECODE) and isinstance(keep, int)
+        if not usual or around is None or "position_ids" not in self.takes or not around.takes_prompt(count):
+            return None
+        shaped = positions is None or (positions.dim() == 2 and positions.shape[1] == count)
+        if not shaped or (mask is not None and mask.shape != ids.shape) or not grows(self.config):
+            return None
+        mask = None if mask is None or bool(mask.all()) else mask
+        if positions is None:
+            if mask is not None:  # from which some families take them
+                return None
+            positions = torch.arange(count, device=ids.device)[None]
+        shape, long = self.memory.shape(*ids.shape), self._is_long(ids)
+
+        def read(buffers: TextBuffers) -> Any:
+            options = {"logits_to_keep": keep, self.cache_name: buffers.cache}
+            options = {name: value for name, value in options.items() if name in self.takes}
+            out = prompt_step(forward, buffers.cache, buffers, self.shared, options)
+            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
+
+        if long:
+            both = torch.empty(shape, dtype=dtype, device=ids.device)
+            out = read(TextBuffers(self.config, PromptBuffers(ids, positions, mask), both))
+        else:
+            if not self.memory.fits(shape, dtype, ids.device):
+                self.texts.clear()
+            both, like = self.memory.view(shape), PromptBuffers.like
+            key = (*ids.shape, positions.shape[0], keep, mask is None)
+            seen = self._find(
+                key, lambda: TextBuffers(self.config, like(ids, positions, mask), both), PROMPTS, self.texts
+            )
+            seen.buffers.fill(ids, positions, mask)
+            out = seen.run(lambda: read(seen.buffers), self._place())
+        if cached:
+            out[self.cache_name] = dynamic_cache(self.config, both if long else both.clone())
+        return out
+
+    def _is_long(self, ids: Tensor) -> bool:
+        return ids.numel() * self.config.get_text_config(decoder=True).hidden_size > LONG
 
     def _encode(
         self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype

@@ -69,7 +69,8 @@ class CachePool:
         if not self._reserve(len(cache.layers), shape, device, dtype if kv is None else CODES[kv], dtype):
             return None
         for held, layer in zip(self.held, cache.layers, strict=True):
-            _place(layer, shape, dtype, *held)
+            place(layer, shape, dtype, *held)
+            layer.reset()
         self.lent = weakref.ref(cache)
         return cache
 
@@ -102,12 +103,11 @@ class CachePool:
         return True
 
 
-def _place(layer: Any, shape: tuple[int, ...], dtype: torch.dtype, count: Tensor, *stored: Tensor) -> None:
-    """Let a fresh layer lie in memory that is there, emptied."""
+def place(layer: Any, shape: tuple[int, ...], dtype: torch.dtype, count: Tensor, *stored: Tensor) -> None:
+    """Let a fresh layer of a static cache lie in memory that is there."""
     nothing = torch.empty(0, shape[1], 0, shape[3], dtype=dtype, device=count.device)
     layer.lazy_initialization(nothing, nothing)
     for name, flat in zip(("keys", "values", "key_scale", "value_scale"), stored, strict=False):
         whole = shape[:3] if "scale" in name else shape
-        setattr(layer, name, flat[: torch.Size(whole).numel()].view(whole))
+        setattr(layer, name, flat.view(-1)[: torch.Size(whole).numel()].view(whole))
     layer.cumulative_length, layer.batch_size = count, shape[0]
-    layer.reset()

@@ -204,10 +204,9 @@ template <int BT, int ROWS> __device__ __forceinline__ void gemm(const Map* map,
     if constexpr (S::TURNS == 1 && S::BLOCKS == 1) take_registers<232>();
     if constexpr (S::BLOCKS == 2) take_registers<104>();
     if constexpr (S::TURNS == 2) take_registers<112>();
-    // Written so that for weights of four bits the ring's index lies in uniform registers, which takes fewer instructions.
-    // Weights of eight bits gain nothing by it (measured), so there the compiler is not shown that `turn` is zero.
-    const int turn = FOUR && S::TURNS == 1 ? 0 : (warpgroup - 1) / WARPGROUPS;
-    const int group = FOUR ? warpgroup - 1 - turn * WARPGROUPS : (warpgroup - 1) % WARPGROUPS;
+    // Written so that the ring's index lies in uniform registers where it can, which takes fewer instructions.
+    const int turn = S::TURNS == 1 ? 0 : (warpgroup - 1) / WARPGROUPS;
+    const int group = warpgroup - 1 - turn * WARPGROUPS;
     u8* const area = extra + group * S::AREA;
     auto& terms = reinterpret_cast<Terms<BT, ROWS>*>(extra + WARPGROUPS * S::AREA)[group];
     Sum sum[ROWS][BT / 2];
