@@ -177,7 +177,8 @@ def _persistent(op: str, p: Packing, m: int, n: int, k: int, sms: int) -> Config
             if split == 1
             or (tile.tokens <= 64 and steps >= least * split and works * split <= _room(tile, split, sms))
         ]
-        if works * steps >= LEAST_STEPS * places:
+        slower = p.kind == "fp8_block" and resident(tile) == 2  # 62 microseconds where whole tiles take 58
+        if works * steps >= LEAST_STEPS * places and not slower:
             options.insert(0, (tile, 0))  # first, so chosen where neither hides what the weights take to come
     tile, split = min(options, key=lambda o: _microseconds(p, o[0], o[1], m, n, steps, sms))
     return persistent(op, p, tile, max(split, 1), split, (m, n, k), sms)
