@@ -25,9 +25,8 @@ def products(document: Document) -> str:
             us = f"{row['us']:.{0 if row['us'] >= 100 else 1}f}"
             return us if row["kernel"] == BASE else f"{us} ({base[row['m']] / row['us']:.2f}x)"
 
-        shared = _commits(chosen)
-        note = f" (commit {shared[0]})" if len(shared) == 1 and shared[0] else ""
-        parts.append(f"N={n} K={k}, microseconds{note}:\n\n" + _by_tokens(chosen, cell, len(shared) > 1))
+        note, mixed = _note(chosen)
+        parts.append(f"N={n} K={k}, microseconds{note}:\n\n" + _by_tokens(chosen, cell, mixed))
     return "\n".join(parts) + f"\n{where(document)}\n"
 
 
@@ -42,7 +41,8 @@ def activations(document: Document) -> str:
         def cell(row: dict[str, Any], copies: dict[int, float] = copies) -> str:
             return f"{row['us']:.1f} ({100 * bandwidth(row) / copies[row['m']]:.0f} %)"
 
-        parts.append(f"K={k}, microseconds (bandwidth):\n\n" + _by_tokens(chosen, cell))
+        note, mixed = _note(chosen)
+        parts.append(f"K={k}, microseconds (bandwidth){note}:\n\n" + _by_tokens(chosen, cell, mixed))
     return "\n".join(parts) + f"\n{where(document)}\n"
 
 
@@ -57,6 +57,12 @@ def where(document: Document) -> str:
     facts = document["environment"]
     text = f"{facts['device']}; torch {facts['torch']}, NVRTC {facts['nvrtc']}, commit {document['commit']}"
     return text + "."
+
+
+def _note(rows: list[dict[str, Any]]) -> tuple[str, bool]:
+    """(what a caption says of a commit that all rows share, whether rows say it themselves)"""
+    shared = _commits(rows)
+    return f" (commit {shared[0]})" if len(shared) == 1 and shared[0] else "", len(shared) > 1
 
 
 def _commits(rows: list[dict[str, Any]]) -> list[str | None]:
