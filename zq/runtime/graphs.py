@@ -10,6 +10,7 @@ memory pool: they are never replayed at the same time, and what they return is c
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -30,6 +31,8 @@ LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
 PROMPTS = 2  # calls of a decoder with a prompt of a shape before it is captured
 LONG = 2**24  # tokens times hidden channels of a prompt, up to which the memory of its graph is worth it
+MANY = 2**25  # logits that the graph of a text returns, at most
+MASKED = ("sdpa", "eager")  # implementations of attention that take masks of four dimensions
 DECODE = {"attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
 ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
 
@@ -161,6 +164,7 @@ class Runner:
         self.texts: OrderedDict[Hashable, Captured] = OrderedDict()
         self.memory = TextMemory(config)
         self.place: Place | None = None
+        self.lock = threading.RLock()  # what is shared holds one call at a time
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model captures graphs of its own."""
@@ -186,14 +190,17 @@ class Runner:
         ids = rest.pop("input_ids", None)
         if args or not torch.is_tensor(ids) or ids.dim() != 2 or _capturing(ids):
             return forward(*args, **given)
-        self.caches.settle(ids.device)
-        if self.encoder:
-            made = self._encode(forward, ids, rest, model.dtype)
-        elif self.cache_name not in rest:
-            made = self._text(forward, ids, rest, model.dtype)
-        else:
-            made = (self._decode if ids.shape[1] == 1 else self._prompt)(forward, ids, rest)
-        return forward(input_ids=ids, **rest) if made is None else made
+        if torch.is_autocast_enabled(ids.device.type):
+            return forward(*args, **given)
+        with self.lock:
+            self.caches.settle(ids.device)
+            if self.encoder:
+                made = self._encode(forward, ids, rest, model.dtype)
+            elif self.cache_name not in rest:
+                made = self._text(forward, ids, rest, model.dtype)
+            else:
+                made = (self._decode if ids.shape[1] == 1 else self._prompt)(forward, ids, rest)
+            return forward(input_ids=ids, **rest) if made is None else made
 
     def _decode(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
         cache: Any = rest.get(self.cache_name)
@@ -258,6 +265,7 @@ class Runner:
         mask, positions = rest.get("attention_mask"), rest.get("position_ids")
         keep, around, (batch, count) = rest.get("logits_to_keep", 0), self.shared.around, ids.shape
         usual = _ordinary(rest, {*DECODE, self.cache_name}) and isinstance(keep, int)
+        usual = usual and self.config._attn_implementation in MASKED
         if not usual or around is None or not is_static(cache):
             return None
         layer = cache.layers[0]
@@ -305,9 +313,15 @@ class Runner:
         keep = rest.get("logits_to_keep", 0)
         around, count = self.shared.around, ids.shape[1]
         usual = _ordinary({**rest, "use_cache": True}, DECODE) and isinstance(keep, int)
-        if not usual or around is None or "position_ids" not in self.takes or not around.takes_prompt(count):
+        usual = usual and self.config._attn_implementation in MASKED
+        if not usual or around is None or not {"position_ids", self.cache_name} <= self.takes:
             return None
-        shaped = positions is None or (positions.dim() == 2 and positions.shape[1] == count)
+        if not around.takes_prompt(count) or around.is_watched():
+            return None
+        if getattr(self.config, "output_hidden_states", False):
+            return None
+        # Without a mask, transformers looks in positions for several texts in a row.
+        shaped = positions is None or (mask is not None and positions.shape[1:] == ids.shape[1:])
         if not shaped or (mask is not None and mask.shape != ids.shape) or not grows(self.config):
             return None
         mask = None if mask is None or bool(mask.all()) else mask
@@ -315,7 +329,11 @@ class Runner:
             if mask is not None:  # from which some families take them
                 return None
             positions = torch.arange(count, device=ids.device)[None]
-        shape, long = self.memory.shape(*ids.shape), self._is_long(ids)
+        vocabulary = self.config.get_text_config(decoder=True).vocab_size
+        long = self._is_long(ids) or ids.shape[0] * (keep or count) * vocabulary > MANY
+        if long and not cached:  # then keys and values would be kept for nothing
+            return None
+        shape = self.memory.shape(*ids.shape)
 
         def read(buffers: TextBuffers) -> Any:
             options = {"logits_to_keep": keep, self.cache_name: buffers.cache}
@@ -327,8 +345,9 @@ class Runner:
             both = torch.empty(shape, dtype=dtype, device=ids.device)
             out = read(TextBuffers(self.config, PromptBuffers(ids, positions, mask), both))
         else:
-            if not self.memory.fits(shape, dtype, ids.device):
+            if not self.memory.holds(shape, dtype, ids.device):
                 self.texts.clear()
+                self.memory.make(shape, dtype, ids.device)
             both, like = self.memory.view(shape), PromptBuffers.like
             key = (*ids.shape, positions.shape[0], keep, mask is None)
             seen = self._find(
@@ -336,7 +355,7 @@ class Runner:
             )
             seen.buffers.fill(ids, positions, mask)
             out = seen.run(lambda: read(seen.buffers), self._place())
-        if cached:
+        if cached and self.cache_name in type(out).__dataclass_fields__:
             out[self.cache_name] = dynamic_cache(self.config, both if long else both.clone())
         return out
 

@@ -123,7 +123,7 @@ def _connect(model: Any, arch: Any, blocks: Any, shared: Shared) -> None:
             block.norm_2.read_as(following.qkv.takes)
     if not arch.encoder:
         base = model.get_submodule(base_prefix(model).rstrip("."))
-        shared.around = Around(base, arch, [block.attend for block in blocks], shared)
+        shared.around = Around(base, arch, list(blocks), shared)
 
 
 def serve_block(model: Any, block: nn.Module, device: torch.device) -> None:

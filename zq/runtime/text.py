@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from zq.runtime.cache import KVCache, empty_layers, heads_of
-from zq.runtime.pool import place
+from zq.runtime.pool import bucket, place
 from zq.runtime.prompt import PromptBuffers
 
 
@@ -32,7 +32,7 @@ class TextBuffers(PromptBuffers):
 
 
 class TextMemory:
-    """Memory for keys and values, as much as the largest text that may be captured has needed. They are
+    """Memory for keys and values, about as much as the largest text that may be captured has needed. They are
     copied out of it, so all texts share it."""
 
     def __init__(self, config: Any) -> None:
@@ -44,15 +44,18 @@ class TextMemory:
         heads, channels = heads_of(self.config, None)
         return torch.Size((2 * self.config.num_hidden_layers, batch, heads, count, channels))
 
+    def holds(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+        flat = self.flat
+        if flat is None or flat.numel() < shape.numel():
+            return False
+        return (flat.dtype, flat.device) == (dtype, device)
+
     @torch.inference_mode(False)  # else they could not be written outside of it
-    def fits(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
-        """Make room for `shape`; False where what was captured before lies elsewhere now."""
-        flat, size = self.flat, shape.numel()
-        if flat is not None and flat.numel() >= size and (flat.dtype, flat.device) == (dtype, device):
-            return True
+    def make(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        """Hold `shape`, and a little more, so that a text that grows by a token at a time does not move it
+        every time. Nothing may lie there any more."""
         self.flat = None  # first, so that both are never there
-        self.flat = torch.empty(size, dtype=dtype, device=device)
-        return False
+        self.flat = torch.empty(bucket(shape.numel()), dtype=dtype, device=device)
 
     def view(self, shape: torch.Size) -> Tensor:
         assert self.flat is not None
