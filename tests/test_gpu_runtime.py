@@ -23,7 +23,8 @@ from zq.plan import make_plan
 from zq.runtime import ahead
 from zq.runtime.blocks.around import Around
 from zq.runtime.cache import cache_argument, make_cache
-from zq.runtime.graphs import PATIENCE, Captured
+from zq.runtime.captured import Captured
+from zq.runtime.graphs import PATIENCE
 from zq.runtime.linear import QuantLinear
 
 pytestmark = [
@@ -139,6 +140,19 @@ def test_texts_are_captured_when_they_come_again(name: str) -> None:
     (seen,) = model.zq_runner.texts.values()
     assert seen.graph is not None
     assert seen.calls == 5
+
+
+@torch.no_grad()
+def test_a_larger_text_moves_what_was_captured() -> None:
+    """Each length is captured, the first one again after the larger one has taken its memory."""
+    _, model = on_gpu("llama", W4A8)
+    for length in (12, 40, 12, 40):
+        for seed in range(4):
+            ids, found = token_ids(2, length, seed=seed).cuda(), []
+            for model.zq_runner.on in (False, True):
+                found.append(model(input_ids=ids).logits)
+            assert distance(found[1], found[0]) < 3e-2
+    assert [seen.graph is not None for seen in model.zq_runner.texts.values()] == [True, True]
 
 
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from zq.errors import ZqError
 from zq.runtime.cache import cache_name
+from zq.runtime.captured import Captured, Place
 from zq.runtime.pool import CachePool
 from zq.runtime.prompt import PromptBuffers, is_fresh, prompt_step
 from zq.runtime.step import Buffers, first_seen, given_dtype, is_static, static_step
@@ -35,67 +35,6 @@ MANY = 2**25  # logits that the graph of a text returns, at most
 MASKED = ("sdpa", "eager")  # implementations of attention that take masks of four dimensions
 DECODE = {"attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
 ENCODE = {"attention_mask", "token_type_ids", "position_ids", "return_dict"}
-
-
-class Place:
-    """A memory pool and a stream to capture on. What a kernel needs once on a stream (counters, workspaces)
-    is made by running there first, and is then no part of a graph."""
-
-    def __init__(self) -> None:
-        self.pool: Any = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
-
-    def run(self, step: Callable[[], Any]) -> Any:
-        here = torch.cuda.current_stream()
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            out = step()
-        here.wait_stream(self.stream)
-        return out
-
-
-class Captured:
-    """A call that was seen `calls` times: its static buffers; after the first `eager` ones its graph, and
-    what that returns."""
-
-    def __init__(self, buffers: Any, eager: int = 1) -> None:
-        self.buffers, self.eager = buffers, eager
-        self.graph: Any = None
-        self.out: Any = None
-        self.calls = 0
-        self.failed = False
-
-    def run(self, step: Callable[[], Any], place: Place | None) -> Any:
-        """`step` reads the buffers and returns a ModelOutput whose tensors are then new ones. place: where to
-        capture; None: nowhere."""
-        self.calls += 1
-        if place is None or self.failed:
-            return step()
-        if self.calls <= self.eager:
-            out = place.run(step)
-            # Tuples are hidden states, where config.json asks for them.
-            self.failed = not all(torch.is_tensor(x) for x in out.values())
-            return out if self.failed else _copied(out)
-        if self.graph is None and not self._capture(step, place):
-            return step()
-        graph: Any = self.graph
-        graph.replay()
-        return _copied(self.out)
-
-    def _capture(self, step: Callable[[], Any], place: Place) -> bool:
-        """Capturing runs nothing, so the caches are as before."""
-        graph = torch.cuda.CUDAGraph()
-        given: dict[str, Any] = {"capture_error_mode": "thread_local"}  # other threads do as they like
-        try:
-            with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, **given):
-                self.out = step()
-        except RuntimeError as error:
-            self.failed = True
-            text = str(error).splitlines()[0]
-            warnings.warn(f"zq: no CUDA graph for calls of this shape: {text}", stacklevel=2)
-            return False
-        self.graph = graph
-        return True
 
 
 class Run:
@@ -415,10 +354,6 @@ class Runner:
 
 def _ordinary(given: dict[str, Any], allowed: set[str]) -> bool:
     return given.keys() <= allowed and given.get("use_cache", True) and given.get("return_dict", True)
-
-
-def _copied(out: Any) -> Any:
-    return type(out)(**{name: x.clone() for name, x in out.items()})
 
 
 def _capturing(x: Tensor) -> bool:
