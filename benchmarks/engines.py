@@ -94,6 +94,7 @@ CASES: tuple[tuple[str, tuple[str, ...] | str, tuple[str, ...]], ...] = (
     ("W4A8-FP8", ("--w4afp8",), ("transformers",)),
     ("FP8", ("--fp8",), ("transformers", "vllm")),
     (WIDE + "FP8 in tiles", ("--fp8-block",), ("transformers", "vllm")),
+    (WIDE + "FP8 in tiles, --to fp8", ("--fp8-block", "--to", "fp8"), ("transformers", "vllm")),
     ("W4/8A8", ("--w4w8a8",), ("transformers", "vllm", PLUGIN)),
     ("W5A8 in zq's format", OWN, (PLUGIN, PLUGIN + ", float32")),
     (SHORT + "W4A8", ("--w4a8",), ("vllm", PLUGIN + ", float32")),
