@@ -25,7 +25,7 @@ from zq.runtime.captured import Captured, Place
 from zq.runtime.pool import CachePool
 from zq.runtime.prompt import PromptBuffers, is_fresh, prompt_step
 from zq.runtime.step import Buffers, first_seen, given_dtype, is_static, static_step
-from zq.runtime.text import TextBuffers, TextMemory, dynamic_cache, grows
+from zq.runtime.text import TextBuffers, TextMemory, dynamic_cache
 
 LIMIT = 16
 PATIENCE = 4  # calls of an encoder in a shape before it is captured
@@ -223,15 +223,8 @@ class Runner:
         if not empty:
             return None
         given = (ids, positions, None if whole else mask)
-        options = {"logits_to_keep": keep, self.cache_name: cache}
-        options = {name: value for name, value in options.items() if name in self.takes}
-
-        def read(buffers: PromptBuffers) -> Any:
-            out = prompt_step(forward, cache, buffers, self.shared, options)
-            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
-
         if self._is_long(ids):
-            out = read(PromptBuffers(*given))
+            out = self._read(forward, PromptBuffers(*given), cache, keep)
         else:
             places = tuple(
                 x.data_ptr() for y in cache.layers for x in (y.keys, y.values, y.cumulative_length)
@@ -239,9 +232,17 @@ class Runner:
             key = ("prompt", batch, count, positions.shape[0], keep, whole, places)
             seen = self._find(key, lambda: PromptBuffers.like(*given), PROMPTS, self.prompts)
             seen.buffers.fill(*given)
-            out = seen.run(lambda: read(seen.buffers), self._place())
+            out = seen.run(lambda: self._read(forward, seen.buffers, cache, keep), self._place())
         out[self.cache_name] = cache
         return out
+
+    def _read(self, forward: Callable[..., Any], buffers: PromptBuffers, cache: Any, keep: int) -> Any:
+        """A prompt over an empty cache: the output without it, since what is kept must not keep a cache
+        alive."""
+        options = {"logits_to_keep": keep, self.cache_name: cache}
+        options = {name: value for name, value in options.items() if name in self.takes}
+        out = prompt_step(forward, cache, buffers, self.shared, options)
+        return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
 
     def _text(
         self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any], dtype: torch.dtype
@@ -261,7 +262,7 @@ class Runner:
             return None
         # Without a mask, transformers looks in positions for several texts in a row.
         shaped = positions is None or (mask is not None and positions.shape[1:] == ids.shape[1:])
-        if not shaped or (mask is not None and mask.shape != ids.shape) or not grows(self.config):
+        if not shaped or (mask is not None and mask.shape != ids.shape) or not self.memory.grows:
             return None
         mask = None if mask is None or bool(mask.all()) else mask
         if positions is None:
@@ -273,16 +274,10 @@ class Runner:
         if long and not cached:  # then keys and values would be kept for nothing
             return None
         shape = self.memory.shape(*ids.shape)
-
-        def read(buffers: TextBuffers) -> Any:
-            options = {"logits_to_keep": keep, self.cache_name: buffers.cache}
-            options = {name: value for name, value in options.items() if name in self.takes}
-            out = prompt_step(forward, buffers.cache, buffers, self.shared, options)
-            return type(out)(**{name: x for name, x in out.items() if name != self.cache_name})
-
         if long:
             both = torch.empty(shape, dtype=dtype, device=ids.device)
-            out = read(TextBuffers(self.config, PromptBuffers(ids, positions, mask), both))
+            buffers = TextBuffers(self.config, PromptBuffers(ids, positions, mask), both)
+            out = self._read(forward, buffers, buffers.cache, keep)
         else:
             if not self.memory.holds(shape, dtype, ids.device):
                 self.texts.clear()
@@ -292,8 +287,9 @@ class Runner:
             seen = self._find(
                 key, lambda: TextBuffers(self.config, like(ids, positions, mask), both), PROMPTS, self.texts
             )
-            seen.buffers.fill(ids, positions, mask)
-            out = seen.run(lambda: read(seen.buffers), self._place())
+            buffers = seen.buffers
+            buffers.fill(ids, positions, mask)
+            out = seen.run(lambda: self._read(forward, buffers, buffers.cache, keep), self._place())
         if cached and self.cache_name in type(out).__dataclass_fields__:
             out[self.cache_name] = dynamic_cache(self.config, both if long else both.clone())
         return out

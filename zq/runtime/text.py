@@ -3,6 +3,7 @@ it can be captured and replayed as a prompt (graphs.py), and leave in a dynamic 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class TextMemory:
         self.config = config.get_text_config(decoder=True)
         self.flat: Tensor | None = None
 
+    @cached_property
+    def grows(self) -> bool:
+        """Whether the cache that a model would make itself keeps all positions of every layer."""
+        layers = DynamicCache(config=self.config).layers
+        return all(type(layer) is DynamicLayer for layer in layers)
+
     def shape(self, batch: int, count: int) -> torch.Size:
         """Of keys and values of all layers [2 layers, B, H, S, D]."""
         heads, channels = heads_of(self.config, None)
@@ -60,12 +67,6 @@ class TextMemory:
     def view(self, shape: torch.Size) -> Tensor:
         assert self.flat is not None
         return self.flat[: shape.numel()].view(shape)
-
-
-def grows(config: Any) -> bool:
-    """Whether the cache that a model would make itself keeps all positions of every layer."""
-    layers = DynamicCache(config=config).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
 
 
 def dynamic_cache(config: Any, both: Tensor) -> DynamicCache:
