@@ -48,6 +48,8 @@ def test_a_row_does_not_depend_on_its_batch(kv) -> None:
         {"rope": "none"},
         {"wide": False},
         {"tokens": 7},
+        {"tokens": 7, "rope": "none"},
+        {"tokens": 7, "rope": "interleaved", "rotary": 16},
     ],
 )
 def test_store(kv, dtype, options) -> None:

@@ -30,6 +30,11 @@ extern "C" void run(const Args *a, int entry, int x, int y, int z, int backwards
   store_kv_256(*a); }, backwards);
 }
 """
+ROWS = """
+extern "C" void run(const Args *a, int entry, int x, int y, int z, int backwards) {
+  run_grid({x, y, z}, 128, [=] { entry == 64 ? store_rows_64(*a) : store_rows_128(*a); }, backwards);
+}
+"""
 TOKEN = ATTEND.replace("attention_", "token_")
 
 
@@ -41,13 +46,14 @@ def sources(tmp_path_factory):
 @pytest.fixture
 def device(sources, monkeypatch):
     """Operators launch on the CPU; `device.arch`, `.sms`, `.backwards` may be set, `.grids` is what was
-    launched, `.scratch` the workspaces and how much of each is counters."""
+    launched in `.entries`, `.scratch` the workspaces and how much of each is counters."""
 
     class Device:
         arch, sms, backwards = 90, 132, False
 
         def __init__(self) -> None:
             self.grids: list[tuple[int, int, int]] = []
+            self.entries: list[str] = []
             self.scratch: list[tuple[Tensor, int]] = []
 
     it = Device()
@@ -63,8 +69,9 @@ def device(sources, monkeypatch):
             made[: call.scratch.zeroed] = 0
             it.scratch.append((made, call.scratch.zeroed))
             call.lend(made)
-        name = call.entry.rpartition("_")[2]
-        run = {"attention": ATTEND, "token": TOKEN, "store": STORE}[call.entry.partition("_")[0]]
+        it.entries.append(call.entry)
+        what, _, name = call.entry.rpartition("_")
+        run = {"attention": ATTEND, "token": TOKEN, "store_kv": STORE, "store_rows": ROWS}[what]
         library = sources.compile(UNITS[call.unit], run, {}, it.arch, "-O1")
         library.run(ctypes.byref(call.arguments), int(name), *call.grid, it.backwards)
 
@@ -267,6 +274,24 @@ def test_store(kv, options, dtype, device):
         assert torch.equal(found, wanted)
         for a, b in zip(args[1:5], other[1:5], strict=True):
             assert a is b is None or torch.equal(a.float(), b.float())
+
+
+ROPES = [{"rope": "none"}, {}, {"rotary": 8}, {"rotary": 12}, {"rope": "interleaved"}]
+PROMPTS = [(2, 5, 5, 9, 64), (1, 7, 1, 8, 128), (3, 2, 2, 7, 96), (2, 33, 3, 6, 16)]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+@pytest.mark.parametrize("shape", PROMPTS, ids=str)
+def test_several_heads_at_once(shape, rope, device):
+    """Of prompts: heads that are no multiple of what a warp takes, and a few blocks for many tokens."""
+    for device.sms in (132, 1):
+        args = store_args(shape, None, BF16, tokens=5, **rope)
+        other = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+        found, wanted = launched("store_kv", args), reference_kv.store_kv(*other)
+        assert torch.equal(found, wanted)
+        assert torch.equal(args[1], other[1])
+        assert torch.equal(args[2], other[2])
+    assert {entry.rpartition("_")[0] for entry in device.entries} == {"store_rows"}
 
 
 @pytest.mark.parametrize("kv", [None, "int8"])

@@ -32,12 +32,15 @@ def test_compiles(name, arch, compiled):
     assert "serialized" not in made.log  # products that wait for each other
 
 
+THREADS = {"quantize_4": 896, "store_kv_256": 640, "store_rows_64": 896, "store_rows_128": 896}
+
+
 @pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair[0] in QUANTS])
 def test_a_row_stays_in_registers(name, arch, compiled):
     threads_of = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256, "token.cu": 256}
     usual = threads_of[UNITS[name].source]  # with a neighbour
     for entry, (registers, spills) in resources(compiled[name, arch].log).items():
-        threads = {"quantize_4": 896, "store_kv_256": 640}.get(entry, usual)
+        threads = THREADS.get(entry, usual)
         assert registers <= min(65536 // threads, 255)
         assert spills == 0
 

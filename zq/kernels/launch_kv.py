@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zq.kernels import cuda
 from zq.kernels.call import Launch, Scratch
-from zq.kernels.table_kv import HEADS, STORES, kv_units
+from zq.kernels.table_kv import HEADS, PROMPTS, STORES, kv_units
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -155,8 +155,13 @@ def store_kv(  # noqa: PLR0913
     arguments.wide = position.dtype == torch.int64
     unit = kv_units(KINDS[qkv.dtype], kind)[1]
     device = cuda.describe(qkv.device.index)
-    shares = min(-(-(heads + 2 * kv_heads) // WARPS), max(1, FILL * device.sms // rows))
-    entry = f"store_kv_{min(size for size in STORES if size >= arguments.d)}"
+    plain = kind is None and q_norm is None and k_norm is None
+    if tokens > 1 and plain and arguments.d <= PROMPTS[-1]:
+        size = min(size for size in PROMPTS if size >= arguments.d)
+        entry, together = f"store_rows_{size}", WARPS * 32 * 8 // size
+    else:
+        entry, together = f"store_kv_{min(size for size in STORES if size >= arguments.d)}", WARPS
+    shares = min(-(-(heads + 2 * kv_heads) // together), max(1, FILL * device.sms // rows))
     return Launch(device, unit, entry, (rows, shares, 1), THREADS, arguments, pdl=True)
 
 

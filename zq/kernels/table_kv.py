@@ -8,6 +8,7 @@ KINDS = ("bf16", "fp16")
 CACHES = {None: ("Same", None), "int8": ("Int8Codes", "Int8"), "fp8": ("Fp8Codes", "E4m3")}
 HEADS = (64, 96, 128, 256)  # channels of a head are padded to one of these
 STORES = (64, 128, 256)  # the same of store_kv
+PROMPTS = (64, 128)  # and of what it takes for several tokens of a row, without norms and codes
 
 
 def kv_units(kind: str, kv: str | None) -> tuple[str, str, str]:
@@ -32,7 +33,10 @@ def _units(kind: str, kv: str | None) -> tuple[Unit, ...]:
         Unit(
             name=store,
             source="store_kv.cu",
-            entries=tuple(f"store_kv_{d}" for d in STORES),
+            entries=(
+                *(f"store_kv_{d}" for d in STORES),
+                *(f"store_rows_{d}" for d in PROMPTS if kv is None),
+            ),
             ops=("store_kv",),
             defines=(("IN", kind), *written),
         ),

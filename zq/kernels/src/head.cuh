@@ -27,11 +27,11 @@ template <int N> __device__ __forceinline__ void read(float (&x)[N], const void 
 }
 
 // Cosines and sines of a token at the channels of a thread, EACH from EACH * lane on.
-template <int EACH> struct Turn {
+template <int EACH, int LANES = 32> struct Turn {
   float cos[EACH], sin[EACH];
 
   __device__ __forceinline__ Turn(const Fused &a, int token) {
-    const int first = threadIdx.x % 32 * EACH;
+    const int first = threadIdx.x % LANES * EACH;
     const u64 base = (u64)token * a.rotary + first;
     if (a.rotary % EACH == 0) {
       read(cos, a.cos, base, first < a.rotary), read(sin, a.sin, base, first < a.rotary);
@@ -43,12 +43,12 @@ template <int EACH> struct Turn {
   }
 };
 
-// A warp's, EACH channels in a thread.
-template <int EACH> struct Head {
-  static constexpr int ROW = 33 * EACH;  // floats, spread so that no two threads want the same bank
+// Of LANES threads of a warp, EACH channels in a thread.
+template <int EACH, int LANES = 32> struct Head {
+  static constexpr int ROW = LANES * EACH / 32 * 33;  // floats, spread so that fewer threads want the same bank
   float x[EACH];
 
-  static __device__ __forceinline__ int first() { return threadIdx.x % 32 * EACH; }
+  static __device__ __forceinline__ int first() { return threadIdx.x % LANES * EACH; }
   static __device__ __forceinline__ int spread(int channel) { return channel + channel / 32; }
   static __device__ __forceinline__ bool inside(int d) { return first() < d; }
 
@@ -61,7 +61,7 @@ template <int EACH> struct Head {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) squares = fmaf(x[i], x[i], squares);
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) squares += __shfl_xor_sync(ALL, squares, step);
+    for (int step = 1; step < LANES; step *= 2) squares += __shfl_xor_sync(ALL, squares, step);
     const float inverse = 1.0f / sqrtf(squares / (float)d + eps);
     if (!inside(d)) return;
     float by[EACH];
@@ -70,8 +70,9 @@ template <int EACH> struct Head {
     for (int i = 0; i < EACH; ++i) x[i] = rounded<IN>(by[i] * rounded<IN>(x[i] * inverse));
   }
 
-  // `row`: room for the head, of this warp alone
-  __device__ __forceinline__ void rotate(const Fused &a, const Turn<EACH> &by, float *row) {
+  // `row`: room for the head, of these threads alone. All threads of a warp come here; which of them are `turned`
+  // may differ.
+  __device__ __forceinline__ void rotate(const Fused &a, const Turn<EACH, LANES> &by, float *row, bool turned = true) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < EACH; ++i) row[spread(first() + i)] = x[i];
@@ -80,7 +81,7 @@ template <int EACH> struct Head {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int channel = first() + i;
-      if (channel >= a.rotary) continue;
+      if (!turned || channel >= a.rotary) continue;
       const bool lower = a.interleaved ? i % 2 == 0 : channel < half;
       const int away = a.interleaved ? 1 : half;
       const float other = lower ? -row[spread(channel + away)] : row[spread(channel - away)];
@@ -100,7 +101,7 @@ template <int EACH> struct Head {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) largest = max_nan(largest, fabsf(x[i]));
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) largest = max_nan(largest, __shfl_xor_sync(ALL, largest, step));
+    for (int step = 1; step < LANES; step *= 2) largest = max_nan(largest, __shfl_xor_sync(ALL, largest, step));
     const float by = scale_of(largest, Code::top);
     const Divisor divide(by);
     const auto code = [&](int i) { return i < EACH ? divide(x[i % EACH]) : 0.0f; };
@@ -111,7 +112,7 @@ template <int EACH> struct Head {
       if constexpr (EACH == 2) *reinterpret_cast<u16 *>(to + first()) = (u16)word[0];
       else store(to + first(), word);
     }
-    if (threadIdx.x % 32 == 0) *scale = by;
+    if (threadIdx.x % LANES == 0) *scale = by;
   }
 
   // Into the cache at `position`, as it is or in codes.
