@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zq
-from tests.runtime.quantized import W4A8, W8A8, force_kernels, quantized
+from tests.runtime.quantized import W4A8, W8A8, distance, force_kernels, quantized
 from tests.runtime.stepping import NoHost, padded
 from tests.tiny import TINY, random_model, token_ids
 from zq.runtime import graphs
@@ -82,6 +82,30 @@ def test_what_is_unusual_runs_as_ever(given: dict[str, Any], steps: list[int]) -
     texts = [each.sequences if given.get("return_dict_in_generate") else each for each in found]
     assert torch.equal(*texts)
     assert steps == []
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_hooks_on_a_block_see_its_output(name: str, steps: list[int]) -> None:
+    """Of every prompt, step and text, as it would be without static steps."""
+    model, seen = optimized(name), []
+    block, ids = model.zq_runner.shared.blocks[0], token_ids(2, 6)
+    hook = block.register_forward_hook(lambda *given: seen.append(given[-1]))
+    for on in (True, False):
+        if name == "llama":
+            generated(model, on, input_ids=ids, max_new_tokens=4)
+        else:
+            model.zq_runner.on = on
+            with torch.no_grad():
+                model(input_ids=ids)
+    outputs = [each[0] if isinstance(each, tuple) else each for each in seen]
+    half = len(outputs) // 2
+    assert half == (4 if name == "llama" else 1)
+    assert all(distance(*each) < 1e-2 for each in zip(outputs[:half], outputs[half:], strict=True))
+    assert steps == []
+    hook.remove()
+    if name == "llama":
+        generated(model, True, input_ids=ids, max_new_tokens=4)
+        assert steps == [2] * 3
 
 
 def test_a_cache_of_the_users_own(steps: list[int]) -> None:

@@ -117,7 +117,7 @@ class Runner:
         self.memory.flat = self.place = None
 
     def __call__(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
-        if given.get("output_attentions") and self.shared.fused:
+        if given.get("output_attentions") and self.shared.blocks:
             raise ZqError("a fused model has no attention weights to return; load it without zq.optimize")
         if not self.on or torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
             return forward(*args, **given)
@@ -133,7 +133,9 @@ class Runner:
             return forward(*args, **given)
         with self.lock:
             self.caches.settle(ids.device)
-            if self.encoder:
+            if self.shared.is_watched() or getattr(self.config, "output_hidden_states", False):
+                made = None  # blocks leave a sum to the next one, and what is replayed is not seen
+            elif self.encoder:
                 made = self._encode(forward, ids, rest, model.dtype)
             elif self.cache_name not in rest:
                 made = self._text(forward, ids, rest, model.dtype)
@@ -256,9 +258,7 @@ class Runner:
         usual = usual and self.config._attn_implementation in MASKED
         if not usual or around is None or not {"position_ids", self.cache_name} <= self.takes:
             return None
-        if not around.takes_prompt(count) or around.is_watched():
-            return None
-        if getattr(self.config, "output_hidden_states", False):
+        if not around.takes_prompt(count):
             return None
         # Without a mask, transformers looks in positions for several texts in a row.
         shaped = positions is None or (mask is not None and positions.shape[1:] == ids.shape[1:])

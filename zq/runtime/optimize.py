@@ -96,9 +96,9 @@ def _optimize(model: Any, kv: str | None) -> Fused:
             found.left[f"block: {reason}"] += 1
             continue
         fuse(block, arch, structure, model.config)
-        block.attend.shared, block.attend.first = shared, shared.fused == 0
-        shared.fused += 1
-    if shared.fused == len(blocks):
+        block.attend.shared, block.attend.first = shared, not shared.blocks
+        shared.blocks.append(block)
+    if len(shared.blocks) == len(blocks):
         shared.config = model.config
         if blocks:
             _connect(model, arch, blocks, shared)

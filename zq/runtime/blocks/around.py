@@ -58,7 +58,6 @@ class Around:
     """
 
     def __init__(self, base: Any, arch: Arch, blocks: list[Any], shared: Shared) -> None:
-        self.blocks = blocks
         self.attends: list[Attention] = [block.attend for block in blocks]
         self.rope = self.attends[0].rope
         self.rotary = getattr(base, "rotary_emb", None)
@@ -79,16 +78,6 @@ class Around:
         if key not in self._fits:
             self._fits[key] = all(attend.fits(dtype, length) for attend in self.attends)
         return self._fits[key]
-
-    def is_watched(self) -> bool:
-        """Whether a block has hooks, which see nothing of what is replayed. transformers' own are for outputs
-        that a call asks for, and do nothing else."""
-        both = [hooks for x in self.blocks for hooks in (x._forward_hooks, x._forward_pre_hooks) if hooks]
-        return any(
-            not str(getattr(hook, "__module__", "")).startswith("transformers.")
-            for hooks in both
-            for hook in hooks.values()
-        )
 
     def takes_prompt(self, length: int) -> bool:
         """Whether a prompt of `length` tokens can be read as zq/runtime/prompt.py does."""

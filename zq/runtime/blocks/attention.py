@@ -36,7 +36,7 @@ class Shared:
 
     turn    cosine and sine of the positions at hand, made by the first of them
     step    the step or the prompt that is being made (zq/runtime/step.py, prompt.py)
-    fused   how many blocks are
+    blocks  those that are fused
     config  of the model, where all are
     handed  (what a block has returned, its rows for the next one)
     around  what lies around the blocks (blocks/around.py), where all are
@@ -45,10 +45,20 @@ class Shared:
     def __init__(self) -> None:
         self.turn: tuple[Tensor, Tensor] | None = None
         self.step: Step | Prompt | None = None
-        self.fused = 0
+        self.blocks: list[Any] = []
         self.config: Any = None
         self.handed: tuple[Tensor, Rows] | None = None
         self.around: Any = None
+
+    def is_watched(self) -> bool:
+        """Whether a block has hooks, which see nothing of what is replayed. transformers' own are for outputs
+        that a call asks for, and do nothing else."""
+        both = [hooks for x in self.blocks for hooks in (x._forward_hooks, x._forward_pre_hooks) if hooks]
+        return any(
+            not str(getattr(hook, "__module__", "")).startswith("transformers.")
+            for hooks in both
+            for hook in hooks.values()
+        )
 
 
 class Attention(nn.Module):
