@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.kernels.attention_smoke import cases, moved
 from tests.kernels.inputs import BF16, FP8, FP16
-from tests.kernels.inputs_kv import attention_args, in_parts, store_args, token_args
-from tests.kernels.near_kv import worst
-from zq.kernels import ops  # noqa: F401  (registers the operators)
+from tests.kernels.inputs_kv import attention_args, in_parts, store_args, text_args, token_args
+from tests.kernels.near_kv import worst, worst_text
+from zq.kernels import ops, reference  # noqa: F401  (registers the operators)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,3 +115,38 @@ def test_a_graph_of_both_reads_its_positions_from_the_device(kv) -> None:
         assert made.isfinite().all()
         again = Z.decode_attention(Z.store_kv(*here), *wide[1:], first, last, 0.125, None)
         assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_texts(masked, causal, dtype) -> None:
+    """Rows near the reference, their codes to the bit, the cache, and that a row of the batch does not
+    matter to the others; again and again the same."""
+    shapes = [
+        (3, 12, 12, 128, 64),
+        (2, 16, 4, 200, 128),
+        (5, 9, 3, 65, 48),
+        (3, 1, 1, 1, 16),
+        (2, 25, 25, 70, 64),
+    ]
+    for shape in (*shapes, (64, 16, 16, 128, 64), (2, 12, 12, 512, 64)):
+        args = moved(text_args(shape, dtype, causal, masked, kept=not masked))
+        found = Z.attend_text(*args)
+        assert worst_text(found, args) <= 1, shape
+        if not masked:
+            for x, kept in zip(args[1:3], args[4:6], strict=True):
+                assert torch.equal(kept[:, :, : shape[3]], x.transpose(1, 2))
+                kept.fill_(torch.nan)
+        alone = (*(x[:1] for x in args[:3]), None if args[3] is None else args[3][:1], None, None, *args[6:])
+        assert torch.equal(Z.attend_text(*alone), found[: shape[3]])
+        if shape[1] > 16:
+            continue
+        for to in (torch.int8, FP8):
+            wanted = reference.codes(found, to)
+            for _ in range(3):
+                for a, b in zip(Z.attend_text_codes(*args, to), wanted, strict=True):
+                    assert torch.equal(a.float(), b.float()), (shape, to)
+        if not masked:
+            for x, kept in zip(args[1:3], args[4:6], strict=True):
+                assert torch.equal(kept[:, :, : shape[3]], x.transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Arguments for decode_attention and store_kv. What a row must not read is NaN (codes: the largest)."""
+"""Arguments for the operators of attention. What a row must not read is NaN (codes: the largest)."""
 
 from __future__ import annotations
 
@@ -138,3 +138,31 @@ def in_parts(args: tuple[Any, ...], store: Any, attend: Any) -> tuple[Tensor, ..
     q = store(qkv, k, v, ks, vs, last, cos, sin, *numbers, eps)
     out = attend(q, k, v, ks, vs, first, last, scale, slopes)
     return reference.codes(out.view(out.shape[0], -1), to)
+
+
+def text_args(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype = BF16,
+    causal: bool = True,
+    masked: bool = False,
+    kept: bool = False,
+    seed: int = 0,
+    size: float = 1.0,
+) -> tuple[Any, ...]:
+    """Of attend_text. shape: rows of the batch, query heads, key-value heads, tokens, channels. q, k and v
+    are parts of one matrix. masked: tokens on the left, in the middle and on the right are hidden from the
+    others, in the second row all; kept: caches, full of NaN, take k and v."""
+    batch, heads, kv_heads, tokens, d = shape
+    qkv = normal(batch, tokens, heads + 2 * kv_heads, d, seed=seed) * size
+    qkv *= torch.exp(0.5 * normal(batch, tokens, 1, 1, seed=seed + 1))
+    q, k, v = qkv.to(dtype).split((heads, kv_heads, kv_heads), 2)
+    mask = None
+    if masked:
+        hidden = torch.zeros(batch, tokens, dtype=torch.bool)
+        hidden[0::3, : tokens // 3] = hidden[1:2] = hidden[2::3, -(tokens // 4) :] = True
+        hidden[0::2, tokens // 2] = True
+        mask = torch.zeros(batch, tokens, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    to = [None, None]
+    if kept:
+        to = [view_of(torch.full((batch, kv_heads, tokens + 5, d), torch.nan, dtype=dtype), 0) for _ in "kv"]
+    return q, k, v, mask, *to, causal, d**-0.5

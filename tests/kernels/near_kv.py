@@ -1,4 +1,4 @@
-"""How far decode_attention may be from its reference."""
+"""How far decode_attention and attend_text may be from their references."""
 
 from __future__ import annotations
 
@@ -25,9 +25,21 @@ def worst(found: Tensor, args: tuple[Any, ...], sums: float = 1e-5) -> float:
     magnitude of the values. An output can be subnormal, where the likely positions have the value zero; the
     steps there are fixed, 2^-24 in FP16."""
     wanted = reference_kv.decode_attention(*args).double()
-    assert torch.isfinite(wanted).all()
     magnitude = reference_kv.decode_attention(*of_magnitudes(args)).double()
-    of = torch.finfo(args[0].dtype)
+    return _worst(found, wanted, magnitude, args[0].dtype, sums)
+
+
+def worst_text(found: Tensor, args: tuple[Any, ...], sums: float = 1e-5) -> float:
+    """The same of attend_text. A cache is not written."""
+    args = *args[:4], None, None, *args[6:]
+    wanted = reference_kv.attend_text(*args).double()
+    magnitude = reference_kv.attend_text(*args[:2], args[2].abs(), *args[3:]).double()
+    return _worst(found, wanted, magnitude, args[0].dtype, sums)
+
+
+def _worst(found: Tensor, wanted: Tensor, magnitude: Tensor, dtype: torch.dtype, sums: float) -> float:
+    assert torch.isfinite(wanted).all()
+    of = torch.finfo(dtype)
     step = max(of.smallest_normal * of.eps, 1e-30)
     allowed = of.eps / 2 * (wanted.abs() + magnitude) * 1.01 + sums * magnitude + step
     ratio = (found.double() - wanted).abs() / allowed

@@ -37,7 +37,7 @@ THREADS = {"quantize_4": 896, "store_kv_256": 640, "store_rows_64": 896, "store_
 
 @pytest.mark.parametrize(("name", "arch"), [pair for pair in chosen() if pair[0] in QUANTS])
 def test_a_row_stays_in_registers(name, arch, compiled):
-    threads_of = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256, "token.cu": 256}
+    threads_of = {"quant.cu": 1024, "store_kv.cu": 1024, "attention.cu": 256, "token.cu": 256, "text.cu": 256}
     usual = threads_of[UNITS[name].source]  # with a neighbour
     for entry, (registers, spills) in resources(compiled[name, arch].log).items():
         threads = THREADS.get(entry, usual)

@@ -12,11 +12,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rot
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from tests.kernels.inputs import BF16, FP8, FP16, normal
-from tests.kernels.inputs_kv import attention_args, in_parts, store_args, token_args
+from tests.kernels.inputs_kv import attention_args, in_parts, store_args, text_args, token_args
 from tests.tiny import build_tiny
 from zq.errors import ZqError
 from zq.kernels import ops, reference, reference_kv
-from zq.kernels.table_kv import KV_UNITS, kv_units
+from zq.kernels.table_kv import KV_UNITS, TEXT_OUT, kv_units, text_unit
 
 Z = torch.ops.zq
 CALLS = [
@@ -29,6 +29,10 @@ CALLS = [
     ("store_kv", store_args((2, 4, 2, 9, 32), None, tokens=5)),
     *(("attend_token", token_args((2, 4, 2, 9, 32), kv, norms=True)) for kv in (None, "int8", "fp8")),
     ("attend_token", token_args((2, 4, 2, 9, 32), None, to=FP8, rope="none", alibi=True)),
+    ("attend_text", text_args((2, 4, 2, 9, 32), masked=True)),
+    ("attend_text", text_args((2, 4, 2, 9, 32), FP16, causal=False, kept=True)),
+    ("attend_text_codes", (*text_args((2, 4, 2, 9, 32), kept=True), torch.int8)),
+    ("attend_text_codes", (*text_args((2, 4, 2, 9, 32), causal=False), FP8)),
 ]
 
 
@@ -186,8 +190,44 @@ K8, S = K.to(torch.int8), torch.ones(2, 2, 5)
 NULL = torch.zeros(2, dtype=torch.int32)
 QKV, COS = torch.zeros(2, 8 * 32, dtype=BF16), torch.zeros(2, 32, dtype=BF16)
 ATTEND, STORE, TOKEN = "decode_attention", "store_kv", "attend_token"
+TEXT, CODES = "attend_text", "attend_text_codes"
+T, U = torch.zeros(2, 7, 4, 32, dtype=BF16), torch.zeros(2, 7, 2, 32, dtype=BF16)
+WIDE = torch.zeros(2, 7, 4, 144, dtype=BF16)
 REST = (COS, COS, 4, 2, "half", None, None, 1e-6, 0.2, None)
 MISUSES = [
+    (
+        TEXT,
+        (T.float(), U, U, None, None, None, True, 0.2),
+        "zq::attend_text: q is float32; allowed: bfloat16",
+    ),
+    (TEXT, (T, U.half(), U, None, None, None, True, 0.2), "k is float16 on cpu and q is bfloat16 on cpu"),
+    (
+        TEXT,
+        (T, U[:, :6], U, None, None, None, True, 0.2),
+        r"k has shape \[2, 6, 2, 32\] and q \[2, 7, 4, 32\]",
+    ),
+    (
+        TEXT,
+        (T, U, U[:, :, :1], None, None, None, True, 0.2),
+        r"k has shape .* and v \[2, 7, 1, 32\]; they must",
+    ),
+    (
+        TEXT,
+        (T[..., ::2], U[..., ::2], U[..., ::2], None, None, None, True, 0.2),
+        "q has strides .* must be 1",
+    ),
+    (TEXT, (T[:, :, :3], U, U, None, None, None, True, 0.2), "3 query heads cannot share 2 key-value heads"),
+    (TEXT, (WIDE, WIDE, WIDE, None, None, None, True, 0.2), "heads have 144 channels; allowed: .* up to 128"),
+    (TEXT, (T, U, U, U[:, :, 0, 0].int(), None, None, True, 0.2), "mask is int32; allowed: bfloat16"),
+    (TEXT, (T, U, U, U[:, :6, 0, 0], None, None, True, 0.2), r"mask has shape \[2, 6\], expected \[2, 7\]"),
+    (TEXT, (T, U, U, None, K, None, True, 0.2), "v_to is missing; give both or neither"),
+    (TEXT, (T, U, U, None, K, K, True, 0.2), r"k_to is bfloat16 of shape \[2, 2, 5, 32\], .* with L >= 7"),
+    (CODES, (T, U, U, None, None, None, True, 0.2, BF16), "dtype is bfloat16; allowed: int8, float8"),
+    (
+        CODES,
+        (*[x.repeat(1, 1, 5, 1) for x in (T, U, U)], None, None, None, True, 0.2, FP8),
+        "q has 20 heads; allowed: up to 16; use attend_text and quantize its rows",
+    ),
     (TOKEN, (QKV, K, K, None, None, NULL, NULL, *REST, BF16), "dtype is bfloat16; allowed: int8, float8"),
     (TOKEN, (QKV, K, K, None, None, NULL, NULL.long(), *REST, torch.int8), "last is int64; allowed: int32"),
     (
@@ -302,6 +342,8 @@ def test_no_rows():
     assert Z.decode_attention(*none, 1.0, None).shape == (0, 4, 32)
     none = (x[:0] for x in (QKV, K8, K8, S, S, NULL, COS, COS))
     assert Z.store_kv(*none, 4, 2, "half").shape == (0, 4, 32)
+    none = [x[:0] for x in (T, U, U)]
+    assert Z.attend_text(*none, None, None, None, True, 1.0).shape == (0, 128)
     none = (x[:0] for x in (QKV, K8, K8, S, S, NULL, NULL, COS, COS))
     assert Z.attend_token(*none, *REST[2:], FP8)[0].shape == (0, 128)
 
@@ -320,4 +362,4 @@ def test_units_of_a_model():
     assert kv_units("bf16", "int8") == ("attention_int8_bf16", "store_kv_int8_bf16", "token_int8_bf16")
     assert {
         name for kind in ("bf16", "fp16") for kv in (None, "int8", "fp8") for name in kv_units(kind, kv)
-    } == names
+    } | {text_unit(kind, out) for kind in ("bf16", "fp16") for out in TEXT_OUT} == names

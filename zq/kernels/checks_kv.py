@@ -1,4 +1,4 @@
-"""What decode_attention, store_kv and attend_token take and give; see zq.kernels.checks. Raises ZqError."""
+"""What the operators of attention take and give; see zq.kernels.checks. Raises ZqError."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from zq.kernels.checks import F32, FP8, HALVES, I32, INT8, MULTIPLE, Outputs, ch
 CHANNELS = 256  # of a head, at most
 ROPES = ("none", "half", "interleaved")
 ALIGNED = 16  # bytes, of every row of a cache
+TEXT_CHANNELS = 128  # of a head in a text, at most
+TEXT_HEADS = 16  # of a text whose rows come out in codes, at most
 
 
 def cache(op: str, name: str, x: Tensor, shape: tuple[Any, ...], like: Tensor) -> None:
@@ -182,3 +184,81 @@ def store_kv(  # noqa: PLR0913
         if weight is not None:
             tensor(op, name, weight, (qkv.dtype,), (channels,), qkv)
     return [((rows, heads, channels), qkv.dtype)]
+
+
+def _heads(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    """x [B, S, H, D], of any strides but the last."""
+    if x.dtype != like.dtype or x.device != like.device:
+        kinds = [f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in (x, like)]
+        raise ZqError(f"zq::{op}: {name} is {kinds[0]} and q is {kinds[1]}; give both in one type and place")
+    if x.dim() != 4 or x.shape[:2] != like.shape[:2] or x.shape[3] != like.shape[3]:
+        raise ZqError(
+            f"zq::{op}: {name} has shape {list(x.shape)} and q {list(like.shape)}, expected [B, S, heads, D]"
+        )
+    if x.stride(3) != 1 or any(s * x.element_size() % ALIGNED for s in x.stride()[:3]):
+        raise ZqError(
+            f"zq::{op}: {name} has strides {list(x.stride())}; the last must be 1 and the others multiples "
+            f"of {ALIGNED} bytes"
+        )
+
+
+def attend_text(  # noqa: PLR0913 (the operator's arguments)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    k_to: Tensor | None,
+    v_to: Tensor | None,
+    causal: bool,
+    scale: float,
+    op: str = "attend_text",
+) -> Outputs:
+    if q.dtype not in HALVES:
+        raise ZqError(f"zq::{op}: q is {str(q.dtype).removeprefix('torch.')}; allowed: bfloat16, float16")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _heads(op, name, x, q)
+    batch, tokens, heads, channels = q.shape
+    if channels % MULTIPLE or channels > TEXT_CHANNELS or channels == 0:
+        raise ZqError(
+            f"zq::{op}: heads have {channels} channels; allowed: multiples of {MULTIPLE} up to "
+            f"{TEXT_CHANNELS}"
+        )
+    heads_of(op, heads, k.shape[2])
+    if v.shape != k.shape:
+        raise ZqError(f"zq::{op}: k has shape {list(k.shape)} and v {list(v.shape)}; they must be equal")
+    if mask is not None:
+        tensor(op, "mask", mask, (q.dtype,), (batch, tokens), q)
+    if (k_to is None) != (v_to is None):
+        raise ZqError(f"zq::{op}: {'k_to' if k_to is None else 'v_to'} is missing; give both or neither")
+    for name, x in (("k_to", k_to), ("v_to", v_to)):
+        if x is None:
+            continue
+        if x.dim() != 4 or x.shape[2] < tokens or x.dtype != q.dtype:
+            raise ZqError(
+                f"zq::{op}: {name} is {str(x.dtype).removeprefix('torch.')} of shape {list(x.shape)}, "
+                f"expected {str(q.dtype).removeprefix('torch.')} [B, Hkv, L, D] with L >= {tokens}"
+            )
+        cache(op, name, x, (batch, k.shape[2], x.shape[2], channels), q)
+    return [((batch * tokens, heads * channels), q.dtype)]
+
+
+def attend_text_codes(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    k_to: Tensor | None,
+    v_to: Tensor | None,
+    causal: bool,
+    scale: float,
+    dtype: torch.dtype,
+) -> Outputs:
+    op = "attend_text_codes"
+    (((rows, channels), _),) = attend_text(q, k, v, mask, k_to, v_to, causal, scale, op)
+    choice(op, "dtype", dtype, (INT8, FP8))
+    if q.shape[2] > TEXT_HEADS:
+        raise ZqError(
+            f"zq::{op}: q has {q.shape[2]} heads; allowed: up to {TEXT_HEADS}; use attend_text and quantize "
+            "its rows"
+        )
+    return quantized(rows, channels, dtype)

@@ -35,10 +35,12 @@ OUTPUTS = {  # fields of arguments that outputs fill; the other tensors have the
     "decode_attention": ("out",),
     "store_kv": ("q",),
     "attend_token": ("codes", "steps", "rowsum"),
+    "attend_text": ("out",),
+    "attend_text_codes": ("out", "steps", "rowsum"),
 }
 RENAMED = {"gate_up": "x"}
 ANYWHERE = frozenset(  # of the cache's kernels, which read one value of these at a time
-    ("k_scale", "v_scale", "first", "last", "slopes", "position")
+    ("k_scale", "v_scale", "first", "last", "slopes", "position", "mask")
 )
 
 

@@ -1,21 +1,25 @@
-"""Launches of decode_attention, store_kv and attend_token: which kernel, how many blocks, which arguments."""
+"""Launches of the operators of attention: which kernel, how many blocks, which arguments."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zq.errors import ZqError
 from zq.kernels import cuda
 from zq.kernels.call import Launch, Scratch
-from zq.kernels.table_kv import HEADS, PROMPTS, STORES, kv_units
+from zq.kernels.checks_kv import TEXT_HEADS
+from zq.kernels.table_kv import CLUSTERS, HEADS, PROMPTS, STORES, TEXTS, kv_units, text_unit
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 THREADS, WARPS, QUERIES = 128, 4, 8
+ROWS = 64  # queries of a head that a block of text.cu makes
+TOGETHER = 8  # blocks of a cluster, at most
 RESIDENT = 2  # blocks of attention.cu that a multiprocessor holds
 FILL = (
     16  # blocks of store_kv.cu for each multiprocessor: where rows alone are as many, a block makes all heads
@@ -49,6 +53,13 @@ TokenArguments = _structure(
     _fields(
         "first last slopes out codes steps rowsum counters ended partial sums", "most pieces fp8", "scale"
     ),
+)
+PLACES = tuple(f"{x}_{of}" for x in ("q", "k", "v", "k_to", "v_to") for of in ("batch", "token", "head"))
+TextArguments = _structure(
+    _fields("q k v mask k_to v_to out steps rowsum", ""),
+    [(name, ctypes.c_uint64) for name in PLACES],
+    _fields("", "heads kv_heads tokens d causal per", "scale"),
+    _fields("", "unused"),
 )
 
 
@@ -206,8 +217,79 @@ def attend_token(  # noqa: PLR0913
     )
 
 
+def attend_text(  # noqa: PLR0913
+    op: str,
+    outputs: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    k_to: Tensor | None,
+    v_to: Tensor | None,
+    causal: bool,
+    scale: float,
+    dtype: torch.dtype | None = None,
+) -> Launch | None:
+    batch, tokens, heads, channels = q.shape
+    if batch * tokens == 0:
+        return None
+    device, out = cuda.describe(q.device.index), None if dtype is None else CODES[dtype]
+    shape = text_shape(device, heads, channels, out is not None)
+    if shape is None:
+        raise ZqError(
+            f"zq::{op} does not fit {device.arch}, which has no clusters of blocks or too little shared "
+            "memory; use attend_text and quantize its rows"
+        )
+    arguments = TextArguments(
+        heads=heads, kv_heads=k.shape[2], tokens=tokens, d=channels, causal=causal, per=shape.per, scale=scale
+    )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _place(arguments, name, x)
+    for name, x in (("k_to", k_to), ("v_to", v_to)):
+        if x is not None:
+            _place(arguments, name, x.transpose(1, 2))
+    return Launch(
+        device,
+        text_unit(KINDS[q.dtype], out),
+        shape.entry,
+        (shape.blocks, -(-tokens // ROWS), batch),
+        THREADS * shape.per,
+        arguments,
+        shared=shape.shared,
+        cluster=1 if out is None else shape.blocks,
+        pdl=True,
+    )
+
+
+class TextShape(NamedTuple):
+    """Entry of text.cu, heads of a block, blocks that have all heads, bytes of shared memory."""
+
+    entry: str
+    per: int
+    blocks: int
+    shared: int
+
+
+def text_shape(device: cuda.Device, heads: int, channels: int, codes: bool) -> TextShape | None:
+    """How 64 tokens with `heads` heads are computed, those of `codes` in one cluster; None: not at all."""
+    per = 2 if codes and heads > TOGETHER else 1
+    size = min(size for size in TEXTS if size >= channels)
+    shared = per * 5 * ROWS * (2 * size + 16) + codes * 2 * 4 * ROWS * TEXT_HEADS
+    if shared > device.shared or (codes and (device.number < CLUSTERS or heads > TEXT_HEADS)):
+        return None
+    return TextShape(f"text_{size}", per, -(-heads // per), shared)
+
+
+def _place(arguments: Any, name: str, x: Tensor) -> None:
+    """Strides of x [B, S, H, D] in bytes."""
+    for of, stride in zip(("batch", "token", "head"), x.stride()[:3], strict=True):
+        setattr(arguments, f"{name}_{of}", stride * x.element_size())
+
+
 LAUNCH: dict[str, Callable[..., Launch | None]] = {
     "decode_attention": decode_attention,
     "store_kv": store_kv,
     "attend_token": attend_token,
+    "attend_text": attend_text,
+    "attend_text_codes": attend_text,
 }

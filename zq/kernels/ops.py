@@ -1,5 +1,5 @@
 """The operators: `torch.ops.zq.NAME`, after `import zq.kernels.ops`. All are functional, new tensors out, but
-store_kv and attend_token, which also write into the cache.
+store_kv, attend_token and attend_text, which also write into a cache.
 
 x is [M, K] with K a multiple of 16; flatten leading dimensions. Weights are packed by zq.kernels.layout, n is
 the number of outputs N (the packed weight is padded). On a CPU an operator is its reference
@@ -23,6 +23,7 @@ torch.float8_e4m3fn, `out` is torch.bfloat16 or torch.float16. Wrong shapes, dty
                                     the cache
     decode_attention                its attention over the cache (zq.kernels.checks_kv)
     attend_token                    both, and the rows that come out quantized, in one launch
+    attend_text, attend_text_codes  attention of tokens to those of their own row, k and v into a cache
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from zq.kernels import checks, checks_kv, launch, reference, reference_kv
 QUANTIZED = "(Tensor q, Tensor scale, Tensor rowsum)"
 QUANTIZED_ADD = "(Tensor q, Tensor scale, Tensor rowsum, Tensor sum)"
 GEMM = "Tensor? bias, SymInt n"
+TEXT = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor(a!)? k_to, Tensor(b!)? v_to, bool causal, float scale"
+)
 SCHEMAS = {
     "quant_int8": f"(Tensor x) -> {QUANTIZED}",
     "quant_fp8": "(Tensor x) -> (Tensor q, Tensor scale)",
@@ -70,9 +74,11 @@ SCHEMAS = {
     "attend_token": "(Tensor qkv, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
     "Tensor first, Tensor last, Tensor? cos, Tensor? sin, int heads, int kv_heads, str rope, Tensor? q_norm, "
     f"Tensor? k_norm, float eps, float scale, Tensor? slopes, ScalarType dtype) -> {QUANTIZED}",
+    "attend_text": f"({TEXT}) -> Tensor",
+    "attend_text_codes": f"({TEXT}, ScalarType dtype) -> {QUANTIZED}",
 }
 QUANT_OPS = tuple(name for name in SCHEMAS if "quant" in name)
-KV_OPS = ("decode_attention", "store_kv", "attend_token")
+KV_OPS = ("decode_attention", "store_kv", "attend_token", "attend_text", "attend_text_codes")
 GEMM_OPS = tuple(name for name in SCHEMAS if name not in (*QUANT_OPS, *KV_OPS))
 
 

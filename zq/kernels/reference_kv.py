@@ -1,4 +1,4 @@
-"""What decode_attention, store_kv and attend_token compute, in plain torch; see zq.kernels.reference.
+"""What the operators of attention compute, in plain torch; see zq.kernels.reference.
 
 Attention: scores and probabilities in float64, one rounding at the end. The bias of ALiBi is rounded to the
 dtype of q, as transformers' BLOOM does, and counts positions from `first`, as its mask does.
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from zq.kernels.reference import codes, quantize, rms_norm
+
+HIDDEN = -7e37  # the score of a key that a mask hides; where all are hidden, all are alike
 
 
 def decode_attention(  # noqa: PLR0913 (the operator's arguments)
@@ -117,3 +119,45 @@ def attend_token(  # noqa: PLR0913
     q = store_kv(qkv, *cache, last, cos, sin, heads, kv_heads, rope, q_norm, k_norm, eps)
     out = decode_attention(q, *cache, first, last, scale, slopes)
     return codes(out.flatten(1), dtype)
+
+
+def attend_text(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    k_to: Tensor | None,
+    v_to: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    batch, tokens, heads, channels = q.shape
+    for x, kept in ((k, k_to), (v, v_to)):
+        if kept is not None:
+            kept[:, :, :tokens] = x.transpose(1, 2)
+    group = heads // k.shape[2]
+    queries = q.transpose(1, 2).double()
+    keys, values = (x.transpose(1, 2).double().repeat_interleave(group, 1) for x in (k, v))
+    scores = queries @ keys.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = (scores + mask.double()[:, None, None]).clamp_min(HIDDEN)
+    if causal:
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    out = scores.softmax(-1) @ values
+    return out.transpose(1, 2).reshape(batch * tokens, heads * channels).to(q.dtype)
+
+
+def attend_text_codes(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    k_to: Tensor | None,
+    v_to: Tensor | None,
+    causal: bool,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """attend_text, then its rows in `dtype`."""
+    return codes(attend_text(q, k, v, mask, k_to, v_to, causal, scale), dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zq.errors import ZqError
-from zq.kernels.table_kv import kv_units
+from zq.kernels.table_kv import kv_units, text_unit
 from zq.models.families import FAMILIES
 from zq.models.layout import base_prefix, is_linear
 from zq.models.structure import structure_of
@@ -146,6 +146,9 @@ def load_fused(model: nn.Module, device: torch.device) -> None:
             if part is None or part.takes is None or capability(device) is None:
                 continue
             names |= {f"{op}_{SHORT[part.takes]}_{kind}" for op in part.units}
+        if block.attend.fits(model.dtype, 1):  # type: ignore[arg-type]
+            wanted = (x for x in (block.out.takes, None) if block.attend.reads(device, x))
+            names |= {text_unit(kind, None if x is None else SHORT[x]) for x in wanted}
     cuda.prepare(device, sorted(names))
 
 

@@ -48,6 +48,7 @@ class Prompt:
         self.places = torch.arange(count, device=buffers.ids.device).repeat(batch)
         self._written: list[Tensor] = []
         self._added: Tensor | None = None
+        self._hidden: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
 
     def layer(self, layer_idx: int) -> Any:
@@ -80,6 +81,14 @@ class Prompt:
             lowest = torch.finfo(dtype).min
             self._added = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
         return self._added
+
+    def hidden(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of each token [B, S] beside the causal mask; None: nothing. Made once
+        for all layers."""
+        if self.mask is not None and self._hidden is None:
+            added = torch.zeros_like(self.mask, dtype=dtype)
+            self._hidden = added.masked_fill_(self.mask.eq(0), torch.finfo(dtype).min)
+        return self._hidden
 
     def finish(self, count: int) -> None:
         """Count the tokens in every layer that was written."""

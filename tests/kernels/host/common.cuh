@@ -53,6 +53,7 @@ struct Fiber {
   jmp_buf place;
   int turn = 0, cluster_turn = -1;
   bool begun = false, ended = false;
+  std::vector<std::function<void()>> asked;  // copies that are on their way
 };
 static std::deque<Fiber> fibers;  // of a block, or of the blocks of a cluster one after the other
 static int cluster_blocks, rank_of_block;
@@ -99,7 +100,7 @@ static void cluster_wait() {
   of_cluster.wait(fiber().cluster_turn);
   fiber().cluster_turn = -1;
 }
-static uint4 words_of_blocks[8][2048 / 16];
+static uint4 words_of_blocks[8][(2048 + 229376) / 16];  // what is dynamic lies behind the first
 static u32 *word_of(u32 address, int rank = rank_of_block) { return &words_of_blocks[rank]->x + address / 4; }
 static u32 shared_words() { return 0; }
 static uint4 load_shared(u32 from) { return *(const uint4 *)word_of(from); }
@@ -142,7 +143,7 @@ static std::function<void()> body;
 static void run_fiber() {
   for (;;) {
     body();
-    fiber().ended = true;
+    fiber().asked.clear(), fiber().ended = true;
     let_others();
   }
 }

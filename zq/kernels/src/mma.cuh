@@ -1,21 +1,7 @@
-// Copies and products that every GPU from sm_80 on has, one PTX instruction a function: cp.async, ldmatrix, mma.sync.
-// (PTX ISA 9.0.)
+// Products that every GPU from sm_80 on has: mma.sync (PTX ISA 9.0), and the copies before them.
 #pragma once
+#include "copies.cuh"
 #include "scheme.cuh"
-
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-__device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(address)
-               : "memory");
-}
 
 __device__ __forceinline__ void mma(Acc (&d)[4], const u32* a, u32 b0, u32 b1) {
 #define MMA(TYPES, REG)                                                                                        \

@@ -1,0 +1,101 @@
+"""Texts, prompts and encoders on zq's own attention are what they are on torch's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import zq
+from tests.runtime.quantized import W4A8, W4A16, distance, force_kernels, quantized
+from tests.runtime.stepping import Seen, padded, stepping
+from tests.runtime.test_prompt import READ, places_of
+from tests.tiny import TINY, token_ids
+from zq.runtime.blocks import attention
+
+ENCODERS = [name for name in TINY if "bert" in name]
+PLAIN, CODES, STORE = "zq.attend_text", "zq.attend_text_codes", "zq.store_kv"
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether texts go through zq's attention, as on a GPU that has room for them."""
+    force_kernels(monkeypatch)
+    on = [True]
+    monkeypatch.setattr(attention, "text_fits", lambda *_: on[0])
+    return on
+
+
+def called(model: Any, **given: Any) -> tuple[Any, Counter[str]]:
+    with torch.no_grad(), Seen() as seen:
+        out = model(**given)
+    return out, seen.ops
+
+
+@pytest.mark.parametrize("scheme", [W4A8, W4A16])
+@pytest.mark.parametrize("name", READ)
+def test_decoders(name: str, scheme: str, own: list[bool]) -> None:
+    """Padded on the left and not: logits and the cache; in as few operators as can be."""
+    model, _ = stepping(name, scheme)
+    blocks = len(model.zq_runner.shared.blocks)
+    bare = name in ("gpt2", "opt", "opt-post")  # no rotary embedding: heads are parts of the product
+    left = padded()["attention_mask"]
+    texts = [{}, {"attention_mask": left, "position_ids": places_of(left)}]
+    for more in texts:
+        seen, found = more.get("attention_mask", torch.ones(3, 9)).bool(), []
+        for own[0] in (True, False):
+            out, ops = called(model, input_ids=token_ids(3, 9), **more)
+            cache = out[model.zq_runner.cache_name]
+            kept = [x * seen[:, None, :, None] for y in cache.layers for x in (y.keys, y.values)]
+            found.append((out.logits[seen], torch.cat([x.flatten() for x in kept])))
+            read = scheme == W4A8 or (bare and own[0])
+            wanted = {
+                CODES: blocks if own[0] and scheme == W4A8 else 0,
+                PLAIN: blocks if own[0] and scheme != W4A8 and bare else 0,
+                STORE: 0 if own[0] and read and bare else blocks if name != "gptj" else 0,
+            }
+            if name != "gptj":  # whose rotary embedding of prompts is transformers' own
+                assert {op: ops[op] for op in wanted} == wanted
+        for mine, theirs in zip(*found, strict=True):
+            assert distance(mine, theirs) < (4e-2 if scheme == W4A8 else 2e-2)
+
+
+@pytest.mark.parametrize("scheme", [W4A8, W4A16])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name: str, scheme: str, own: list[bool]) -> None:
+    """With a mask that hides tokens on the right, and without one."""
+    model = zq.optimize(quantized(name, scheme))
+    model.zq_runner.on = True
+    blocks = len(model.zq_runner.shared.blocks)
+    mask = torch.ones(3, 9).long()
+    mask[1, 6:] = 0
+    for more in ({}, {"attention_mask": mask}):
+        seen, found = more.get("attention_mask", torch.ones(3, 9)).bool(), []
+        for own[0] in (True, False):
+            out, ops = called(model, input_ids=token_ids(3, 9), **more)
+            first = next(x for x in out.values() if x.dim() > 1)
+            found.append(first[seen] if first.shape[:2] == seen.shape else first)
+            assert ops[CODES] == (blocks if own[0] and scheme == W4A8 else 0)
+            assert ops[PLAIN] == 0
+        assert distance(*found) < 3e-2
+
+
+def test_what_stays_torchs(own: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts, other attention functions, masks of four dimensions, pieces of a text, other dtypes."""
+    model, _ = stepping("gpt2", W4A8)
+    ids = token_ids(2, 8)
+    assert called(model, input_ids=ids)[1][CODES] == 2
+    four = torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16).masked_fill(torch.ones(8, 8).triu(1).bool(), -1e9)
+    assert called(model, input_ids=ids, attention_mask=four)[1][CODES] == 0
+    first, _ = called(model, input_ids=ids[:, :4])
+    given = {model.zq_runner.cache_name: first[model.zq_runner.cache_name]}
+    assert called(model, input_ids=ids[:, 4:], **given)[1][CODES] == 0
+    monkeypatch.setattr(attention, "TEXT", 7)
+    assert called(model, input_ids=ids)[1][CODES] == 0
+    monkeypatch.setattr(attention, "TEXT", 8)
+    model.config._attn_implementation = "eager"
+    assert called(model, input_ids=ids)[1][CODES] == 2, "in a prompt it is sdpa too"
+    narrow, _ = stepping("gpt2", W4A8, torch.float32)
+    assert called(narrow, input_ids=ids)[1][CODES] == 0
