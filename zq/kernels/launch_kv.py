@@ -274,7 +274,7 @@ def text_shape(device: cuda.Device, heads: int, channels: int, codes: bool) -> T
     """How 64 tokens with `heads` heads are computed, those of `codes` in one cluster; None: not at all."""
     per = 2 if codes and heads > TOGETHER else 1
     size = min(size for size in TEXTS if size >= channels)
-    shared = per * 5 * ROWS * (2 * size + 16) + codes * 2 * 4 * ROWS * TEXT_HEADS
+    shared = per * 5 * ROWS * (2 * size + 16) + codes * 4 * ROWS * TEXT_HEADS
     if shared > device.shared or (codes and (device.number < CLUSTERS or heads > TEXT_HEADS)):
         return None
     return TextShape(f"text_{size}", per, -(-heads // per), shared)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zq.kernels.reference import codes, quantize, rms_norm
 
-HIDDEN = -7e37  # the score of a key that a mask hides; where all are hidden, all are alike
+LOW = -6e4  # what a mask adds to hide a key: less than this
 
 
 def decode_attention(  # noqa: PLR0913 (the operator's arguments)
@@ -140,11 +140,13 @@ def attend_text(
     keys, values = (x.transpose(1, 2).double().repeat_interleave(group, 1) for x in (k, v))
     scores = queries @ keys.transpose(-1, -2) * scale
     if mask is not None:
-        scores = (scores + mask.double()[:, None, None]).clamp_min(HIDDEN)
+        added = mask.double()[:, None, None]
+        scores = (scores + added).masked_fill(added < LOW, -torch.inf)
     if causal:
         later = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    out = scores.softmax(-1) @ values
+    chances = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    out = chances @ values
     return out.transpose(1, 2).reshape(batch * tokens, heads * channels).to(q.dtype)
 
 

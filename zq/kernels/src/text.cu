@@ -1,6 +1,7 @@
 // Attention of tokens to those of the same row of a batch (a prompt, a text, an encoder's input) and what follows it:
-// out = softmax(scale q K^T + mask) V, softmax in float32, written as it is (IN), or, where OUT is Int8 or E4m3,
-// quantized token by token as quant.cu does it. Keys and values may be copied into a cache on the way.
+// out = softmax(scale q K^T + mask) V, softmax in float32, zeros for a token that sees nothing; written as it is (IN),
+// or, where OUT is Int8 or E4m3, quantized token by token as quant.cu does it. Keys and values may be copied into a
+// cache on the way.
 //
 // Four warps take 64 queries of a head, 16 each; keys come 64 at a time through shared memory, the next ones while
 // these are used. What a warp gives its products (mma.sync m16n8k16):
@@ -8,7 +9,7 @@
 //     S [16 queries, 64 keys] = Q K^T        O [16 queries, D channels] += P V
 //
 // The scale of a token is that of all its heads, so blocks of a cluster have all of them: HEADS_OF_BLOCK each, side by
-// side. They tell each other their largest magnitudes, and the first one gets the sums of codes.
+// side. They tell each other their largest magnitudes, once. The first one has made the sums of codes zero before that.
 #include "codes8.cuh"
 #include "mma16.cuh"
 #include "copies.cuh"
@@ -39,7 +40,7 @@ struct Args {
 
 constexpr int ROWS = 64, KEYS = 64, THREADS = 128;  // of a head
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float HIDDEN = -1e38f, ABSENT = -3e38f;  // scores of keys that a mask hides, and of those that are not there
+constexpr float LOW = -6e4f, NONE = -1e30f;  // what a mask adds to hide a key is less than LOW; the score of what is not seen
 constexpr float LIFT = IS_HALF<IN> ? 14.0f : 0.0f;  // probabilities end at 2^LIFT, so that small ones stay normal in fp16
 constexpr int BLOCKS = ZQ_ARCH == 120 ? 1 : 2;  // on a multiprocessor: shared memory of sm_120 holds one
 
@@ -81,7 +82,7 @@ __device__ __forceinline__ float row_sum(float x) {
 // 16 queries of a warp: rows g and g + 8 in a thread, columns 2 t and 2 t + 1 of each eight.
 template <int D> struct Sums {
   float out[D / 8][4];
-  float top[2] = {ABSENT, ABSENT}, sum[2] = {0, 0};
+  float top[2] = {NONE, NONE}, sum[2] = {0, 0};
 
   __device__ __forceinline__ Sums() {
 #pragma unroll
@@ -107,23 +108,22 @@ template <int D> struct Sums {
       }
     }
 
-    const float factor = a.scale * LOG2E;
     const auto change = [&](auto f) {
 #pragma unroll
       for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) score[n][i] = f(score[n][i], 8 * n + i % 2, i / 2 * 8);
     };
-    change([&](float x, int, int) { return x * factor; });
     const int key = first + 2 * t;
     if (mask)
       change([&](float x, int more, int) {
-        if (key + more < a.tokens) x = fmaf(to_float(mask[key + more]), LOG2E, x);
-        return x < HIDDEN ? HIDDEN : x;  // NaN stays
+        const float added = key + more < a.tokens ? to_float(mask[key + more]) : 0.0f;
+        return added < LOW ? NONE : fmaf(added, 1.0f / a.scale, x);
       });
     const int seen = a.causal ? min(row + 1, a.tokens) : a.tokens, below = a.causal ? min(row + 9, a.tokens) : a.tokens;
     if (a.causal || first + KEYS > a.tokens)
-      change([&](float x, int more, int down) { return key + more < (down ? below : seen) ? x : ABSENT; });
+      change([&](float x, int more, int down) { return key + more < (down ? below : seen) ? x : NONE; });
+    const float factor = a.scale * LOG2E;
     float now[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n)
@@ -132,8 +132,8 @@ template <int D> struct Sums {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       now[h] = row_max(now[h]);
-      const float by = exp2_fast(top[h] - now[h]);
-      sum[h] *= by, top[h] = now[h];
+      const float by = exp2_fast((top[h] - now[h]) * factor);
+      sum[h] *= by, top[h] = now[h], now[h] = now[h] > NONE ? LIFT - now[h] * factor : 0;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) out[n][2 * h] *= by, out[n][2 * h + 1] *= by;
     }
@@ -144,7 +144,7 @@ template <int D> struct Sums {
       for (int i = 0; i < 4; ++i) {
         const float(&x)[4] = score[2 * s + i / 2];
         const int h = i % 2;
-        const float low = exp2_fast(x[2 * h] - (now[h] - LIFT)), high = exp2_fast(x[2 * h + 1] - (now[h] - LIFT));
+        const float low = exp2_fast(fmaf(x[2 * h], factor, now[h])), high = exp2_fast(fmaf(x[2 * h + 1], factor, now[h]));
         sum[h] += low + high;
         p[i] = pack2<IN>(low, high);
       }
@@ -160,7 +160,7 @@ template <int D> struct Sums {
 
   // The row g + 8 h in 16 bits: a word for each eight channels.
   __device__ __forceinline__ void finish(int h, u32 (&word)[D / 8]) {
-    const float inverse = 1.0f / row_sum(sum[h]);
+    const float whole = row_sum(sum[h]), inverse = whole == 0.0f ? 0.0f : 1.0f / whole;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) word[n] = pack2<IN>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
   }
@@ -169,6 +169,7 @@ template <int D> struct Sums {
 // Rows of a warp, which has put them into shared memory, as `pieces` of 16 bytes each.
 __device__ __forceinline__ void write_rows(u32 from, u32 pitch, u8 *to, u64 stride, int rows, int pieces) {
   __syncwarp();
+#pragma unroll 1
   for (int i = threadIdx.x % 32; i < 16 * pieces; i += 32) {
     const int row = i / pieces, piece = i % pieces;
     if (row < rows) *reinterpret_cast<uint4 *>(to + row * stride + 16 * piece) = load_shared(from + row * pitch + 16 * piece);
@@ -176,7 +177,6 @@ __device__ __forceinline__ void write_rows(u32 from, u32 pitch, u8 *to, u64 stri
 }
 
 #ifdef OUT
-constexpr int MOST_HEADS = 16;
 // The words of all heads of a cluster [heads, ROWS], in each of its blocks.
 struct Words {
   u32 at;
@@ -192,11 +192,13 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   const bool has = head < a.heads;
   const u32 memory = dynamic_shared() + own * 5 * T::bytes;
   const u32 q_tile = memory, k_tiles = memory + T::bytes, v_tiles = memory + 3 * T::bytes;
-#ifdef OUT
-  cluster_arrive();
-#endif
   pdl_launch();
   pdl_wait();
+#ifdef OUT
+  if (OUT::sums && cluster_rank() == 0 && threadIdx.x < ROWS && tile * ROWS + (int)threadIdx.x < a.tokens)
+    a.rowsum[(u64)batch * a.tokens + tile * ROWS + threadIdx.x] = 0;
+  cluster_arrive();
+#endif
 
   const u8 *k = reinterpret_cast<const u8 *>(a.k) + batch * a.k_at.batch + kv * a.k_at.head;
   const u8 *v = reinterpret_cast<const u8 *>(a.v) + batch * a.v_at.batch + kv * a.v_at.head;
@@ -231,7 +233,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
               a.tokens, a.d);
     }
     sums.add(a, mine, k_tile, v_tile, mask, tile * ROWS + warp * 16 + g, block * KEYS);
-    __syncthreads();
+    if (block + 1 < blocks) __syncthreads();  // before these keys are overwritten
   }
 
   u32 word[2][D / 8];
@@ -247,7 +249,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   write_rows(mine, T::pitch, reinterpret_cast<u8 *>(a.out) + 2 * (token * values + head * a.d), 2 * values, rows,
              a.d / 8);
 #else
-  const Words largest{dynamic_shared() + a.per * 5 * T::bytes}, totals{largest.of(MOST_HEADS, 0)};
+  const Words largest{dynamic_shared() + a.per * 5 * T::bytes};
   const int row = warp * 16 + g, ranks = cluster_size();
   cluster_wait();  // all blocks are there
 #pragma unroll
@@ -259,6 +261,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
     bits = max(bits, __shfl_xor_sync(ALL, bits, 1));
     bits = max(bits, __shfl_xor_sync(ALL, bits, 2));
     if (has)
+#pragma unroll 1
       for (int rank = t; rank < ranks; rank += 4) store_remote(largest.of(head, row + 8 * h), rank, bits);
   }
   cluster_arrive();
@@ -266,6 +269,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     u32 bits = 0;
+#pragma unroll 1
     for (int other = t; other < a.heads; other += 4) bits = max(bits, shared_word(largest.of(other, row + 8 * h)));
     bits = max(bits, __shfl_xor_sync(ALL, bits, 1));
     bits = max(bits, __shfl_xor_sync(ALL, bits, 2));
@@ -286,20 +290,11 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
     if constexpr (OUT::sums) {
       sum += __shfl_xor_sync(ALL, sum, 1);
       sum += __shfl_xor_sync(ALL, sum, 2);
-      if (has && t == 0) store_remote(totals.of(head, row + 8 * h), 0, (u32)sum);
+      if (t == 0 && g + 8 * h < rows) atomicAdd(a.rowsum + token + g + 8 * h, sum);
     }
     if (head == 0 && t == 0 && g + 8 * h < rows) a.steps[token + g + 8 * h] = scale;
   }
   write_rows(mine, T::pitch, reinterpret_cast<u8 *>(a.out) + token * values + head * a.d, values, rows, a.d / 16);
-  if constexpr (OUT::sums) {
-    cluster_arrive();
-    cluster_wait();
-    if (cluster_rank() == 0 && threadIdx.x < ROWS && tile * ROWS + (int)threadIdx.x < a.tokens) {
-      u32 sum = 0;
-      for (int other = 0; other < a.heads; ++other) sum += shared_word(totals.of(other, threadIdx.x));
-      a.rowsum[(u64)batch * a.tokens + tile * ROWS + threadIdx.x] = (int)sum;
-    }
-  }
 #endif
 }
 
