@@ -44,30 +44,45 @@ constexpr float LOW = -6e4f, NONE = -1e30f;  // what a mask adds to hide a key i
 constexpr float LIFT = IS_HALF<IN> ? 14.0f : 0.0f;  // probabilities end at 2^LIFT, so that small ones stay normal in fp16
 constexpr int BLOCKS = ZQ_ARCH == 120 ? 1 : 2;  // on a multiprocessor: shared memory of sm_120 holds one
 
-// ROWS rows of a head in shared memory, spread so that eight of them lie in different banks.
+// ROWS rows of a head in shared memory, spread so that eight of them lie in different banks. A thread has a piece of 16
+// bytes of every STEP-th row.
 template <int D> struct Tile {
   static constexpr u32 pitch = 2 * D + 16, bytes = ROWS * pitch;
+  static constexpr int PIECES = D / 8, STEP = THREADS / PIECES;
+  static __device__ __forceinline__ int row() { return threadIdx.x % THREADS / PIECES; }
+  static __device__ __forceinline__ int byte() { return threadIdx.x % PIECES * 16; }
+  static __device__ __forceinline__ u32 place() { return row() * pitch + byte(); }
+};
 
-  // `from`: the first of `tokens` rows; `first`: which of them is the tile's first.
-  static __device__ __forceinline__ void fetch(u32 to, const u8 *from, u64 stride, int first, int tokens, int d) {
-#pragma unroll 1
-    for (int i = threadIdx.x % THREADS; i < ROWS * D / 8; i += THREADS) {
-      const int row = i / (D / 8), piece = i % (D / 8);
-      const bool inside = first + row < tokens && 8 * piece < d;
-      copy16(to + row * pitch + 16 * piece, inside ? from + (first + row) * stride + 16 * piece : from, inside);
-    }
-  }
-  // What `fetch` has brought, to other memory.
-  static __device__ __forceinline__ void copy(u32 from, u8 *to, u64 stride, int first, int tokens, int d) {
-#pragma unroll 1
-    for (int i = threadIdx.x % THREADS; i < ROWS * D / 8; i += THREADS) {
-      const int row = i / (D / 8), piece = i % (D / 8);
-      if (first + row < tokens && 8 * piece < d)
-        *reinterpret_cast<uint4 *>(to + (first + row) * stride + 16 * piece) =
-            load_shared(from + row * pitch + 16 * piece);
+// Rows in memory, `rows` of them, of which tiles are read one after the other.
+template <int D> struct Source {
+  using T = Tile<D>;
+  const u8 *from;
+  u64 step;
+  int left;  // rows from the thread's first one on; none where its channels are beyond d
+
+  __device__ __forceinline__ Source(const void *base, u64 stride, int first, int rows, int d)
+      : from(reinterpret_cast<const u8 *>(base) + (first + T::row()) * stride + T::byte()), step(stride * T::STEP),
+        left(T::byte() < 2 * d ? rows - first - T::row() : 0) {}
+  __device__ __forceinline__ void fetch(u32 to) {
+#pragma unroll
+    for (int i = 0; i < ROWS / T::STEP; ++i) {
+      const bool inside = left > 0;
+      copy16(to + T::place() + i * T::STEP * T::pitch, from, inside);
+      if (inside) from += step;
+      left -= T::STEP;
     }
   }
 };
+
+// The other way.
+template <int D> __device__ __forceinline__ void copy_tile(u32 from, u8 *to, u64 stride, int rows, int d) {
+  using T = Tile<D>;
+#pragma unroll 1
+  for (int row = T::row(), i = 0; i < ROWS / T::STEP; ++i, row += T::STEP)
+    if (row < rows && T::byte() < 2 * d)
+      *reinterpret_cast<uint4 *>(to + row * stride + T::byte()) = load_shared(from + row * T::pitch + T::byte());
+}
 
 // Over the four threads of a row of a fragment.
 __device__ __forceinline__ float row_max(float x) {
@@ -99,13 +114,12 @@ template <int D> struct Sums {
     for (int c = 0; c < D / 16; ++c) {
       u32 query[4];
       load_matrices(query, q + lane % 16 * Tile<D>::pitch + lane / 16 * 16 + c * 32);
+      u32 part[KEYS / 16][4];
 #pragma unroll
-      for (int n = 0; n < KEYS / 8; n += 2) {
-        u32 part[4];
-        load_matrices(part, k_row + n * 8 * Tile<D>::pitch + c * 32);
-        mma_16816<IS_HALF<IN>>(score[n], query, part[0], part[1]);
-        mma_16816<IS_HALF<IN>>(score[n + 1], query, part[2], part[3]);
-      }
+      for (int n = 0; n < KEYS / 16; ++n) load_matrices(part[n], k_row + n * 16 * Tile<D>::pitch + c * 32);
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n)
+        mma_16816<IS_HALF<IN>>(score[n], query, part[n / 2][n % 2 * 2], part[n / 2][n % 2 * 2 + 1]);
     }
 
     const auto change = [&](auto f) {
@@ -126,9 +140,12 @@ template <int D> struct Sums {
     const float factor = a.scale * LOG2E;
     float now[2] = {top[0], top[1]};
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
+    for (int h = 0; h < 2; ++h) {
+      float most[4] = {NONE, NONE, NONE, NONE};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) now[i / 2] = fmaxf(now[i / 2], score[n][i]);
+      for (int n = 0; n < KEYS / 8; ++n) most[n % 4] = fmaxf(most[n % 4], fmaxf(score[n][2 * h], score[n][2 * h + 1]));
+      now[h] = fmaxf(now[h], fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])));
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       now[h] = row_max(now[h]);
@@ -149,11 +166,13 @@ template <int D> struct Sums {
         p[i] = pack2<IN>(low, high);
       }
 #pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        u32 part[4];
-        load_transposed(part, v_row + s * 16 * Tile<D>::pitch + c * 32);
-        mma_16816<IS_HALF<IN>>(out[2 * c], p, part[0], part[1]);
-        mma_16816<IS_HALF<IN>>(out[2 * c + 1], p, part[2], part[3]);
+      for (int c = 0; c < D / 16; c += 4) {
+        u32 part[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) load_transposed(part[i], v_row + s * 16 * Tile<D>::pitch + (c + i) * 32);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          mma_16816<IS_HALF<IN>>(out[2 * c + i], p, part[i / 2][i % 2 * 2], part[i / 2][i % 2 * 2 + 1]);
       }
     }
   }
@@ -200,16 +219,17 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   cluster_arrive();
 #endif
 
-  const u8 *k = reinterpret_cast<const u8 *>(a.k) + batch * a.k_at.batch + kv * a.k_at.head;
-  const u8 *v = reinterpret_cast<const u8 *>(a.v) + batch * a.v_at.batch + kv * a.v_at.head;
   const int there = has ? a.tokens : 0, blocks = (a.causal ? tile : (a.tokens - 1) / KEYS) + 1;
+  const auto source = [&](const void *base, const Place &at, int which, int first) {
+    const u8 *from = reinterpret_cast<const u8 *>(base) + batch * at.batch + which * at.head;
+    return Source<D>(from, at.token, first, there, a.d);
+  };
+  Source<D> k = source(a.k, a.k_at, kv, 0), v = source(a.v, a.v_at, kv, 0);
   const auto fetch = [&](int block) {
-    T::fetch(k_tiles + block % 2 * T::bytes, k, a.k_at.token, block * KEYS, there, a.d);
-    T::fetch(v_tiles + block % 2 * T::bytes, v, a.v_at.token, block * KEYS, there, a.d);
+    k.fetch(k_tiles + block % 2 * T::bytes), v.fetch(v_tiles + block % 2 * T::bytes);
     copies_commit();
   };
-  const u8 *q_from = reinterpret_cast<const u8 *>(a.q) + batch * a.q_at.batch + min(head, a.heads - 1) * a.q_at.head;
-  T::fetch(q_tile, q_from, a.q_at.token, tile * ROWS, there, a.d);
+  source(a.q, a.q_at, min(head, a.heads - 1), tile * ROWS).fetch(q_tile);
   fetch(0);
 
   const u32 mine = q_tile + warp * 16 * T::pitch;  // rows of this warp, and of no other
@@ -227,10 +247,10 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
     const u32 k_tile = k_tiles + block % 2 * T::bytes, v_tile = v_tiles + block % 2 * T::bytes;
     if (keeps && block == tile) {
       const Place &to_k = a.k_to_at, &to_v = a.v_to_at;
-      T::copy(k_tile, reinterpret_cast<u8 *>(a.k_to) + batch * to_k.batch + kv * to_k.head, to_k.token, tile * KEYS,
-              a.tokens, a.d);
-      T::copy(v_tile, reinterpret_cast<u8 *>(a.v_to) + batch * to_v.batch + kv * to_v.head, to_v.token, tile * KEYS,
-              a.tokens, a.d);
+      u8 *k_to = reinterpret_cast<u8 *>(a.k_to) + batch * to_k.batch + kv * to_k.head + tile * KEYS * to_k.token;
+      u8 *v_to = reinterpret_cast<u8 *>(a.v_to) + batch * to_v.batch + kv * to_v.head + tile * KEYS * to_v.token;
+      copy_tile<D>(k_tile, k_to, to_k.token, a.tokens - tile * KEYS, a.d);
+      copy_tile<D>(v_tile, v_to, to_v.token, a.tokens - tile * KEYS, a.d);
     }
     sums.add(a, mine, k_tile, v_tile, mask, tile * ROWS + warp * 16 + g, block * KEYS);
     if (block + 1 < blocks) __syncthreads();  // before these keys are overwritten
