@@ -82,7 +82,10 @@ def test_a_decoder_needs_its_caches():
     more = {unit.name for unit in found} - {unit.name for unit in without}
     caches = ("", "_int8", "_fp8")
     steps = {f"{what}{kv}_bf16" for what in ("attention", "store_kv", "token") for kv in caches}
-    assert more == steps | {"plain_int8_bf16", "plain_fp8_bf16"}
+    assert more == steps | {"plain_int8_bf16", "plain_fp8_bf16", "text_bf16"}
+    for text, short in (("int4:g64 @ int8:token", "int8"), ("e4m3fn:channel @ e4m3fn:token", "fp8")):
+        names = {unit.name for unit in units_for([Scheme.parse(text)], "bf16", decoder=True)}
+        assert {name for name in names if name.startswith("text")} == {"text_bf16", f"text_{short}_bf16"}
     assert units_for([Scheme.parse("int3:g64")], "bf16", decoder=True) == []
 
 

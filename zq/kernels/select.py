@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from zq.kernels.table import UNITS
-from zq.kernels.table_kv import CACHES, kv_units
+from zq.kernels.table_kv import CACHES, TEXT_OUT, kv_units, text_unit
 from zq.kernels.tiles import packing, unit_name
 from zq.kernels.unit import Unit
 from zq.spec import Scheme
@@ -85,14 +85,16 @@ def units_for(schemes: Iterable[Scheme], dtype: str, decoder: bool = False) -> l
         if scheme.activations is not None:
             outputs.add(OUTPUTS[str(scheme.activations)])
     if names and decoder:
-        names |= {name for kind in INPUTS[dtype] for name in _cache_units(kind)}
+        names |= {name for kind in INPUTS[dtype] for name in _cache_units(kind, outputs)}
     return [unit for unit in UNITS.values() if unit.name in names or _quantizes(unit, INPUTS[dtype], outputs)]
 
 
-def _cache_units(kind: str) -> list[str]:
-    """What writes and reads caches in steps, and what rounds the keys and values of prompts."""
+def _cache_units(kind: str, outputs: set[tuple[str, str]]) -> list[str]:
+    """What writes and reads caches in steps, what rounds the keys and values of prompts, and attention of
+    prompts, whose rows come out as the layers want them."""
     steps = [name for kv in CACHES for name in kv_units(kind, kv)]
-    return [*steps, *(f"plain_{kv}_{kind}" for kv in CACHES if kv)]
+    rows = [short for short, out in TEXT_OUT.items() if out is None or (out, "Token") in outputs]
+    return [*steps, *(f"plain_{kv}_{kind}" for kv in CACHES if kv), *(text_unit(kind, x) for x in rows)]
 
 
 def _quantizes(unit: Unit, inputs: tuple[str, ...], outputs: set[tuple[str, str]]) -> bool:

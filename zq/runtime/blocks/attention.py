@@ -16,7 +16,7 @@ from zq.runtime.prompt import Prompt
 from zq.runtime.rows import Rows
 from zq.runtime.step import Step
 
-TEXT = 512  # tokens of a row, up to which zq's attention of texts is used: of more, torch's is faster
+TEXT = 256  # tokens of a row, up to which zq's attention of texts is used: of more, torch's is faster
 ROPES = {"": "none", "halves": "half", "pairs": "interleaved"}  # of zq.models.structure, of zq::store_kv
 
 
@@ -105,50 +105,32 @@ class Attention(nn.Module):
         if isinstance(step, Step) and step.own:
             return self._own(qkv, call, step, takes)
         prompt = step if isinstance(step, Prompt) and call.cache is step.cache else None
-        rows = self._text(qkv, call, prompt, takes)
+        rows = None if prompt is None else self._text(qkv, call, prompt, takes)
         return Rows(self._attended(qkv, call, step)) if rows is None else rows
 
     def reads(self, device: torch.device, takes: torch.dtype | None) -> bool:
-        """Whether texts may go through zq's attention, where that saves a launch: it gives codes, or leaves
-        keys and values in the cache as they are."""
-        fits = self.width <= TEXT_CHANNELS and self.config._attn_implementation in ("sdpa", "eager")
-        return fits and (takes is not None or self._bare) and text_fits(device, self, takes is not None)
+        """Whether zq's attention of texts can leave the keys and values of a prompt in the cache as they come
+        out of the product, with its own rows quantized to what `takes` says. (Where `store_kv` has to be
+        there, and in encoders, torch's attention and a launch for each of the rest are as fast.)"""
+        bare = not self.rope and self.head_norm is None and self.width <= TEXT_CHANNELS
+        return bare and text_fits(device, self, takes is not None)
 
-    @property
-    def _bare(self) -> bool:
-        """Whether heads are parts of the product as they are."""
-        return not self.rope and self.head_norm is None
-
-    def _text(self, qkv: Tensor, call: Call, prompt: Prompt | None, takes: torch.dtype | None) -> Rows | None:
-        """A prompt, or tokens without a cache, through zq's attention of texts; None: not these."""
-        if call.length > TEXT or call.alibi is not None or torch.compiler.is_compiling():
+    def _text(self, qkv: Tensor, call: Call, prompt: Prompt, takes: torch.dtype | None) -> Rows | None:
+        """The tokens of an empty cache in one launch; None: it is not to be."""
+        if call.length > TEXT or self.config._attn_implementation != "sdpa" or not self._stores(qkv, call):
             return None
-        codes = takes if takes is not None and self.reads(qkv.device, takes) else None
-        usual = codes is not None or (prompt is not None and self.reads(qkv.device, None))
-        if not usual or self.config._attn_implementation != "sdpa" or not self.fits(qkv.dtype, call.length):
+        takes = takes if self.reads(qkv.device, takes) else None
+        if takes is None and not self.reads(qkv.device, None):
             return None
-        q, k, v = qkv.view(call.batch, call.length, -1, self.width).split(
-            (self.queries, self.keys, self.keys), 2
-        )
-        keys = values = None
-        if prompt is None:
-            seen = _seen(call, qkv.dtype, getattr(self.module, "is_causal", True))
-            if call.cache is not None or not self._bare or seen is None:
-                return None
-            mask, causal = seen
-        elif not self._stores(qkv, call):
-            return None
-        else:
-            mask, causal = prompt.hidden(qkv.dtype), True
-            if self._bare:
-                layer = prompt.layer(self.layer_idx)
-                keys, values = layer.keys, layer.values
-            else:
-                q, k, v = self._stored(qkv, call, prompt)
-        given = q, k, v, mask, keys, values, causal, self.scaling
-        if codes is None:
+        heads = qkv.view(call.batch, call.length, -1, self.width)
+        layer = prompt.layer(self.layer_idx)
+        given = (
+            *heads.split((self.queries, self.keys, self.keys), 2), prompt.hidden(qkv.dtype), layer.keys,
+            layer.values, True, self.scaling,
+        )  # fmt: skip
+        if takes is None:
             return Rows(torch.ops.zq.attend_text(*given))
-        return Rows(*torch.ops.zq.attend_text_codes(*given, codes))
+        return Rows(*torch.ops.zq.attend_text_codes(*given, takes))
 
     def _attended(self, qkv: Tensor, call: Call, step: Step | Prompt | None) -> Tensor:
         if isinstance(step, Prompt) and call.cache is step.cache and self._stores(qkv, call):
@@ -196,21 +178,16 @@ class Attention(nn.Module):
 
     def _prompt(self, qkv: Tensor, call: Call, step: Prompt) -> Tensor:
         """The tokens of an empty cache, qkv [B * S, (queries + 2 keys) * width]."""
-        q, k, v = (x.transpose(1, 2) for x in self._stored(qkv, call, step))
-        call = call._replace(mask=step.added(q.dtype))
-        return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
-
-    def _stored(self, qkv: Tensor, call: Call, step: Prompt) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, S, queries, width], and k and v [B, S, keys, width], which are in the cache."""
         layer = step.layer(self.layer_idx)
         cos, sin = (None, None) if call.tables is None or not self.rope else step.angles(call.tables)
         q = torch.ops.zq.store_kv(
             qkv, layer.keys, layer.values, None, None, step.places, cos, sin, self.queries, self.keys,
             ROPES[self.rope], *self._norms(), self.eps, call.length,
         )  # fmt: skip
-        q = q.view(call.batch, call.length, self.queries, self.width)
-        k, v = (x[:, :, : call.length].transpose(1, 2) for x in (layer.keys, layer.values))
-        return q, k, v
+        q = q.view(call.batch, call.length, self.queries, self.width).transpose(1, 2)
+        k, v = (x[:, :, : call.length] for x in (layer.keys, layer.values))
+        call = call._replace(mask=step.added(q.dtype))
+        return self._scores(q, k, v, call).reshape(call.batch * call.length, -1)
 
     def _norms(self) -> tuple[Tensor | None, Tensor | None]:
         """Of a query head and of a key head [D]."""
@@ -283,16 +260,6 @@ def text_fits(device: torch.device, attend: Attention, codes: bool) -> bool:
     if device.type != "cuda":
         return False
     return text_shape(describe(device.index), attend.queries, attend.width, codes) is not None
-
-
-def _seen(call: Call, dtype: torch.dtype, causal: bool) -> tuple[Tensor | None, bool] | None:
-    """What is added to the scores of each token [B, S], and whether later ones are hidden, as transformers'
-    sdpa takes a mask; None: it differs from token to token."""
-    if call.mask is None:
-        return None, causal and call.length > 1
-    if call.mask.dtype != dtype or call.mask.shape != (call.batch, 1, 1, call.length):
-        return None
-    return call.mask.reshape(call.batch, call.length), False
 
 
 def decode(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
