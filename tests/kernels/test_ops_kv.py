@@ -192,6 +192,7 @@ QKV, COS = torch.zeros(2, 8 * 32, dtype=BF16), torch.zeros(2, 32, dtype=BF16)
 ATTEND, STORE, TOKEN = "decode_attention", "store_kv", "attend_token"
 TEXT, CODES = "attend_text", "attend_text_codes"
 T, U = torch.zeros(2, 7, 4, 32, dtype=BF16), torch.zeros(2, 7, 2, 32, dtype=BF16)
+REST_OF_TEXT = (None, None, None, True, 0.2)
 WIDE = torch.zeros(2, 7, 4, 144, dtype=BF16)
 REST = (COS, COS, 4, 2, "half", None, None, 1e-6, 0.2, None)
 MISUSES = [
@@ -222,6 +223,12 @@ MISUSES = [
     (TEXT, (T, U, U, U[:, :6, 0, 0], None, None, True, 0.2), r"mask has shape \[2, 6\], expected \[2, 7\]"),
     (TEXT, (T, U, U, None, K, None, True, 0.2), "v_to is missing; give both or neither"),
     (TEXT, (T, U, U, None, K, K, True, 0.2), r"k_to is bfloat16 of shape \[2, 2, 5, 32\], .* with L >= 7"),
+    (TEXT, (T, U, U, None, None, None, True, 0.0), "scale is 0.0; it must be more than 0"),
+    (
+        TEXT,
+        (*[x[:1].expand(70000, -1, -1, -1) for x in (T, U, U)], *REST_OF_TEXT),
+        "q has 70000 rows; allowed: up to 65535",
+    ),
     (CODES, (T, U, U, None, None, None, True, 0.2, BF16), "dtype is bfloat16; allowed: int8, float8"),
     (
         CODES,

@@ -12,6 +12,7 @@ from tests.kernels.inputs import BF16, FP8, FP16
 from tests.kernels.inputs_kv import text_args
 from tests.kernels.near_kv import worst_text
 from tests.kernels.on_cpu import Sources, aligned, into
+from zq.errors import ZqError
 from zq.kernels import checks_kv, launch_kv, reference
 from zq.kernels.table import UNITS
 
@@ -81,12 +82,10 @@ SHAPES = [
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape(shape, masked, causal, device):
-    masked = masked and shape[0] > 1
-    args = text_args(shape, BF16, causal, masked, kept=not masked)
+    args = text_args(shape, BF16, causal, masked and shape[0] > 1, kept=True)
     (found,) = whole("attend_text", args)
     assert worst_text(found, args) <= 1
-    if not masked:
-        _are_kept(args)
+    _are_kept(args)
 
 
 def _are_kept(args: tuple) -> None:
@@ -123,7 +122,7 @@ def test_sizes(dtype, size, device):
 )
 def test_codes_are_those_of_its_rows(shape, dtype, causal, to, device):
     """To the bit, by the heads of one block and of a cluster of up to eight; a whole token is zeros."""
-    args = text_args(shape, dtype, causal, shape[0] > 1, kept=shape[0] == 1)
+    args = text_args(shape, dtype, causal, shape[0] > 1, kept=True)
     args[2][:, :1] = 0  # the first sees itself only, where that is all
     rows = whole("attend_text", args)[0]
     wanted = reference.codes(rows, to)
@@ -135,8 +134,48 @@ def test_codes_are_those_of_its_rows(shape, dtype, causal, to, device):
     blocks = heads if heads <= 8 else -(-heads // 2)
     grid = (blocks, -(-shape[3] // 64), shape[0])
     assert device.launches[-1] == (grid, 128 * (1 + (heads > 8)), blocks)
-    if shape[0] == 1:
-        _are_kept(args)
+    _are_kept(args)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_how_low_a_mask_must_be_to_hide(dtype, device):
+    """What lies above is added."""
+    q, k, v, _, *rest = text_args((2, 2, 2, 40, 32), dtype, causal=False)
+    mask = torch.zeros(2, 40, dtype=dtype)
+    mask[:, 3], mask[1] = -61000, mask[1] - 59000
+    args = q, k, v, mask, *rest
+    (found,) = whole("attend_text", args)
+    assert worst_text(found, args, sums=2e-2) <= 1
+    assert worst_text(found, (q, k, v, None, *rest), sums=2e-2) > 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "heads", "channels", "codes", "fits"),
+    [
+        (90, 16, 128, True, True),
+        (90, 17, 64, True, False),
+        (90, 17, 64, False, True),
+        (89, 12, 64, True, False),
+        (89, 12, 128, False, True),
+        (120, 8, 64, True, True),
+        (120, 16, 64, True, True),
+        (120, 16, 128, True, False),
+        (120, 12, 128, False, True),
+    ],
+)
+def test_where_it_fits(arch, heads, channels, codes, fits):
+    """sm_89 has no clusters, sm_120 less shared memory."""
+    shared = 232448 if arch == 90 else 101376
+    there = launch_kv.cuda.Device(0, f"sm_{arch}", arch, 132, shared, None)
+    assert (launch_kv.text_shape(there, heads, channels, codes) is not None) == fits
+
+
+def test_where_it_does_not_fit_it_says_so(device, monkeypatch):
+    there = launch_kv.cuda.Device(0, "sm_89", 89, 132, 101376, None)
+    monkeypatch.setattr(launch_kv.cuda, "describe", lambda index: there)
+    args = text_args((1, 2, 2, 9, 32))
+    with pytest.raises(ZqError, match=r"attend_text_codes does not fit sm_89, .* use attend_text"):
+        whole("attend_text_codes", (*args, torch.int8))
 
 
 def test_what_is_no_number_stays_one(device):

@@ -84,11 +84,17 @@ def test_what_is_unusual_runs_as_ever(given: dict[str, Any], steps: list[int]) -
     assert steps == []
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", "bert", "a block as it was"])
 def test_hooks_on_a_block_see_its_output(name: str, steps: list[int]) -> None:
     """Of every prompt, step and text, as it would be without static steps."""
-    model, seen = optimized(name), []
-    block, ids = model.zq_runner.shared.blocks[0], token_ids(2, 6)
+    if name == "a block as it was":
+        name, some = "llama", lambda path: None if ".layers.0." in path else W8A8
+        model = zq.optimize(quantized(name, some, torch.float32))
+        assert model.zq_fused.left["block: no layer is quantized by zq"] == 1
+    else:
+        model = optimized(name)
+    seen: list[Any] = []
+    block, ids = model.zq_runner.blocks[0], token_ids(2, 6)
     hook = block.register_forward_hook(lambda *given: seen.append(given[-1]))
     for on in (True, False):
         if name == "llama":
@@ -102,6 +108,7 @@ def test_hooks_on_a_block_see_its_output(name: str, steps: list[int]) -> None:
     assert half == (4 if name == "llama" else 1)
     assert all(distance(*each) < 1e-2 for each in zip(outputs[:half], outputs[half:], strict=True))
     assert steps == []
+    assert not model.zq_runner.seen
     hook.remove()
     if name == "llama":
         generated(model, True, input_ids=ids, max_new_tokens=4)

@@ -120,7 +120,7 @@ def test_what_looks_into_a_model(name: str, read: list[Any]) -> None:
     """Hidden states by the config, and hooks on a block, see what they saw before."""
     model, _ = stepping(name, W4A16, torch.float32)
     ids, found, runner = token_ids(2, 6), [], model.zq_runner
-    block = runner.shared.blocks[0]
+    block = runner.blocks[0]
     hook = block.register_forward_hook(lambda *seen: found.append(seen[-1]))
     for runner.on in (True, False):
         model(input_ids=ids)

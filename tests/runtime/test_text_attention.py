@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runtime.quantized import W4A8, W4A16, distance, force_kernels
+import zq
+from tests.runtime.quantized import W4A8, W4A16, distance, force_kernels, quantized
 from tests.runtime.stepping import Seen, padded, stepping
 from tests.runtime.test_prompt import READ, places_of
-from tests.tiny import token_ids
+from tests.tiny import TINY, token_ids
+from zq.kernels.select import units_for
+from zq.models.families import FAMILIES
+from zq.runtime import graphs
 from zq.runtime.blocks import attention
+from zq.runtime.optimize import attention_units
+from zq.spec import Scheme
 
 PLAIN, CODES, STORE = "zq.attend_text", "zq.attend_text_codes", "zq.store_kv"
 
@@ -37,7 +43,7 @@ def called(model: Any, **given: Any) -> tuple[Any, Counter[str]]:
 def test_decoders(name: str, scheme: str, own: list[bool]) -> None:
     """Padded on the left and not: logits and the cache; in as few operators as can be."""
     model, _ = stepping(name, scheme)
-    blocks = len(model.zq_runner.shared.blocks)
+    blocks = len(model.zq_runner.blocks)
     bare = name in ("gpt2", "opt", "opt-post")  # no rotary embedding: heads are parts of the product
     left = padded()["attention_mask"]
     texts = [{}, {"attention_mask": left, "position_ids": places_of(left)}]
@@ -54,6 +60,53 @@ def test_decoders(name: str, scheme: str, own: list[bool]) -> None:
                 assert {op: ops[op] for op in wanted} == {op: blocks * n for op, n in wanted.items()}
         for mine, theirs in zip(*found, strict=True):
             assert distance(mine, theirs) < (4e-2 if scheme == W4A8 else 2e-2)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_padded_prompt_in_a_longer_cache(name: str, codes: bool, own: list[bool], monkeypatch: Any) -> None:
+    """The same tokens as without, on a device that makes codes of so many heads, and on one that does not."""
+    model, _ = stepping(name, W4A8)
+    given = {**padded(), "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+    found = []
+    for on in (True, False):
+        ways = (codes, False) if on else ()
+        monkeypatch.setattr(attention, "text_fits", lambda _, __, wanted, ways=ways: wanted in ways)
+        with Seen() as seen:
+            out = model.generate(**given, return_dict_in_generate=True, output_logits=True)
+        found.append(out.logits[0])
+        del out  # whose cache the next call takes
+        blocks = len(model.zq_runner.blocks)
+        wanted = {CODES: on and codes, PLAIN: on and not codes, STORE: not on}
+        assert {op: seen.ops[op] for op in wanted} == {op: blocks * n for op, n in wanted.items()}
+    assert distance(*found) < 3e-2
+
+
+def test_a_mask_of_other_strides(own: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long text, whose mask is not copied into buffers."""
+    model, _ = stepping("gpt2", W4A8)
+    monkeypatch.setattr(graphs, "LONG", 0)
+    mask = padded()["attention_mask"]
+    given = {"input_ids": token_ids(3, 9), "position_ids": places_of(mask)}
+    first, ops = called(model, attention_mask=mask.T.contiguous().T, **given)
+    second, _ = called(model, attention_mask=mask, **given)
+    assert ops[CODES] == len(model.zq_runner.blocks)
+    assert torch.equal(first.logits, second.logits)
+
+
+@pytest.mark.parametrize("scheme", [W4A8, W4A16])
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_loaded_is_in_a_bundle(name: str, scheme: str, own: list[bool]) -> None:
+    """So that a machine without a compiler needs nothing else; only what can be called."""
+    model = zq.optimize(quantized(name, scheme))
+    arch = FAMILIES[model.config.model_type]
+    device = torch.device("cuda", 0)
+    found = attention_units(model, model.zq_runner.shared, device, "int8")
+    bundled = units_for([Scheme.parse(scheme)], "bf16", decoder=not arch.encoder)
+    assert set(found) <= {unit.name for unit in bundled}
+    texts = [unit for unit in found if unit.startswith("text")]
+    bare = name in ("gpt2", "opt", "opt-post")
+    assert texts == (["text_int8_bf16" if scheme == W4A8 else "text_bf16"] if bare else [])
 
 
 def test_what_stays_torchs(own: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

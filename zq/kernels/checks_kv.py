@@ -14,6 +14,7 @@ CHANNELS = 256  # of a head, at most
 ROPES = ("none", "half", "interleaved")
 ALIGNED = 16  # bytes, of every row of a cache
 TEXT_CHANNELS = 128  # of a head in a text, at most
+TEXT_ROWS = 65535  # of a batch of texts, at most
 TEXT_HEADS = 16  # of a text whose rows come out in codes, at most
 
 
@@ -223,6 +224,10 @@ def attend_text(  # noqa: PLR0913 (the operator's arguments)
             f"zq::{op}: heads have {channels} channels; allowed: multiples of {MULTIPLE} up to "
             f"{TEXT_CHANNELS}"
         )
+    if batch > TEXT_ROWS:
+        raise ZqError(f"zq::{op}: q has {batch} rows; allowed: up to {TEXT_ROWS}; give it some at a time")
+    if not scale > 0:
+        raise ZqError(f"zq::{op}: scale is {scale}; it must be more than 0")
     heads_of(op, heads, k.shape[2])
     if v.shape != k.shape:
         raise ZqError(f"zq::{op}: k has shape {list(k.shape)} and v {list(v.shape)}; they must be equal")

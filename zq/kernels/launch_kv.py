@@ -238,7 +238,7 @@ def attend_text(  # noqa: PLR0913
     if shape is None:
         raise ZqError(
             f"zq::{op} does not fit {device.arch}, which has no clusters of blocks or too little shared "
-            "memory; use attend_text and quantize its rows"
+            f"memory; use {'torch' if out is None else 'attend_text and quantize its rows'}"
         )
     arguments = TextArguments(
         heads=heads, kv_heads=k.shape[2], tokens=tokens, d=channels, causal=causal, per=shape.per, scale=scale

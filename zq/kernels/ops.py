@@ -1,5 +1,5 @@
 """The operators: `torch.ops.zq.NAME`, after `import zq.kernels.ops`. All are functional, new tensors out, but
-store_kv, attend_token and attend_text, which also write into a cache.
+store_kv, attend_token, attend_text and attend_text_codes, which also write into a cache.
 
 x is [M, K] with K a multiple of 16; flatten leading dimensions. Weights are packed by zq.kernels.layout, n is
 the number of outputs N (the packed weight is padded). On a CPU an operator is its reference

@@ -99,9 +99,9 @@ class Graphed:
         return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)))
 
 
-def attach(model: Any, shared: Any, *, encoder: bool, kv: str | None = None) -> bool:
-    """Let a model run through a `Runner`, which is off on devices without CUDA. kv: what the caches of its
-    generate() hold. Returns whether it is on."""
+def attach(model: Any, shared: Any, blocks: list[Any], *, encoder: bool, kv: str | None = None) -> bool:
+    """Let a model run through a `Runner`, which is off on devices without CUDA. blocks: of the model, fused
+    or not; kv: what the caches of its generate() hold. Returns whether it is on."""
     cls = type(model)
     original = cls.forward
 
@@ -112,6 +112,6 @@ def attach(model: Any, shared: Any, *, encoder: bool, kv: str | None = None) -> 
     facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
     on = model.device.type == "cuda"
     takes = frozenset(signature(original).parameters)
-    model.zq_runner = Runner(model.config, shared, encoder, takes, on, kv)
+    model.zq_runner = Runner(model.config, shared, blocks, encoder, takes, on, kv)
     model.__class__ = type(cls.__name__, (Graphed, cls), facts)
     return on

@@ -78,6 +78,7 @@ class Run:
 class Runner:
     """Decides how a call of a model is run.
 
+    blocks: of the model, fused or not; shared: what the fused ones have in common.
     on: whether static steps are made at all; capture: whether they are captured. Both are so on CUDA.
     takes: names of the parameters of the model's forward. kv: what caches of generate() hold (int8, fp8),
     None: 16 bits.
@@ -87,12 +88,14 @@ class Runner:
         self,
         config: Any,
         shared: Any,
+        blocks: list[Any],
         encoder: bool,
         takes: frozenset[str],
         on: bool,
         kv: str | None = None,
     ) -> None:
-        self.config, self.shared, self.encoder, self.takes = config, shared, encoder, takes
+        self.config, self.shared, self.blocks = config, shared, blocks
+        self.encoder, self.takes = encoder, takes
         self.on = self.capture = on
         self.kv = kv
         self.cache_name = cache_name(takes)
@@ -107,8 +110,8 @@ class Runner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         """A copy of the model captures graphs of its own."""
-        config, shared = (copy.deepcopy(x, memo) for x in (self.config, self.shared))
-        return Runner(config, shared, self.encoder, self.takes, self.on, self.kv)
+        config, shared, blocks = (copy.deepcopy(x, memo) for x in (self.config, self.shared, self.blocks))
+        return Runner(config, shared, blocks, self.encoder, self.takes, self.on, self.kv)
 
     def forget(self) -> None:
         """Drop graphs, and the memory of caches and texts."""
@@ -117,7 +120,7 @@ class Runner:
         self.memory.flat = self.place = None
 
     def __call__(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
-        if given.get("output_attentions") and self.shared.blocks:
+        if given.get("output_attentions") and self.shared.fused:
             raise ZqError("a fused model has no attention weights to return; load it without zq.optimize")
         if not self.on or torch.compiler.is_compiling() or torch.is_grad_enabled() or model.training:
             return forward(*args, **given)
@@ -133,7 +136,7 @@ class Runner:
             return forward(*args, **given)
         with self.lock:
             self.caches.settle(ids.device)
-            if self.shared.is_watched() or getattr(self.config, "output_hidden_states", False):
+            if self._is_watched():
                 made = None  # blocks leave a sum to the next one, and what is replayed is not seen
             elif self.encoder:
                 made = self._encode(forward, ids, rest, model.dtype)
@@ -142,6 +145,15 @@ class Runner:
             else:
                 made = (self._decode if ids.shape[1] == 1 else self._prompt)(forward, ids, rest)
             return forward(input_ids=ids, **rest) if made is None else made
+
+    def _is_watched(self) -> bool:
+        """Whether somebody wants to see the outputs of blocks. transformers' own hooks are for what a call
+        asks for, and do nothing else."""
+        both = [hooks for x in self.blocks for hooks in (x._forward_hooks, x._forward_pre_hooks) if hooks]
+        theirs = (hook for hooks in both for hook in hooks.values())
+        return getattr(self.config, "output_hidden_states", False) or any(
+            not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in theirs
+        )
 
     def _decode(self, forward: Callable[..., Any], ids: Tensor, rest: dict[str, Any]) -> Any:
         cache: Any = rest.get(self.cache_name)

@@ -96,9 +96,9 @@ def _optimize(model: Any, kv: str | None) -> Fused:
             found.left[f"block: {reason}"] += 1
             continue
         fuse(block, arch, structure, model.config)
-        block.attend.shared, block.attend.first = shared, not shared.blocks
-        shared.blocks.append(block)
-    if len(shared.blocks) == len(blocks):
+        block.attend.shared, block.attend.first = shared, shared.fused == 0
+        shared.fused += 1
+    if shared.fused == len(blocks):
         shared.config = model.config
         if blocks:
             _connect(model, arch, blocks, shared)
@@ -108,10 +108,10 @@ def _optimize(model: Any, kv: str | None) -> Fused:
     for name, way in serve_linears(model, device).items():
         found.linears[f"{way} ({name})"] += 1
     _left_linears(found, model)
+    found.graphs = attach(model, shared, list(blocks), encoder=arch is not None and arch.encoder, kv=kv)
     if device.type == "cuda":
         load_fused(model, device)
         load_attention(model, shared, device, kv)
-    found.graphs = attach(model, shared, encoder=arch is not None and arch.encoder, kv=kv)
     return found
 
 
@@ -146,21 +146,27 @@ def load_fused(model: nn.Module, device: torch.device) -> None:
             if part is None or part.takes is None or capability(device) is None:
                 continue
             names |= {f"{op}_{SHORT[part.takes]}_{kind}" for op in part.units}
-        if block.attend.fits(model.dtype, 1):  # type: ignore[arg-type]
-            wanted = (x for x in (block.out.takes, None) if block.attend.reads(device, x))
-            names |= {text_unit(kind, None if x is None else SHORT[x]) for x in wanted}
     cuda.prepare(device, sorted(names))
 
 
 def load_attention(model: Any, shared: Shared, device: torch.device, kv: str | None) -> None:
-    """The same for attention of steps over caches of 16 bits, and of `kv`. Raises ZqError."""
-    around: Any = shared.around
-    if device.type != "cuda" or around is None or not around.fits(model.dtype, 1):
-        return
-    from zq.kernels import cuda
+    """The same for attention of prompts, and of steps over caches of 16 bits, and of `kv`. Raises ZqError."""
+    if device.type == "cuda":
+        from zq.kernels import cuda
 
+        cuda.prepare(device, attention_units(model, shared, device, kv))
+
+
+def attention_units(model: Any, shared: Shared, device: torch.device, kv: str | None) -> list[str]:
+    """Names of the compile units that attention of a decoder needs on a CUDA device."""
+    around: Any = shared.around
+    if around is None or not around.fits(model.dtype, 1):
+        return []
     kind = NAMES[model.dtype]
-    cuda.prepare(device, [name for each in dict.fromkeys((None, kv)) for name in kv_units(kind, each)])
+    names = [name for each in dict.fromkeys((None, kv)) for name in kv_units(kind, each)]
+    blocks = model.zq_runner.blocks if around.takes_prompt(1) else []
+    ways = {way for block in blocks for way in block.attend.gives(device, block.out.takes)[:1]}
+    return [*names, *sorted(text_unit(kind, None if way is None else SHORT[way]) for way in ways)]
 
 
 def _device(model: Any) -> torch.device:

@@ -86,7 +86,7 @@ class Prompt:
         """What is added to the scores of each token [B, S] beside the causal mask; None: nothing. Made once
         for all layers."""
         if self.mask is not None and self._hidden is None:
-            added = torch.zeros_like(self.mask, dtype=dtype)
+            added = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
             self._hidden = added.masked_fill_(self.mask.eq(0), torch.finfo(dtype).min)
         return self._hidden
 

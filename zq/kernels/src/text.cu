@@ -195,14 +195,6 @@ __device__ __forceinline__ void write_rows(u32 from, u32 pitch, u8 *to, u64 stri
   }
 }
 
-#ifdef OUT
-// The words of all heads of a cluster [heads, ROWS], in each of its blocks.
-struct Words {
-  u32 at;
-  __device__ __forceinline__ u32 of(int head, int row) const { return at + 4 * (head * ROWS + row); }
-};
-#endif
-
 template <int D> __device__ __forceinline__ void attend(const Args &a) {
   using T = Tile<D>;
   const int warp = threadIdx.x % THREADS / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -269,7 +261,8 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   write_rows(mine, T::pitch, reinterpret_cast<u8 *>(a.out) + 2 * (token * values + head * a.d), 2 * values, rows,
              a.d / 8);
 #else
-  const Words largest{dynamic_shared() + a.per * 5 * T::bytes};
+  const u32 words = dynamic_shared() + a.per * 5 * T::bytes;  // of all heads [heads, ROWS], in each block of the cluster
+  const auto largest = [=](int head, int row) { return words + 4 * (head * ROWS + row); };
   const int row = warp * 16 + g, ranks = cluster_size();
   cluster_wait();  // all blocks are there
 #pragma unroll
@@ -282,7 +275,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
     bits = max(bits, __shfl_xor_sync(ALL, bits, 2));
     if (has)
 #pragma unroll 1
-      for (int rank = t; rank < ranks; rank += 4) store_remote(largest.of(head, row + 8 * h), rank, bits);
+      for (int rank = t; rank < ranks; rank += 4) store_remote(largest(head, row + 8 * h), rank, bits);
   }
   cluster_arrive();
   cluster_wait();
@@ -290,7 +283,7 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   for (int h = 0; h < 2; ++h) {
     u32 bits = 0;
 #pragma unroll 1
-    for (int other = t; other < a.heads; other += 4) bits = max(bits, shared_word(largest.of(other, row + 8 * h)));
+    for (int other = t; other < a.heads; other += 4) bits = max(bits, shared_word(largest(other, row + 8 * h)));
     bits = max(bits, __shfl_xor_sync(ALL, bits, 1));
     bits = max(bits, __shfl_xor_sync(ALL, bits, 2));
     const float scale = scale_of<OUT>(magnitude<IN>(bits));

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from zq.kernels.checks import HALVES, MULTIPLE
-from zq.kernels.checks_kv import CHANNELS, TEXT_CHANNELS
+from zq.kernels.checks_kv import CHANNELS, TEXT_CHANNELS, TEXT_ROWS
 from zq.kernels.cuda import describe
 from zq.kernels.launch_kv import text_shape
 from zq.runtime.prompt import Prompt
@@ -39,7 +39,7 @@ class Shared:
 
     turn    cosine and sine of the positions at hand, made by the first of them
     step    the step or the prompt that is being made (zq/runtime/step.py, prompt.py)
-    blocks  those that are fused
+    fused   how many blocks are
     config  of the model, where all are
     handed  (what a block has returned, its rows for the next one)
     around  what lies around the blocks (blocks/around.py), where all are
@@ -48,24 +48,14 @@ class Shared:
     def __init__(self) -> None:
         self.turn: tuple[Tensor, Tensor] | None = None
         self.step: Step | Prompt | None = None
-        self.blocks: list[Any] = []
+        self.fused = 0
         self.config: Any = None
         self.handed: tuple[Tensor, Rows] | None = None
         self.around: Any = None
 
-    def is_watched(self) -> bool:
-        """Whether a block has hooks, which see nothing of what is replayed. transformers' own are for outputs
-        that a call asks for, and do nothing else."""
-        both = [hooks for x in self.blocks for hooks in (x._forward_hooks, x._forward_pre_hooks) if hooks]
-        return any(
-            not str(getattr(hook, "__module__", "")).startswith("transformers.")
-            for hooks in both
-            for hook in hooks.values()
-        )
-
 
 class Attention(nn.Module):
-    """qkv [M, (queries + 2 keys) * width] -> rows [M, queries * width], which a step on zq's own attention
+    """qkv [M, (queries + 2 keys) * width] -> rows [M, queries * width], which zq's own attention
     quantizes as the next product `takes` them.
 
     module: transformers' attention, without its linears: attention functions read its attributes.
@@ -108,19 +98,20 @@ class Attention(nn.Module):
         rows = None if prompt is None else self._text(qkv, call, prompt, takes)
         return Rows(self._attended(qkv, call, step)) if rows is None else rows
 
-    def reads(self, device: torch.device, takes: torch.dtype | None) -> bool:
-        """Whether zq's attention of texts can leave the keys and values of a prompt in the cache as they come
-        out of the product, with its own rows quantized to what `takes` says. (Where `store_kv` has to be
-        there, and in encoders, torch's attention and a launch for each of the rest are as fast.)"""
+    def gives(self, device: torch.device, takes: torch.dtype | None) -> tuple[torch.dtype | None, ...]:
+        """What zq's attention of texts can make of a prompt whose keys and values go into the cache as they
+        come out of the product: rows quantized as `takes` says, rows as they are (None); the best first.
+        (Where `store_kv` has to be there, and in encoders, torch's attention and a launch for each of the
+        rest are as fast.)"""
         bare = not self.rope and self.head_norm is None and self.width <= TEXT_CHANNELS
-        return bare and text_fits(device, self, takes is not None)
+        wanted = dict.fromkeys((takes, None)) if bare else ()
+        return tuple(x for x in wanted if text_fits(device, self, x is not None))
 
     def _text(self, qkv: Tensor, call: Call, prompt: Prompt, takes: torch.dtype | None) -> Rows | None:
         """The tokens of an empty cache in one launch; None: it is not to be."""
-        if call.length > TEXT or self.config._attn_implementation != "sdpa" or not self._stores(qkv, call):
-            return None
-        takes = takes if self.reads(qkv.device, takes) else None
-        if takes is None and not self.reads(qkv.device, None):
+        usual = self.config._attn_implementation == "sdpa" and self._stores(qkv, call)
+        ways = self.gives(qkv.device, takes) if usual else ()
+        if not ways or call.length > TEXT or call.batch > TEXT_ROWS:
             return None
         heads = qkv.view(call.batch, call.length, -1, self.width)
         layer = prompt.layer(self.layer_idx)
@@ -128,9 +119,9 @@ class Attention(nn.Module):
             *heads.split((self.queries, self.keys, self.keys), 2), prompt.hidden(qkv.dtype), layer.keys,
             layer.values, True, self.scaling,
         )  # fmt: skip
-        if takes is None:
+        if ways[0] is None:
             return Rows(torch.ops.zq.attend_text(*given))
-        return Rows(*torch.ops.zq.attend_text_codes(*given, takes))
+        return Rows(*torch.ops.zq.attend_text_codes(*given, ways[0]))
 
     def _attended(self, qkv: Tensor, call: Call, step: Step | Prompt | None) -> Tensor:
         if isinstance(step, Prompt) and call.cache is step.cache and self._stores(qkv, call):
