@@ -44,7 +44,7 @@ SHIPPED = ("w8a8", "w8a16", "fp8", "w4w8a8", "w4a16", "w4a8", "w4afp8")
 SWITCHES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("lkd", "iterations", (100, 200, 400, 800)),
     ("lkd", "rounding_rate", (0.0, 1.0, 2.0)),
-    ("lkd", "scale_rate", (0.0, 0.2, 1.0)),
+    ("lkd", "scale_rate", (0.0, 0.05, 0.2, 1.0)),
     ("lkd", "norm_rate", (0.0, 0.02)),
     ("lkd", "batch", (4, 8, 16)),
     ("lkd", "lookahead", (0, 1, 2)),
