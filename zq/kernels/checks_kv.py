@@ -18,6 +18,23 @@ TEXT_ROWS = 65535  # of a batch of texts, at most
 TEXT_HEADS = 16  # of a text whose rows come out in codes, at most
 
 
+def strides(op: str, name: str, x: Tensor) -> None:
+    """Rows of x [., ., ., D] are read 16 bytes at a time."""
+    if x.stride(3) != 1 or any(s * x.element_size() % ALIGNED for s in x.stride()[:3]):
+        raise ZqError(
+            f"zq::{op}: {name} has strides {list(x.stride())}; the last must be 1 and the others multiples "
+            f"of {ALIGNED} bytes"
+        )
+
+
+def width(op: str, channels: int, most: int) -> None:
+    """Of a head."""
+    if channels % MULTIPLE or channels > most or channels == 0:
+        raise ZqError(
+            f"zq::{op}: heads have {channels} channels; allowed: multiples of {MULTIPLE} up to {most}"
+        )
+
+
 def cache(op: str, name: str, x: Tensor, shape: tuple[Any, ...], like: Tensor) -> None:
     """x [B, Hkv, L, D] is a cache of 16 bits (in the dtype of `like`) or of codes, of any strides but the
     last."""
@@ -28,11 +45,7 @@ def cache(op: str, name: str, x: Tensor, shape: tuple[Any, ...], like: Tensor) -
         raise ZqError(f"zq::{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
     if x.device != like.device:
         raise ZqError(f"zq::{op}: {name} is on {x.device}, the input on {like.device}; move one of them")
-    if x.stride(3) != 1 or any(s * x.element_size() % ALIGNED for s in x.stride()[:3]):
-        raise ZqError(
-            f"zq::{op}: {name} has strides {list(x.stride())}; the last must be 1 and the others multiples "
-            f"of {ALIGNED} bytes"
-        )
+    strides(op, name, x)
 
 
 def caches(
@@ -40,10 +53,7 @@ def caches(
 ) -> None:
     """Both caches are alike, and have scales [B, Hkv, L] exactly where they hold codes."""
     channels = shape[3]
-    if channels % MULTIPLE or channels > CHANNELS or channels == 0:
-        raise ZqError(
-            f"zq::{op}: heads have {channels} channels; allowed: multiples of {MULTIPLE} up to {CHANNELS}"
-        )
+    width(op, channels, CHANNELS)
     cache(op, "k", k, shape, like)
     cache(op, "v", v, shape, like)
     if v.dtype != k.dtype:
@@ -196,11 +206,7 @@ def _heads(op: str, name: str, x: Tensor, like: Tensor) -> None:
         raise ZqError(
             f"zq::{op}: {name} has shape {list(x.shape)} and q {list(like.shape)}, expected [B, S, heads, D]"
         )
-    if x.stride(3) != 1 or any(s * x.element_size() % ALIGNED for s in x.stride()[:3]):
-        raise ZqError(
-            f"zq::{op}: {name} has strides {list(x.stride())}; the last must be 1 and the others multiples "
-            f"of {ALIGNED} bytes"
-        )
+    strides(op, name, x)
 
 
 def attend_text(  # noqa: PLR0913 (the operator's arguments)
@@ -219,11 +225,7 @@ def attend_text(  # noqa: PLR0913 (the operator's arguments)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _heads(op, name, x, q)
     batch, tokens, heads, channels = q.shape
-    if channels % MULTIPLE or channels > TEXT_CHANNELS or channels == 0:
-        raise ZqError(
-            f"zq::{op}: heads have {channels} channels; allowed: multiples of {MULTIPLE} up to "
-            f"{TEXT_CHANNELS}"
-        )
+    width(op, channels, TEXT_CHANNELS)
     if batch > TEXT_ROWS:
         raise ZqError(f"zq::{op}: q has {batch} rows; allowed: up to {TEXT_ROWS}; give it some at a time")
     if not scale > 0:

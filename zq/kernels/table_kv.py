@@ -11,7 +11,7 @@ HEADS = (64, 96, 128, 256)  # channels of a head are padded to one of these
 STORES = (64, 128, 256)  # the same of store_kv
 PROMPTS = (64, 128)  # and of what it takes for several tokens of a row, without norms and codes
 TEXTS = (64, 128)  # of attend_text
-TEXT_OUT = {None: None, "int8": "Int8", "fp8": "E4m3"}
+TEXT_OUT = {short: out for short, (_, out) in CACHES.items()}  # what its rows come out as
 
 
 def kv_units(kind: str, kv: str | None) -> tuple[str, str, str]:

@@ -8,8 +8,8 @@
 //
 //     S [16 queries, 64 keys] = Q K^T        O [16 queries, D channels] += P V
 //
-// The scale of a token is that of all its heads, so blocks of a cluster have all of them: HEADS_OF_BLOCK each, side by
-// side. They tell each other their largest magnitudes, once. The first one has made the sums of codes zero before that.
+// The scale of a token is that of all its heads, so blocks of a cluster have all of them: `per` each, side by side.
+// They tell each other their largest magnitudes, once. The first one has made the sums of codes zero before that.
 #include "codes8.cuh"
 #include "mma16.cuh"
 #include "copies.cuh"
@@ -267,10 +267,11 @@ template <int D> __device__ __forceinline__ void attend(const Args &a) {
   cluster_wait();  // all blocks are there
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    u32 high = 0, low = 0;
+    Largest<IN> own_largest;
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) high = max(high, word[h][n] & 0x7fffffffu), low = max(low, word[h][n] & 0x7fffu);
-    u32 bits = max(low, high >> 16);
+    for (int n = 0; n < D / 8; n += 4)
+      own_largest.take({word[h][n], word[h][n + 1], word[h][n + 2], word[h][n + 3]});
+    u32 bits = own_largest.bits();
     bits = max(bits, __shfl_xor_sync(ALL, bits, 1));
     bits = max(bits, __shfl_xor_sync(ALL, bits, 2));
     if (has)
